@@ -1,0 +1,49 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TYPES  := build/types/trainingcompiler
+CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo    train a small GPT twice, compiled and eager, and compare"
+	@echo "make test    lint, type check and tests, on the CPU"
+	@echo "make lint    lint and type check only"
+	@echo "make bench   the benchmark of benchmarks/README.md, in full (hours)"
+	@echo "make clean   remove the environment and everything that was built"
+
+# torch comes first and alone: pulled in as somebody's dependency, it would be the CUDA build, several GB of it.
+$(READY): setup.py pyproject.toml constraints.txt
+	@python=; for candidate in python3 python3.11 python3.12 python3.13 python3.14; do \
+	  if $$candidate -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "No Python >= 3.11 with ensurepip found; install one and repeat." >&2; exit 1; fi; \
+	test -x $(BIN)/python || $$python -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+bench: $(READY)
+	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png
+
+# The type checker cannot see setup.py's package_dir, so it gets the three folders laid out as they are installed.
+lint: $(READY)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	@rm -rf build/types && mkdir -p $(TYPES) && \
+	  ln -s $(CURDIR)/trainingcompiler/* $(CURDIR)/frameworks $(CURDIR)/launchers $(TYPES)/
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,209 @@
+"""Compare engines on whole training steps, side by side in one run.
+
+    python benchmarks/pytorch_step.py --quick                          # a look: three small models, few rounds
+    python benchmarks/pytorch_step.py --models gpt2-small              # one model, all engines
+    python benchmarks/pytorch_step.py --json out.json --plot out.png   # everything (hours on two cores)
+
+Every model runs under every engine in a process of its own: once with empty caches, for the cold time to the first
+step, and once more with the caches that the first one left. The second processes of all engines then stay alive and
+take turns, a few steps each, in an order that rotates from round to round, so that a machine that slows down slows all.
+benchmarks/README.md says what each column means.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import report
+from engines import ENGINES
+from models import ENTRIES
+
+HERE = Path(__file__).resolve().parent
+QUICK_MODELS = ("mlp", "vae", "gpt2")
+JAX_MODELS = ("gpt2", "gpt2-small")
+TURN_SECONDS = 1.0
+MAX_TURN_STEPS = 50
+
+
+class WorkerFailed(Exception):
+    """A worker ended before it answered; its error stands above, on standard error."""
+
+
+class Worker:
+    """A process that runs one model under one engine; see worker.py."""
+
+    def __init__(self, model: str, engine: str, caches: Path, narrow: bool = False):
+        command = [sys.executable, str(HERE / "worker.py"), model, engine, "--cache", str(caches / "executables")]
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "XDG_CACHE_HOME": str(caches / "home"),
+        }
+        self.process = subprocess.Popen(
+            command + ["--narrow"] * narrow, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.first = self._answer()
+
+    def run(self, steps: int) -> dict:
+        """Runs steps; the answer holds their `seconds`, the last `loss` and the `peak_rss_mib` so far."""
+        self.process.stdin.write(json.dumps({"steps": steps}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self):
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.close()
+            raise WorkerFailed
+        return json.loads(line)
+
+
+def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> list[dict]:
+    """Measures one model under all engines.
+
+    Args:
+        model: A name of `models.ENTRIES`.
+        engines: Names of `engines.ENGINES`.
+        rounds: How often the engines take turns.
+        with_host: Also time the narrow twin, whose step is host work.
+
+    Returns:
+        One row per engine, as report.py describes it; an engine that failed has only a `failed` mark.
+    """
+    rows = {engine: {"model": model, "engine": engine} for engine in engines}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for engine, row in rows.items():
+            caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _say(f"{model} / {engine}: cold, then warm start")
+            try:
+                cold = Worker(model, engine, caches)
+                cold.close()
+                workers[engine] = stack.enter_context(contextlib.closing(Worker(model, engine, caches)))
+            except WorkerFailed:
+                row["failed"] = True
+                continue
+            row["first_step_cold_s"] = cold.first["first_step_s"]
+            row["first_step_warm_s"] = workers[engine].first["first_step_s"]
+            row["peak_rss_mib"] = cold.first["peak_rss_mib"]
+        for engine, result in take_turns(workers, rounds).items():
+            peak = max(rows[engine]["peak_rss_mib"], result.get("peak_rss_mib", 0.0))
+            rows[engine] |= {**result, "peak_rss_mib": peak}
+    if with_host:
+        for engine in workers:
+            _say(f"{model} / {engine}: host work")
+            rows[engine]["host_ms"] = host_ms(model, engine)
+    return list(rows.values())
+
+
+def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
+    """Lets the workers run steps in turn, each the same number.
+
+    Args:
+        workers: By engine; those that fail are taken out.
+        rounds: How often each has its turn.
+
+    Returns:
+        Per engine `ms`, `ms_all`, `steps`, `loss` and `peak_rss_mib`, or `failed`.
+    """
+    results: dict[str, dict] = {engine: {"steps": 1, "ms_all": []} for engine in workers}
+
+    def run(engine: str, steps: int) -> list[float]:
+        try:
+            answer = workers[engine].run(steps)
+        except WorkerFailed:
+            del workers[engine]
+            results[engine] = {"failed": True}
+            return []
+        results[engine]["steps"] += steps
+        results[engine] |= {"loss": answer["loss"], "peak_rss_mib": answer["peak_rss_mib"]}
+        return answer["seconds"]
+
+    slowest_s = max((min(run(engine, 2), default=0.0) for engine in list(workers)), default=0.0)
+    steps = max(1, min(MAX_TURN_STEPS, round(TURN_SECONDS / max(slowest_s, 1e-9))))
+    for turn in range(rounds):
+        _say(f"round {turn + 1} of {rounds}, {steps} steps each")
+        engines = list(workers)
+        shift = turn % max(1, len(engines))
+        for engine in engines[shift:] + engines[:shift]:
+            seconds = run(engine, steps)
+            if seconds:
+                results[engine]["ms_all"] += [1e3 * s for s in seconds]
+    for engine in workers:
+        results[engine]["ms"] = statistics.median(results[engine]["ms_all"])
+    return results
+
+
+def host_ms(model: str, engine: str) -> float | None:
+    """The median milliseconds of a step of the narrow twin; None where it fails."""
+    with tempfile.TemporaryDirectory() as caches:
+        try:
+            with contextlib.closing(Worker(model, engine, Path(caches), narrow=True)) as worker:
+                worker.run(20)
+                return 1e3 * statistics.median(worker.run(200)["seconds"])
+        except WorkerFailed:
+            return None
+
+
+def names_of(known):
+    """An argparse type: a comma-separated list of known names, or "all"."""
+
+    def parse(text: str) -> list[str]:
+        names = list(known) if text == "all" else text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} unknown; choose from {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def parse_args() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=names_of(ENTRIES), help=f"all, or some of {','.join(ENTRIES)}")
+    parser.add_argument("--engines", type=names_of(ENGINES), default=list(ENGINES), help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--rounds", type=int, help="turns per engine (10; 3 with --quick)")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--plot", type=Path, help="file for the figure")
+    parser.add_argument("--quick", action="store_true", help=f"few rounds, no host column; {','.join(QUICK_MODELS)}")
+    args = parser.parse_args()
+    args.models = args.models or list(QUICK_MODELS if args.quick else ENTRIES)
+    args.rounds = args.rounds or (3 if args.quick else 10)
+    return args
+
+
+def main():
+    """Measure, print the table, write the files."""
+    args = parse_args()
+    rows = []
+    for model in args.models:
+        engines = [engine for engine in args.engines if engine != "jax" or model in JAX_MODELS]
+        rows += measure(model, engines, args.rounds, with_host=not args.quick)
+        print(report.table([row for row in rows if row["model"] == model]), flush=True)
+        if args.json:  # after every model: a run of hours that is interrupted keeps what it has
+            report.write_json(args.json, rows)
+    print("\n" + report.circumstances_text())
+    if args.plot:
+        report.write_plot(args.plot, rows)
+    sys.exit(any(row.get("failed", False) for row in rows))
+
+
+def _say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

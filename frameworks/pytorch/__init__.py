@@ -1,0 +1,88 @@
+"""The PyTorch adapter: an unmodified training loop becomes one XLA program per step, by deferring it."""
+
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import torch
+
+from trainingcompiler import __version__, cache
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.events import Started, emit
+from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.hooks import Hooks
+from trainingcompiler.frameworks.pytorch.session import Session
+from trainingcompiler.frameworks.pytorch.step import CompiledStep
+from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
+
+_hooks: Hooks | None = None
+_watches_forks = False
+
+
+def enable(config: TrainingCompilerConfig) -> None:
+    """Hooks torch: loops that train are compiled from now on.
+
+    Args:
+        config: The options.
+    """
+    global _hooks, _watches_forks
+    disable()
+    _prepare(config)
+    if not _watches_forks:
+        os.register_at_fork(after_in_child=_leave_child)
+        _watches_forks = True
+    session = Session(config)
+    choice = EngineChoice(config.engine)
+    session.deferring = choice.defers
+
+    def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:
+        statistics().step_finished(engine, time.monotonic())
+        choice.stepped(optimizer, engine)
+        session.deferring = choice.defers
+
+    session.book.on_step = on_step
+    _hooks = Hooks(session)
+    _hooks.install()
+
+
+def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
+    """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
+    _prepare(config)
+    return CompiledStep(train_step, config)
+
+
+def disable() -> None:
+    """Leaves torch as it was; what has been computed stays."""
+    global _hooks
+    if _hooks is not None:
+        _hooks.session.finish()
+        _hooks.uninstall()
+        _hooks = None
+
+
+def session() -> Session | None:
+    """The session that is hooked into torch, if one is."""
+    return _hooks.session if _hooks is not None else None
+
+
+def _prepare(config: TrainingCompilerConfig) -> None:
+    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    target = Target.local()
+    versions = {
+        "trainingcompiler": __version__,
+        "torch": torch.__version__,
+        "jax": jax.__version__,
+    }
+    compiled = config.engine != "eager"
+    reason = "" if compiled else "--engine=eager says so"
+    emit(Started(versions=versions, device=target.description, compiled=compiled, reason=reason))
+
+
+def _leave_child() -> None:
+    """A forked process (a `DataLoader` worker) computes nothing on the parent's device: it gets plain torch."""
+    global _hooks
+    if _hooks is not None:
+        _hooks.uninstall()
+        _hooks = None

@@ -1,0 +1,47 @@
+"""Moves values between torch tensors and JAX arrays of the same memory."""
+
+import ctypes
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+
+from trainingcompiler.buffers import address
+
+
+def numpy_view(tensor: torch.Tensor) -> np.ndarray:
+    """A NumPy array over the tensor's memory; bfloat16, which NumPy lacks, through ml_dtypes."""
+    tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def tensor_of(array: jax.Array) -> torch.Tensor:
+    """A torch tensor over the array's memory; the tensor keeps the memory alive. It must not be written to if the
+    array is used again."""
+    return torch.from_dlpack(array)
+
+
+def tensor_over(array: jax.Array, owner: object, dtype: torch.dtype) -> torch.Tensor:
+    """A torch tensor over the raw memory of an array that will be donated and come back in the same buffer.
+
+    Args:
+        array: Its buffer is what the tensor sees.
+        owner: Kept alive for as long as the tensor's memory is in use anywhere; it has to keep the buffer alive.
+        dtype: The torch dtype of the array.
+
+    Returns:
+        A contiguous tensor of the array's shape. DLPack is not used: an export holds a reference, which makes XLA
+        copy a donated buffer.
+    """
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=dtype)
+
+    class Memory(ctypes.c_char * array.nbytes):  # a subclass, because its instances can carry the owner
+        pass
+
+    memory = Memory.from_address(address(array))
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=dtype).view(array.shape)

@@ -1,0 +1,234 @@
+"""Captures entries of a tape as one graph over named inputs."""
+
+import contextlib
+import functools
+import random
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch.graph import Graph
+from trainingcompiler.frameworks.pytorch.modules import attributes_of
+from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
+from trainingcompiler.frameworks.pytorch.structure import flatten
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, tensors_in
+from trainingcompiler.frameworks.pytorch.twins import Twins
+
+
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """A real tensor that the step reads, by identity.
+
+    Attributes:
+        tensor: Refers to the real tensor.
+        gradient_of: Refers to the tensor whose `.grad` it was; a gradient is found again through it, not by identity.
+        value: Its number when the step starts.
+        new_value: Its number when the step ends; equal to `value` if the step does not write it.
+    """
+
+    tensor: weakref.ref
+    gradient_of: weakref.ref | None
+    value: int
+    new_value: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumberSource:
+    """A Python number that the step reads: a leaf of an entry, or an optimizer's hyperparameter.
+
+    Attributes:
+        entry: The index of the entry.
+        position: The leaf's position, or the path of the hyperparameter in the optimizer's `param_groups`.
+        optimizer: Refers to the optimizer, for a hyperparameter.
+    """
+
+    entry: int
+    position: Any
+    optimizer: weakref.ref | None = None
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    """Entries as a graph.
+
+    Attributes:
+        graph: The functional ATen graph.
+        lifted: The real tensors it reads and writes.
+        leaves: `(entry index, leaf position, value)` of every snapshot it reads.
+        seeds: `(entry index, value)` of every seed.
+        numbers: `(source, value)` of every number.
+        outputs: The value number of each output slot of each entry, in order of the entries.
+        gradients: `(parameter, value)`: what the parameter's `.grad` is when the step ends, where the step has
+            put a new tensor there; the value is None where it has put None there.
+    """
+
+    graph: Graph
+    lifted: list[Lifted]
+    leaves: list[tuple[int, int, int]]
+    seeds: list[tuple[int, int]]
+    numbers: list[tuple[NumberSource, int]]
+    outputs: dict[Slot, int]
+    gradients: list[tuple[weakref.ref, int | None]]
+
+
+def capture(entries: list[Entry]) -> CapturedStep:
+    """Replays entries on stand-ins and records what torch dispatches.
+
+    Args:
+        entries: What to capture; the slots that they read must be their own or have values.
+
+    Returns:
+        The graph and what its inputs and outputs are.
+
+    Raises:
+        CaptureError: The entries cannot be expressed as a pure function of tensors and numbers.
+        NumberUsed: A number has to be a constant.
+    """
+    twins = Twins()
+    recorder = twins.recorder
+    fakes: dict[Any, torch.Tensor] = {}
+    leaves: list[tuple[int, int, int]] = []
+    seeds: list[tuple[int, int]] = []
+    numbers: list[tuple[NumberSource, int]] = []
+
+    def number(source: NumberSource, value: float) -> TracedNumber:
+        fake = twins.fake_like((), torch.float64)
+        numbers.append((source, recorder.value_of(fake)))
+        return TracedNumber(value, fake, source)
+
+    def hyperparameter(index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedNumber:
+        return number(NumberSource(index, path, optimizer), value)
+
+    def resolve_in(index: int, entry: Entry):
+        def resolve(leaf: Any, position: int) -> Any:
+            if isinstance(leaf, Slot):
+                if leaf not in fakes:
+                    assert leaf.value is not None
+                    fakes[leaf] = twins.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
+                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
+                return fakes[leaf]
+            if isinstance(leaf, Input):
+                if leaf not in fakes:
+                    fakes[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
+                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
+                return fakes[leaf]
+            if position in entry.numbers:
+                return number(NumberSource(index, position), leaf)
+            return leaf
+
+        return resolve
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_unchanged_host(entries))
+        for index, entry in enumerate(entries):
+            with twins.recording():
+                if entry.seed is not None:
+                    seed = twins.fake_like((), torch.int64)
+                    seeds.append((index, recorder.value_of(seed)))
+                    recorder.seed_with(seed)
+                with contextlib.ExitStack() as prepared:
+                    for optimizer in entry.optimizers:
+                        of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
+                        prepared.enter_context(optimizers.traced(optimizer, of))
+                    prepared.enter_context(twins.numbers_in_steps())
+                    result = replay(entry, resolve_in(index, entry))
+                recorder.seed_with(None)
+            results = tensors_in(result)
+            if entry.outputs is None:
+                _find_outputs(entry, result, results)
+            assert entry.outputs is not None and len(results) >= len(entry.outputs)
+            for slot, fake in zip(entry.outputs, results, strict=False):
+                fakes[slot] = fake
+        with twins.recording():
+            outputs = {
+                slot: recorder.value_of(twins.twin(fakes[slot])) for entry in entries for slot in entry.outputs or ()
+            }
+            lifted, gradients = _state(twins)
+        del results, result, fakes
+    twins.let_go()
+    if any(item.tensor() is None for item in lifted):
+        raise CaptureError(
+            reason="the step makes a tensor of host data while it runs (torch.from_numpy and the like); a compiled "
+            "step would use the first data for ever"
+        )
+    return CapturedStep(recorder.graph, lifted, leaves, seeds, numbers, outputs, gradients)
+
+
+def _find_outputs(entry: Entry, result: Any, results: list[torch.Tensor]) -> None:
+    slots = {id(fake): Slot(fake) for fake in results}
+    leaves, structure = flatten(result)
+    entry.outputs = list(slots.values())
+    entry.result = structure, [slots.get(id(leaf), leaf) for leaf in leaves]
+
+
+def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | None]]]:
+    recorder = twins.recorder
+    owners = {
+        id(gradient): weakref.ref(real)
+        for real in twins.lifted
+        if real.is_leaf and (gradient := tensor_hooks.real_gradient(real)) is not None
+    }
+    gradients: list[tuple[weakref.ref, int | None]] = []
+    for real in twins.lifted:
+        before = tensor_hooks.real_gradient(real) if real.is_leaf else None
+        after = twins.gradient(real)
+        if after is None:
+            if before is not None:
+                gradients.append((weakref.ref(real), None))
+        elif before is None or after is not twins.twin(before):
+            gradients.append((weakref.ref(real), recorder.value_of(after)))
+    lifted = [
+        Lifted(weakref.ref(real), owners.get(id(real)), twins.first_value(real), recorder.value_of(twins.twin(real)))
+        for real in twins.lifted
+    ]
+    return lifted, gradients
+
+
+@contextlib.contextmanager
+def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
+    """Fails if running the entries changes anything but tensors; puts module attributes back as they were."""
+    modules = [module for entry in entries if isinstance(entry.function, torch.nn.Module) for module in entry.function.modules()]
+    before = [(module, attributes_of(module)) for module in modules]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    stateful = [optimizer for entry in entries for optimizer in entry.optimizers]
+    try:
+        yield
+        changed = [
+            f"{type(module).__name__}.{name}"
+            for module, old in before
+            for name, value in attributes_of(module).items()
+            if name not in old or old[name] is not value and not _equal(old[name], value)
+        ]
+        created = [o for o in stateful if optimizers.has_fake_state(o)]
+    finally:
+        for module, old in before:
+            for name in set(attributes_of(module)) - set(old):
+                del module.__dict__[name]
+            for name, value in old.items():
+                module.__dict__[name] = value
+        for optimizer in stateful:
+            optimizers.drop_fake_state(optimizer)
+    if created:
+        raise CaptureError(reason=optimizers.NEW_STATE)
+    if changed:
+        raise CaptureError(reason=f"forward changes {', '.join(sorted(set(changed))[:3])}, which compiled code cannot do")
+    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(), numpy_state):
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        raise CaptureError(reason="forward draws random numbers from Python's or NumPy's generator")
+
+
+def _equal(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor) or type(old) is not type(new):
+        return False
+    return isinstance(old, str | int | float | bool | tuple | list | dict | set | frozenset) and old == new
+
+
+def _same_numpy_state(one: tuple, other: tuple) -> bool:
+    return one[2:] == other[2:] and bool((one[1] == other[1]).all())

@@ -1,0 +1,80 @@
+"""The captured step: a functional ATen graph."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the value number `id` in a node's arguments."""
+
+    id: int
+
+
+@dataclass(slots=True)
+class Node:
+    """One functional operator.
+
+    Attributes:
+        operator: The overload's name, `"aten.add.Tensor"`; for a write through a view, `"inverse:"` and the view's.
+        args: Positional arguments, `Ref` in place of tensors.
+        kwargs: Keyword arguments, likewise.
+        outputs: Value numbers in the flattened order of the operator's returns; None where it returns none.
+        metas: `(shape, dtype)` of each output, as torch's fake tensors have it.
+        seed: The value that seeds this node's random numbers, and the node's number under that seed.
+        where: The line of the user's code, `"train.py:88"`, if one is on the stack.
+        casts: Whether results are rounded to the outputs' dtypes, as a mutation does.
+    """
+
+    operator: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int | None, ...]
+    metas: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    seed: tuple[Ref, int] | None = None
+    where: str | None = None
+    casts: bool = False
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in order of execution, over numbered values.
+
+    Attributes:
+        inputs: The value number of each graph input, in order.
+        nodes: In an order in which every value is computed before it is used.
+        constants: Small tensors that the step's own code writes as literals (`torch.tensor([1., 2.])`).
+    """
+
+    inputs: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    constants: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def live_nodes(self, outputs: list[int]) -> list[Node]:
+        """The nodes that any of `outputs` depends on, in order."""
+        needed = set(outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if any(output in needed for output in node.outputs):
+                kept.append(node)
+                needed.update(references(node))
+        kept.reverse()
+        return kept
+
+
+def references(node: Node) -> list[int]:
+    """The numbers of the values that a node reads."""
+    found: list[int] = [node.seed[0].id] if node.seed else []
+
+    def visit(argument: Any) -> None:
+        if isinstance(argument, Ref):
+            found.append(argument.id)
+        elif isinstance(argument, list | tuple):
+            for item in argument:
+                visit(item)
+
+    visit(node.args)
+    visit(tuple(node.kwargs.values()))
+    return found

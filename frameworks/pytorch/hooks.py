@@ -1,0 +1,114 @@
+"""Installs the session in torch: the few places where a training loop talks to its model, and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.session import Session
+
+
+class Hooks:
+    """torch's own functions, and ours in their place while installed."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def install(self) -> None:
+        """Puts the session between the loop and torch."""
+        self._hook_modules()
+        self._hook_optimizers()
+        self._hook_clipping()
+        self.session.modules.start()
+        tensor_hooks.watch_gradients(self.session)
+
+    def uninstall(self) -> None:
+        """Leaves torch as it was."""
+        tensor_hooks.unwatch_gradients()
+        self.session.modules.stop()
+        for owner, name, original in reversed(self._replaced):
+            setattr(owner, name, original)
+        self._replaced.clear()
+
+    def _replace(self, owner: Any, name: str, new: Any) -> None:
+        self._replaced.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, new)
+
+    def _hook_modules(self) -> None:
+        session = self.session
+        original_call, original_zero_grad = nn.Module.__call__, nn.Module.zero_grad
+
+        def call(module, *args, **kwargs):
+            return session.call_module(original_call, module, args, kwargs)
+
+        def zero_grad(module, set_to_none=True):
+            session.clear_gradients(list(module.parameters()), set_to_none)
+            with undeferred():
+                return original_zero_grad(module, set_to_none)
+
+        self._replace(nn.Module, "__call__", call)
+        self._replace(nn.Module, "zero_grad", zero_grad)
+
+    def _hook_optimizers(self) -> None:
+        session = self.session
+        original_zero_grad, original_add = Optimizer.zero_grad, Optimizer.add_param_group
+        original_patch = Optimizer._patch_step_function
+
+        def zero_grad(optimizer, set_to_none=True):
+            session.clear_gradients([p for group in optimizer.param_groups for p in group["params"]], set_to_none)
+            with undeferred():
+                return original_zero_grad(optimizer, set_to_none)
+
+        def add_param_group(optimizer, param_group):
+            original_add(optimizer, param_group)
+            session.book.register(optimizer)
+
+        def patch_step_function(optimizer):
+            original_patch(optimizer)
+            self._hook_step(type(optimizer))
+
+        self._replace(Optimizer, "zero_grad", zero_grad)
+        self._replace(Optimizer, "add_param_group", add_param_group)
+        self._replace(Optimizer, "_patch_step_function", patch_step_function)
+        for kind in _subclasses(Optimizer):
+            self._hook_step(kind)
+
+    def _hook_step(self, kind: type[Optimizer]) -> None:
+        """Hooks `step` where the class or a parent defines it."""
+        session = self.session
+        owner = next(parent for parent in kind.__mro__ if "step" in parent.__dict__)
+        original = owner.__dict__["step"]
+        if owner is Optimizer or getattr(original, "defers", False):
+            return
+
+        def step(optimizer, *args, **kwargs):
+            return session.step(optimizer, original, args, kwargs)
+
+        step.defers = True
+        step.hooked = True  # torch's own profiling wrapper is inside, in `original`
+        step.__wrapped__ = original
+        self._replace(owner, "step", step)
+
+    def _hook_clipping(self) -> None:
+        for name in ("clip_grad_norm_", "clip_grad_value_"):
+            original = getattr(torch.nn.utils, name)
+            replacement = self._clipping(original)
+            self._replace(torch.nn.utils, name, replacement)
+            self._replace(torch.nn.utils.clip_grad, name, replacement)
+
+    def _clipping(self, original):
+        session = self.session
+
+        def clip(*args, **kwargs):
+            return session.clip(original, args, kwargs)
+
+        clip.__name__, clip.__doc__, clip.__wrapped__ = original.__name__, original.__doc__, original
+        return clip
+
+
+def _subclasses(kind: type) -> list[type]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]

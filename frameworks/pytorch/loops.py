@@ -1,0 +1,170 @@
+"""What is known of the script's optimizers: whom they train, what happens to gradients after a step."""
+
+import weakref
+
+import torch
+from torch import nn
+
+from trainingcompiler.errors import GradientNotKeptError
+from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
+
+
+class _Habits:
+    """What a script has been seen to do with one optimizer."""
+
+    def __init__(self):
+        self.steps = 0
+        self.clears = False  # sets gradients to None between a step and the next backward
+        self.zeroes = False  # fills them with zeros instead
+        self.reads = False  # reads them after the step
+        self.constants: frozenset = frozenset()
+
+
+class OptimizerBook:
+    """The optimizers of the process.
+
+    Attributes:
+        keep_gradients: Whether the user asked for every gradient to be stored.
+    """
+
+    def __init__(self, keep_gradients: bool = False):
+        self.keep_gradients = keep_gradients
+        self.on_step = lambda optimizer, engine: None
+        self._habits: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Habits] = weakref.WeakKeyDictionary()
+        self._owners: dict[int, weakref.ref] = {}
+        self._owned_at = -1
+        self._changes = 0
+        self._consumed: dict[int, weakref.ref] = {}
+        self._after_step = False
+        self._trained: dict[int, tuple] = {}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that are alive."""
+        return list(self._habits)
+
+    def register(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes an optimizer, or that its groups have changed."""
+        self._habits.setdefault(optimizer, _Habits())
+        self._changes += 1
+
+    def habits(self, optimizer: torch.optim.Optimizer) -> _Habits:
+        """What is known of an optimizer."""
+        if optimizer not in self._habits:
+            self.register(optimizer)
+        return self._habits[optimizer]
+
+    def trains(self, module: nn.Module, watch: ModuleWatch) -> bool:
+        """Whether optimizers train the module's parameters, each of which has stepped at least once.
+
+        The first step of an optimizer runs in torch: it creates the optimizer's state.
+        """
+        fingerprint = watch.fingerprint(module)
+        known = self._trained.get(id(module))
+        if known is not None and known[0] is fingerprint and known[1] == self._changes:
+            return known[2]
+        self._update_owners()
+        owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
+        trained = bool(owners) and all(self.habits(owner).steps > 0 for owner in owners.values())
+        self._trained[id(module)] = (fingerprint, self._changes, trained)
+        return trained
+
+    def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
+        """The optimizer that updates a parameter."""
+        self._update_owners()
+        reference = self._owners.get(id(parameter))
+        return None if reference is None else reference()
+
+    def compiles_alone(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a `step` without anything on the tape is worth a program: its gradients came from programs."""
+        return self.habits(optimizer).steps > 0
+
+    def stepped(self, optimizer: torch.optim.Optimizer, engine: str) -> None:
+        """Notes a finished `step`."""
+        habits = self.habits(optimizer)
+        habits.steps += 1
+        if habits.steps == 1:
+            self._changes += 1
+        self._after_step = True
+        self.on_step(optimizer, engine)
+
+    def pattern(self, optimizer: torch.optim.Optimizer) -> tuple:
+        """The optimizer's part of a signature."""
+        return id(optimizer), optimizers.pattern(optimizer, self.habits(optimizer).constants)
+
+    def fix_number(self, optimizer: torch.optim.Optimizer, path: tuple) -> bool:
+        """Makes a hyperparameter a constant of programs; False if it is one."""
+        habits = self.habits(optimizer)
+        if path in habits.constants:
+            return False
+        habits.constants |= {path}
+        return True
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def keeps_gradient(self, parameter: torch.Tensor) -> bool:
+        """Whether a step stores the parameter's gradient: unless the script is known to throw it away unread."""
+        owner = self.owner(parameter)
+        if owner is None or self.keep_gradients:
+            return True
+        habits = self.habits(owner)
+        return not habits.clears or habits.zeroes or habits.reads
+
+    def consume(self, parameters: list[weakref.ref]) -> None:
+        """Notes parameters whose gradients a step has used and not stored."""
+        for parameter in parameters:
+            self._consumed[id(parameter())] = parameter
+
+    def is_consumed(self, parameter: torch.Tensor) -> bool:
+        """Whether a step has used the parameter's gradient and not stored it."""
+        return bool(self._consumed) and id(parameter) in self._consumed
+
+    def check_unconsumed(self) -> None:
+        """Fails if a gradient would be accumulated on one that was not stored.
+
+        Raises:
+            GradientNotKeptError: The script did not clear the gradients, as it used to.
+        """
+        if self._consumed:
+            raise GradientNotKeptError(
+                "backward() would add to gradients that the compiled step did not keep, because the script has set "
+                "them to None after every step so far. Pass --keep-gradients to the launcher, or "
+                "TrainingCompilerConfig(keep_gradients=True)."
+            )
+
+    def note_zeroed(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """Notes a `zero_grad`."""
+        self._after_step = False
+        for owner in {id(o): o for p in parameters if (o := self.owner(p)) is not None}.values():
+            habits = self.habits(owner)
+            habits.clears |= set_to_none
+            habits.zeroes |= not set_to_none
+        for parameter in parameters if self._consumed else ():
+            if self._consumed.pop(id(parameter), None) is not None and not set_to_none:
+                tensor_hooks.store_gradient(parameter, torch.zeros_like(parameter))
+
+    def note_cleared(self, parameter: torch.Tensor) -> None:
+        """Notes `p.grad = None`."""
+        self._consumed.pop(id(parameter), None)
+        owner = self.owner(parameter)
+        if owner is not None:
+            self.habits(owner).clears = True
+
+    def note_read(self, parameter: torch.Tensor) -> None:
+        """Notes a look at `p.grad`; one after the step means that steps have to store it."""
+        if not self._after_step:
+            return
+        owner = self.owner(parameter)
+        if owner is not None:
+            self.habits(owner).reads = True
+
+    def _update_owners(self) -> None:
+        if self._owned_at == self._changes:
+            return
+        self._owned_at = self._changes
+        self._owners = {
+            id(parameter): weakref.ref(optimizer)
+            for optimizer in self._habits
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }

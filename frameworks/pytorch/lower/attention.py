@@ -1,0 +1,92 @@
+"""Scaled dot-product attention, forward and backward, met whole before it decomposes."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from .matmul import product
+from .operands import Array, cast, expand, iota, select
+from .registry import lowers
+
+_BATCH = ((0, 1), (0, 1))
+
+
+def _grouped(query: Array, key: Array) -> Array:
+    """The query heads that share a key head, one below the other: (B, H, L, E) -> (B, H of key, group * L, E)."""
+    batch, width = query.shape[0], query.shape[3]
+    heads = key.shape[1]
+    return lax.reshape(query, (batch, heads, query.shape[1] // heads * query.shape[2], width))
+
+
+def _scores(query: Array, key: Array, mask: Array | None, is_causal: bool, scale: float | None) -> Array:
+    """(B, H, L, S) masked scores, in float32 or wider."""
+    scores = product(_grouped(query, key), key, ((3,), (3,)), _BATCH)
+    scores = lax.reshape(scores, (*query.shape[:3], key.shape[2]))
+    scores = scores * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    if is_causal:
+        corner = scores.shape[2:]
+        future = lax.gt(iota(corner, 1, jnp.dtype("int32")), iota(corner, 0, jnp.dtype("int32")))
+        scores = select(future, -math.inf, scores)
+    if mask is not None:
+        mask = expand(mask, scores.shape)
+        scores = select(mask, scores, -math.inf) if mask.dtype == bool else scores + cast(mask, scores.dtype)
+    return scores
+
+
+@lowers("aten._scaled_dot_product_flash_attention_for_cpu.default")
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Array | None = None,
+    scale: float | None = None,
+) -> tuple[Array, Array]:
+    """Attention of (B, H, L, E) queries to (B, H or a divisor of it, S, E) keys and values.
+
+    Returns:
+        The (B, H, L, E) result, and the (B, H, L) logarithm of the softmax's denominator, in float32 or wider.
+    """
+    scores = _scores(query, key, attn_mask, is_causal, scale)
+    largest = lax.reduce_max(scores, (3,))
+    largest = select(largest == -math.inf, 0, largest)  # a row with every key masked
+    weights = lax.exp(scores - lax.expand_dims(largest, (3,)))
+    total = lax.reduce_sum(weights, (3,))
+    mixed = product(_grouped(cast(weights, value.dtype), key), value, ((3,), (2,)), _BATCH)
+    mixed = lax.reshape(mixed, (*query.shape[:3], value.shape[3]))
+    result = mixed / lax.expand_dims(select(total == 0, 1, total), (3,))
+    return cast(result, query.dtype), largest + lax.log(total)
+
+
+@lowers("aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
+def attention_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    logsumexp: Array,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Array | None = None,
+    scale: float | None = None,
+) -> tuple[Array, Array, Array]:
+    scores = _scores(query, key, attn_mask, is_causal, scale)
+    weights = lax.exp(scores - lax.expand_dims(select(logsumexp == -math.inf, 0, logsumexp), (3,)))
+    wide = weights.dtype
+    own = lax.reduce_sum(cast(grad_out, wide) * cast(out, wide), (3,))
+
+    grads = _grouped(grad_out, key)
+    grad_weights = lax.reshape(product(grads, value, ((3,), (3,)), _BATCH), weights.shape)
+    factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    grad_scores = weights * (grad_weights - lax.expand_dims(own, (3,))) * factor
+
+    weights, grad_scores = (_grouped(cast(array, query.dtype), key) for array in (weights, grad_scores))
+    grad_query = lax.reshape(product(grad_scores, key, ((3,), (2,)), _BATCH), query.shape)
+    grad_key = product(grad_scores, _grouped(query, key), ((2,), (2,)), _BATCH)
+    grad_value = product(weights, grads, ((2,), (2,)), _BATCH)
+    return cast(grad_query, query.dtype), cast(grad_key, key.dtype), cast(grad_value, value.dtype)

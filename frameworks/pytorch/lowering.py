@@ -1,0 +1,91 @@
+"""Turns a captured graph into a function on JAX arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.arrays import numpy_view
+from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
+from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
+from trainingcompiler.frameworks.pytorch.lower.random import node_key
+
+
+def lower(graph: Graph, results: list[int]) -> Callable[[dict[int, jax.Array]], list[jax.Array]]:
+    """A JAX function that computes values of the graph.
+
+    Args:
+        graph: The captured step.
+        results: Numbers of the values to compute.
+
+    Returns:
+        A function from the values of the graph's inputs, by number, to the values of `results`, in order.
+    """
+    nodes = graph.live_nodes(results)
+
+    def run(inputs: dict[int, jax.Array]) -> list[jax.Array]:
+        values: dict[int, Any] = dict(inputs)
+        for value, constant in graph.constants.items():
+            values[value] = jnp.asarray(numpy_view(constant))
+        for node in nodes:
+            try:
+                _run_node(node, values)
+            except CaptureError:
+                raise
+            except Exception as error:  # whatever the table cannot express: the step can still run in torch
+                raise CaptureError(
+                    reason=f"{node.operator} could not be lowered ({type(error).__name__}: {error})",
+                    where=node.where,
+                    operator=node.operator,
+                ) from error
+        return [values[result] for result in results]
+
+    return run
+
+
+def _run_node(node: Node, values: dict[int, Any]) -> None:
+    args = _decode(node.args, values)
+    kwargs = {name: _decode(value, values) for name, value in node.kwargs.items()}
+    if node.operator.startswith("inverse:"):
+        result = VIEW_INVERSES[node.operator.removeprefix("inverse:")](*args, **kwargs)
+    elif node.seed is not None:
+        seed, index = node.seed
+        result = RANDOM_LOWERINGS[node.operator](*args, key=node_key(values[seed.id], index), **kwargs)
+    else:
+        result = LOWERINGS[node.operator](*args, **kwargs)
+    outputs = _flatten(result)
+    for number, meta, output in zip(node.outputs, node.metas, outputs, strict=False):
+        if number is None:
+            continue
+        values[number] = output if meta is None else _checked(node, meta, output)
+
+
+def _checked(node: Node, meta, output: jax.Array) -> jax.Array:
+    shape, dtype = meta[0], jax_dtype(meta[1])
+    if node.casts and output.dtype != dtype:
+        output = output.astype(dtype)
+    if output.shape != shape or output.dtype != dtype:
+        raise CaptureError(
+            reason=f"the lowering of {node.operator} gives {output.dtype}{list(output.shape)} where torch gives "
+            f"{dtype}{list(shape)}: a bug of trainingcompiler, please report it",
+            where=node.where,
+            operator=node.operator,
+        )
+    return output
+
+
+def _decode(argument: Any, values: dict[int, Any]) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.id]
+    if isinstance(argument, list | tuple):
+        return [_decode(item, values) for item in argument]
+    return argument
+
+
+def _flatten(result: Any) -> list[Any]:
+    if isinstance(result, list | tuple):
+        return [leaf for item in result for leaf in _flatten(item)]
+    return [result]

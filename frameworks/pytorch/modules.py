@@ -1,0 +1,113 @@
+"""What a module's compiled forward depends on besides tensors: its fingerprint, and when to take it again."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_INTERNAL = frozenset(
+    "_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks _is_full_backward_hook "
+    "_forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
+    "_forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks "
+    "_load_state_dict_post_hooks".split()
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
+
+
+class ModuleWatch:
+    """Counts the changes that anyone makes to any module, so that fingerprints are taken only when needed.
+
+    Attributes:
+        changes: How many changes have been seen.
+    """
+
+    def __init__(self):
+        self.changes = 0
+        self._originals: dict[str, Any] = {}
+        self._taken: dict[int, tuple[nn.Module, tuple, _Fingerprint]] = {}
+
+    def start(self) -> None:
+        """Begins counting."""
+        for name in _CHANGES:
+            self._originals[name] = getattr(nn.Module, name)
+            setattr(nn.Module, name, self._counting(self._originals[name]))
+
+    def stop(self) -> None:
+        """Puts `nn.Module` back as it was."""
+        for name, original in self._originals.items():
+            setattr(nn.Module, name, original)
+
+    def fingerprint(self, module: nn.Module, fresh: bool = False) -> "_Fingerprint":
+        """The module's fingerprint as of now; taken anew if `fresh`, or if anything has changed."""
+        if fresh:
+            return _Fingerprint(module)
+        moment = (self.changes, RemovableHandle.next_id)
+        taken = self._taken.get(id(module))
+        if taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
+            taken = (module, moment, _Fingerprint(module))
+            self._taken[id(module)] = taken
+        return taken[2]
+
+    def _counting(self, original):
+        def changed(module, *args, **kwargs):
+            self.changes += 1
+            return original(module, *args, **kwargs)
+
+        return changed
+
+
+class _Fingerprint:
+    """Everything but tensors' values that decides what a module's forward computes.
+
+    Attributes:
+        key: Hashable; equal keys compute the same function of equal tensors.
+        hooked: The name of a submodule with hooks, which compiled code cannot run.
+        parameters: The module's parameters.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.parameters = list(module.parameters())
+        self._frozen = tuple(parameter.requires_grad for parameter in self.parameters)
+        self._mutable: list[tuple[Any, Any]] = []
+        self.hooked: str | None = None
+        parts: list[Any] = [self._frozen, tuple(map(id, self.parameters)), tuple(map(id, module.buffers()))]
+        for name, part in module.named_modules():
+            if self.hooked is None and any(getattr(part, hooks) for hooks in _HOOKS):
+                self.hooked = name or type(part).__name__
+            for attribute, value in attributes_of(part).items():
+                if type(value) in (list, dict, set):
+                    self._mutable.append((value, _frozen(value)))
+                parts.append((id(part), attribute, _frozen(value)))
+        self.key = tuple(parts)
+        self.hash = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fingerprint) and (self is other or self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def holds(self) -> bool:
+        """Whether what can change unseen is as it was."""
+        return self._frozen == tuple(parameter.requires_grad for parameter in self.parameters) and all(
+            _frozen(value) == old for value, old in self._mutable
+        )
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without those that torch keeps for itself."""
+    return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, bool | int | float | str | bytes | complex | type(None) | torch.dtype | torch.device):
+        return type(value), value
+    if depth < 3 and isinstance(value, list | tuple):
+        return type(value), tuple(_frozen(item, depth + 1) for item in value)
+    if depth < 3 and isinstance(value, dict):
+        return type(value), tuple((_frozen(key), _frozen(item, depth + 1)) for key, item in value.items())
+    if depth < 3 and isinstance(value, set | frozenset):
+        return type(value), frozenset(_frozen(item, depth + 1) for item in value)
+    return id(value)

@@ -1,0 +1,351 @@
+"""Records what torch dispatches as a functional graph: views become values, mutations become new values.
+
+Functionalizing while recording, instead of in a second pass over the graph, halves the time of a capture
+(GPT-2 small: 2.8 s for a first pass and 6.0 s for a second one in a prototype).
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+# Overloads that write to arguments although their schema does not say so:
+# overload -> the positions of the arguments that the trailing outputs of its lowering replace.
+_HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
+
+# In-place overloads whose functional form has another name.
+_FUNCTIONAL = {
+    "aten.bernoulli_.float": "aten.bernoulli.p",
+    "aten.normal_.default": "aten.normal_functional.default",
+    "aten.squeeze_.dim": "aten.squeeze.dim",
+}
+# Their fakes change shape in place, which a recorded value cannot.
+_RESHAPING = ("resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "as_strided_", "swapdims_")
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One view operator with one result, without the tensor that it is applied to."""
+
+    name: str
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(slots=True)
+class _Storage:
+    """What a fake storage holds now: the value of the tensor that covers it all."""
+
+    base: torch.Tensor
+    value: int
+    version: int = 0
+
+
+@dataclass(slots=True)
+class _Tensor:
+    """What is known of one fake tensor."""
+
+    tensor: torch.Tensor  # kept alive: ids and storage addresses are reused otherwise
+    storage: _Storage
+    path: tuple["_View", ...]  # the views that lead here from the storage's base
+    value: int
+    version: int
+
+
+@dataclass(slots=True)
+class _Sequence:
+    seed: Ref
+    count: int = field(default=0)
+
+
+class Recorder(TorchDispatchMode):
+    """Records every operator dispatched on fake tensors while it is entered, above a `FakeTensorMode`.
+
+    Attributes:
+        graph: What has been recorded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.graph = Graph()
+        self._count = 0
+        self._tensors: dict[int, _Tensor] = {}
+        self._storages: dict[int, _Storage] = {}
+        self._sequence: _Sequence | None = None
+        self._decompositions = torch._decomp.decomposition_table
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def add_input(self, fake: torch.Tensor) -> int:
+        """Makes `fake` an input of the graph and returns its value number."""
+        value = self._new_value()
+        self.graph.inputs.append(value)
+        self._adopt(fake, value)
+        return value
+
+    def value_of(self, fake: torch.Tensor) -> int:
+        """The number of the value that `fake` holds now."""
+        record = self._record(fake)
+        storage = record.storage
+        if record.version != storage.version:
+            value = storage.value
+            for step in record.path:
+                value = self._emit_view(step, value, None)
+            record.value, record.version = value, storage.version
+        return record.value
+
+    def was_written(self, fake: torch.Tensor) -> bool:
+        """Whether the memory of `fake` has been written to since it was recorded."""
+        return self._record(fake).storage.version > 0
+
+    def seed_with(self, fake: torch.Tensor | None) -> None:
+        """Draws the random numbers of the operators that follow from the seed that `fake` holds."""
+        self._sequence = None if fake is None else _Sequence(Ref(self.value_of(fake)))
+
+    def emit(self, operator: str, args: tuple, kwargs: dict, outputs: list[torch.Tensor | None]) -> None:
+        """Records an operator by hand; each output tensor is overwritten with what the operator returns for it."""
+        values = [None if output is None else self._new_value() for output in outputs]
+        metas = [None if output is None else _meta(output) for output in outputs]
+        self._append(operator, self._encode(args), self._encode(kwargs), tuple(values), tuple(metas), casts=True)
+        for output, value in zip(outputs, values, strict=True):
+            if output is not None and value is not None:
+                self._write(output, value)
+
+    # -- dispatch -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(func)
+        if name == "aten.lift_fresh.default" and not _is_fake(args[0]):
+            return self._literal(func, args[0])
+        if func.namespace in ("profiler", "prim"):  # timing marks; questions about a fake tensor
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return self._mutate(func, name, args, kwargs)
+        if name not in LOWERINGS and name not in RANDOM_LOWERINGS:
+            return self._decompose(func, name, args, kwargs)
+        encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
+        result = func(*args, **kwargs)
+        outputs = list(_flatten(result))
+        parent = _aliased(func, args, outputs)
+        if parent is not None:
+            self._record_views(name, parent, args, kwargs, outputs)
+            return result
+        values = tuple(None if output is None else self._new_value() for output in outputs)
+        metas = tuple(None if output is None else _meta(output) for output in outputs)
+        hidden = self._hidden_writes(name, args)
+        extra_values = tuple(None if target is None else self._new_value() for target in hidden)
+        extra_metas = tuple(None if target is None else _meta(target) for target in hidden)
+        self._append(name, encoded_args, encoded_kwargs, values + extra_values, metas + extra_metas)
+        for output, value in zip(outputs, values, strict=True):
+            if output is not None and value is not None:
+                self._adopt(output, value)
+        for target, value in zip(hidden, extra_values, strict=True):
+            if target is not None and value is not None:
+                self._write(target, value)
+        return result
+
+    def _literal(self, func, tensor):
+        fake = func(tensor)
+        value = self._new_value()
+        self.graph.constants[value] = tensor.clone()
+        self._adopt(fake, value)
+        return fake
+
+    def _decompose(self, func, name, args, kwargs):
+        if func in self._decompositions:
+            with self:
+                return self._decompositions[func](*args, **kwargs)
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            raise unsupported(name)
+        return result
+
+    def _mutate(self, func, name, args, kwargs):
+        if func._schema.name.split("::")[1] in _RESHAPING:
+            raise unsupported(name)
+        functional = _functional_name(name)
+        if functional not in LOWERINGS and functional not in RANDOM_LOWERINGS:
+            if func in self._decompositions:
+                with self:
+                    return self._decompositions[func](*args, **kwargs)
+            raise unsupported(name)
+        encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
+        result = func(*args, **kwargs)
+        targets = [
+            target
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for target in _flatten(value)
+        ]
+        values = tuple(self._new_value() for _ in targets)
+        metas = tuple(_meta(target) for target in targets)
+        self._append(functional, encoded_args, encoded_kwargs, values, metas, casts=True)
+        for target, value in zip(targets, values, strict=True):
+            self._write(target, value)
+        return result
+
+    def _hidden_writes(self, name: str, args: tuple) -> list[torch.Tensor | None]:
+        return [args[position] for position in _HIDDEN_WRITES.get(name, ())]
+
+    # -- views and writes ---------------------------------------------------------------------------------------
+
+    def _record_views(self, name, parent, args, kwargs, outputs):
+        record = self._record(parent)
+        value = self.value_of(parent)
+        steps = _single_views(name, args, kwargs, outputs)
+        for output, step in zip(outputs, steps, strict=True):
+            if id(output) in self._tensors:
+                continue  # the operator returned its own argument
+            viewed = self._emit_view(step, value, _meta(output))
+            self._tensors[id(output)] = _Tensor(
+                output, record.storage, (*record.path, step), viewed, record.storage.version
+            )
+
+    def _emit_view(self, step: "_View", parent: int, meta) -> int:
+        value = self._new_value()
+        self._append(step.name, (Ref(parent), *self._encode(step.args)), self._encode(step.kwargs), (value,), (meta,))
+        return value
+
+    def _write(self, target: torch.Tensor, value: int) -> None:
+        record = self._record(target)
+        storage = record.storage
+        storage.version += 1
+        record.value, record.version = value, storage.version
+        parents = [storage.value]
+        for step in record.path[:-1]:
+            parents.append(self._emit_view(step, parents[-1], None))
+        for step in reversed(record.path):
+            if step.name not in VIEW_INVERSES:
+                raise unsupported(f"a write through {step.name}")
+            written = self._new_value()
+            args = (Ref(parents.pop()), Ref(value), *self._encode(step.args))
+            self._append("inverse:" + step.name, args, self._encode(step.kwargs), (written,), (None,))
+            value = written
+        storage.value = value
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    def _new_value(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _adopt(self, fake: torch.Tensor, value: int) -> None:
+        storage = _Storage(fake, value)
+        self._storages[fake.untyped_storage()._cdata] = storage
+        self._tensors[id(fake)] = _Tensor(fake, storage, (), value, 0)
+
+    def _record(self, fake: torch.Tensor) -> _Tensor:
+        record = self._tensors.get(id(fake))
+        if record is not None:
+            return record
+        # Autograd hands out new tensor objects for values it saved: same memory, same geometry.
+        storage = self._storages.get(fake.untyped_storage()._cdata) if _is_fake(fake) else None
+        if storage is None or _geometry(storage.base) != _geometry(fake):
+            raise CaptureError(
+                reason="a tensor entered the step that capture did not see being made "
+                f"(shape {tuple(fake.shape)}, {fake.dtype})",
+                where=user_line(),
+            )
+        record = _Tensor(fake, storage, (), storage.value, storage.version)
+        self._tensors[id(fake)] = record
+        return record
+
+    def _encode(self, argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return Ref(self.value_of(argument))
+        if isinstance(argument, dict):
+            return {key: self._encode(value) for key, value in argument.items()}
+        if isinstance(argument, list | tuple):
+            return tuple(self._encode(item) for item in argument)
+        return argument
+
+    def _append(self, operator, args, kwargs, outputs, metas, casts=False) -> None:
+        seed = None
+        if operator in RANDOM_LOWERINGS:
+            if self._sequence is None:
+                raise CaptureError(
+                    reason=f"{operator} draws random numbers outside of any recorded call", where=user_line()
+                )
+            seed = (self._sequence.seed, self._sequence.count)
+            self._sequence.count += 1
+        self.graph.nodes.append(Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts))
+
+
+def unsupported(operator: str) -> CaptureError:
+    """The error for an operator without a lowering."""
+    return CaptureError(reason=f"{operator} has no lowering to XLA", where=user_line(), operator=operator)
+
+
+def user_line() -> str | None:
+    """The innermost line on the stack that is neither torch's nor ours, as `"train.py:88"`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_TORCH, _HERE, "<")):
+            return f"{os.path.basename(filename)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+def _functional_name(name: str) -> str:
+    if name in _FUNCTIONAL:
+        return _FUNCTIONAL[name]
+    namespace, operator, overload = name.split(".")
+    return f"{namespace}.{operator.removesuffix('_')}.{overload}"
+
+
+def _aliased(func, args, outputs) -> torch.Tensor | None:
+    """The argument whose memory the outputs share, for a view operator."""
+    if not outputs or outputs[0] is None or not args or not isinstance(args[0], torch.Tensor):
+        return None
+    if all(returned.alias_info is None for returned in func._schema.returns):
+        return None
+    first = args[0]
+    return first if outputs[0].untyped_storage()._cdata == first.untyped_storage()._cdata else None
+
+
+def _single_views(name: str, args: tuple, kwargs: dict, outputs: list) -> list[_View]:
+    """A view operator with several results as one view operator for each result."""
+    if len(outputs) == 1:
+        return [_View(name, args[1:], kwargs)]
+    position = 1 if name == "aten.unbind.int" else 2
+    dim = kwargs.get("dim", args[position] if len(args) > position else 0)
+    if name == "aten.unbind.int":
+        return [_View("aten.select.int", (dim, index), {}) for index in range(len(outputs))]
+    views, start = [], 0
+    for output in outputs:
+        views.append(_View("aten.slice.Tensor", (dim, start, start + output.shape[dim]), {}))
+        start += output.shape[dim]
+    return views
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _meta(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _geometry(tensor: torch.Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset()
+
+
+def _flatten(result: Any):
+    if isinstance(result, list | tuple):
+        for item in result:
+            yield from _flatten(item)
+    else:
+        yield result

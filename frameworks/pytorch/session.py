@@ -1,0 +1,546 @@
+"""The session: decides what is deferred, keeps the tape, and runs it.
+
+This is where an unmodified loop meets the compiled step. The loop calls; the session records (`call`, `call_module`),
+and computes when the tape ends (`commit`) or somebody looks (`value`).
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, FallbackError, GradientNotKeptError
+from trainingcompiler.events import FellBack, emit
+from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
+from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, map_leaves, unflatten
+from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot, Tape, replay, tensors_in
+from trainingcompiler.statistics import current as statistics
+
+_META = frozenset(
+    "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
+    "itemsize nbytes is_cpu is_mps is_xpu is_mkldnn output_nr names is_inference".split()
+)
+_META_METHODS = frozenset(
+    "size dim numel nelement ndimension stride is_contiguous element_size is_floating_point is_complex is_signed "
+    "is_conj is_neg is_inference __len__ storage_offset get_device".split()
+)
+_READS = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
+    "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
+)
+_FIXED_CONSTANTS = 8  # how many values of one number are compiled as constants before the loop runs eagerly
+
+
+class Session:
+    """Everything that is known about the training loops of this process.
+
+    Attributes:
+        config: What the user asked for.
+        deferring: Whether calls are recorded at this moment; the engine turns it on and off between steps.
+    """
+
+    def __init__(self, config: TrainingCompilerConfig):
+        self.config = config
+        self.deferring = False
+        self.modules = ModuleWatch()
+        self.book = OptimizerBook(config.keep_gradients)
+        self.programs = ProgramCache(self.book)
+        self.tape = Tape()
+        self._thread = threading.get_ident()
+        self._plans: dict[tuple, Plan] = {}
+        self._numbers: dict[tuple, _Numbers] = {}
+        self._eager_modules: dict[int, nn.Module] = {}
+        self._called_since_backward: set[int] = set()
+
+    # -- what the loop does -------------------------------------------------------------------------------------
+
+    def call_module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Does what calling a module does: records the call if it belongs to training, or runs it."""
+        if self._unwatched():
+            return original(module, *args, **kwargs)
+        if not self._is_deferrable(module, args, kwargs):
+            with undeferred():
+                return original(module, *self._real(args), **self._real(kwargs))
+        if not torch.is_grad_enabled() and not self.tape:
+            return self._run_at_once(module, args, kwargs)
+        if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
+            self.commit()
+        return self._record(module, args, kwargs)
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            attribute = getattr(function.__self__, "__name__", "")
+            if attribute in _META:
+                return getattr(args[0].slot.meta, attribute)
+            if attribute in ("grad", "_grad"):
+                return None
+        elif name in _META_METHODS:
+            return function(args[0].slot.meta, *args[1:], **kwargs)
+        if is_replaying() or name in _READS or not self._any_pending(args, kwargs):
+            return function(*self._real(args), **self._real(kwargs))
+        if name in ("register_hook", "retain_grad", "__set__") or kwargs.get("create_graph"):
+            self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
+            return function(*self._real(args), **self._real(kwargs))
+        if function is torch.Tensor.backward:
+            return self._record_backward(*args, **kwargs)
+        return self._record(function, args, kwargs)
+
+    def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
+        if self._unwatched():
+            return original(optimizer, *args, **kwargs)
+        closure = args[0] if args else kwargs.get("closure")
+        deferrable = self.deferring and closure is None and not kwargs.get("grad_scaler")
+        if not deferrable or not (self.tape or self.book.compiles_alone(optimizer)):
+            if self.tape:
+                reason = "optimizer.step() was given a closure" if closure is not None else "the loop runs eagerly"
+                self.run_eagerly(CaptureError(reason=reason, where=user_line()))
+            self._require_gradients(optimizer)
+            with undeferred():
+                result = original(optimizer, *args, **kwargs)
+            self.book.stepped(optimizer, "eager")
+            return result
+        self._append(original, (optimizer,), {}, optimizers=(optimizer,))
+        if self.tape.committable() == len(self.tape.entries):
+            self.commit()
+        elif sum(len(entry.optimizers) for entry in self.tape.entries) > 2 * len(self.book.optimizers()):
+            self.run_eagerly(
+                CaptureError(
+                    reason="results of earlier steps still need gradients after several optimizer steps",
+                    where=user_line(),
+                )
+            )
+        self.book.stepped(optimizer, "xla")
+        return None
+
+    def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
+        if self._unwatched() or not self._has_backward():
+            with undeferred():
+                return original(*args, **kwargs)
+        parameters = args[0] if args else kwargs.pop("parameters")
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        return self._record(original, (parameters, *args[1:]), kwargs, gradients_exist=True)
+
+    def read_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What `tensor.grad` is."""
+        if self._unwatched():
+            return tensor_hooks.stored_gradient(tensor)
+        if self._has_backward():
+            self.commit()
+        if self.book.is_consumed(tensor):
+            self.book.note_read(tensor)
+            raise GradientNotKeptError(
+                "p.grad was read after optimizer.step(), but the compiled step kept the gradients to itself. "
+                "Pass --keep-gradients to the launcher, or TrainingCompilerConfig(keep_gradients=True), to have "
+                "them stored after every step."
+            )
+        return tensor_hooks.stored_gradient(tensor)
+
+    def write_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Does `tensor.grad = gradient`."""
+        if not self._unwatched():
+            if self._has_backward():
+                self.commit()
+            if gradient is None:
+                self.book.note_cleared(tensor)
+            elif isinstance(gradient, DeferredTensor):
+                gradient = self.value(gradient.slot)
+        tensor_hooks.store_gradient(tensor, gradient)
+
+    def clear_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """What `zero_grad` has to do before torch's own runs: nothing is left that only the tape knows."""
+        if self._unwatched():
+            return
+        if self._has_backward():
+            self.commit()
+        self.book.note_zeroed(parameters, set_to_none)
+
+    def value(self, slot: Slot) -> torch.Tensor:
+        """The real tensor of a slot, computed now if it has not been."""
+        if slot.value is not None:
+            return slot.value
+        producers = self.tape.producers()
+        if slot not in producers:
+            raise AssertionError("a deferred tensor lost its tape")
+        if producers[slot] < self.tape.committable():
+            self.commit()
+        else:
+            self._peek(slot)
+        assert slot.value is not None
+        return slot.value
+
+    # -- recording ----------------------------------------------------------------------------------------------
+
+    def _record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
+        name = getattr(function, "__name__", "")
+        if isinstance(args[0], torch.Tensor) and (_is_in_place(name) or "out" in kwargs) and not isinstance(args[0], DeferredTensor):
+            return self._write_real(function, args, kwargs)
+        try:
+            entry = self._append(function, args, kwargs)
+        except CaptureError as error:
+            return self._record_nothing(function, args, kwargs, error)
+        key = (entry.key, gradients_exist, tuple(_described(leaf) for leaf in entry.leaves))
+        planned = self._plans.get(key)
+        if planned is None:
+            try:
+                with undeferred():
+                    planned = self._plans[key] = plan(entry, gradients_exist)
+            except CaptureError as error:
+                self.tape.entries.pop()
+                return self._record_nothing(function, args, kwargs, error)
+            except Exception as error:  # the call's own mistake, or one of fake tensors: torch will say which
+                self.tape.entries.pop()
+                failure = CaptureError(reason=f"{type(error).__name__}: {error}".split("\n")[0], where=entry.where)
+                return self._record_nothing(function, args, kwargs, failure)
+        return self._results(entry, planned)
+
+    def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
+        leaves, structure = flatten((args, kwargs))
+        ambient = Ambient.now()
+        encoded = [self._encode(leaf) for leaf in leaves]
+        function_key: Any = function
+        where = None
+        if isinstance(function, nn.Module):
+            fingerprint = self.modules.fingerprint(function)
+            if fingerprint.hooked:
+                raise CaptureError(reason=f"module {fingerprint.hooked} has a hook", where=user_line())
+            function_key = (id(function), fingerprint)
+            where = user_line()
+        kinds = tuple(_kind(leaf) for leaf in encoded)
+        numbers, constants = (), kinds
+        if not isinstance(function, nn.Module) and any(type(leaf) is float for leaf in encoded):
+            history = self._numbers.setdefault((function_key, structure, ambient, kinds), _Numbers())
+            numbers = history.changing(encoded)
+            constants = tuple(
+                "number" if place in numbers else (kind, leaf) if kind is float else kind
+                for place, (kind, leaf) in enumerate(zip(kinds, encoded, strict=True))
+            )
+        else:
+            constants = tuple(
+                (kind, leaf) if kind is float else kind for kind, leaf in zip(kinds, encoded, strict=True)
+            )
+        entry = Entry(
+            function, structure, encoded, ambient, (function_key, structure, constants, ambient),
+            numbers=numbers, where=where, optimizers=optimizers,
+        )  # fmt: skip
+        self.tape.entries.append(entry)
+        return entry
+
+    def _encode(self, leaf: Any) -> Any:
+        if isinstance(leaf, DeferredTensor):
+            slot = leaf.slot
+            if slot.committed:
+                return _slot_input(slot)
+            return slot
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.grad_fn is not None:
+            raise CaptureError(
+                reason=f"the loop computed a tensor from parameters outside of any module ({leaf.grad_fn.name()})",
+                where=user_line(),
+            )
+        if leaf.requires_grad or isinstance(leaf, nn.Parameter):
+            return leaf  # state: by identity
+        if leaf.device.type != "cpu" or leaf.layout is not torch.strided or type(leaf) not in (torch.Tensor,):
+            raise CaptureError(reason=f"a {type(leaf).__name__} on {leaf.device} is passed to the model", where=user_line())
+        return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
+
+    def _results(self, entry: Entry, planned: Plan) -> Any:
+        if planned.random:
+            entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
+        entry.outputs = [Slot(meta) for meta in planned.metas]
+        wrappers = [DeferredTensor(slot, self) for slot in entry.outputs]
+        if planned.writes:
+            self._forget_peeked()
+        leaves: list[Any] = []
+        for leaf in planned.leaves:
+            if isinstance(leaf, Output):
+                leaves.append(wrappers[leaf.index])
+            elif isinstance(leaf, Argument):
+                argument = entry.leaves[leaf.position]
+                leaves.append(argument.wrapper() if isinstance(argument, Slot) else argument)
+            else:
+                leaves.append(leaf)
+        return unflatten(planned.structure, iter(leaves))
+
+    def _forget_peeked(self) -> None:
+        self.tape.mutated = True
+        for pending in self.tape.producers():
+            pending.value = None
+
+    def _record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+        slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
+        if slot is None or slot.committed or create_graph:
+            self.run_eagerly(CaptureError(reason="backward() keeps or crosses a graph", where=user_line()))
+            return torch.Tensor.backward(self._real(tensor), gradient, retain_graph, create_graph, inputs)
+        if slot.freed:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the graph behind this tensor was freed by an "
+                "earlier backward(). Pass retain_graph=True to that one if both are wanted."
+            )
+        try:
+            self._append(torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs})
+        except CaptureError as error:
+            self.run_eagerly(error)
+            return torch.Tensor.backward(self._real(tensor), self._real(gradient), retain_graph, inputs=inputs)
+        if not retain_graph:
+            self.tape.free(slot)
+        self._called_since_backward = {
+            id(entry.function) for entry in self.tape.entries if isinstance(entry.function, nn.Module)
+        }
+        return None
+
+    def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
+        self.run_eagerly(error, function if isinstance(function, nn.Module) else None)
+        with undeferred() if isinstance(function, nn.Module) else contextlib.nullcontext():
+            return function(*self._real(args), **self._real(kwargs))
+
+    def _write_real(self, function, args, kwargs) -> Any:
+        """An in-place call on a real tensor with a deferred operand: `total += loss`."""
+        total = args[0]
+        simple = (
+            type(total) is torch.Tensor and not total.requires_grad and "out" not in kwargs
+            and not total._is_view() and not self._needs_gradient(args[1:], kwargs)
+        )  # fmt: skip
+        if not simple:
+            self.commit_for(args, kwargs)
+            return function(*self._real(args), **self._real(kwargs))
+        functional = getattr(torch.Tensor, function.__name__.replace("__i", "__", 1).removesuffix("_") if not
+                             function.__name__.startswith("__") else function.__name__.replace("__i", "__", 1), None)  # fmt: skip
+        if functional is None:
+            self.commit_for(args, kwargs)
+            return function(*self._real(args), **self._real(kwargs))
+        result = self._record(functional, args, kwargs)
+        if not isinstance(result, DeferredTensor) or result.dtype is not total.dtype or result.shape != total.shape:
+            return function(total, *self._real(args[1:]), **self._real(kwargs))
+        result.slot.wrapper = None
+        torch.utils.swap_tensors(total, result)
+        assert isinstance(total, DeferredTensor)
+        import weakref
+
+        total.slot.wrapper = weakref.ref(total)
+        return total
+
+    def finish(self) -> None:
+        """Computes everything that has been asked for."""
+        self.commit()
+        for slot in self.tape.live_slots():
+            self.value(slot)
+        self.deferring = False
+
+    def commit_for(self, args, kwargs) -> None:
+        """Computes what the arguments stand for."""
+        map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, (args, kwargs))
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Runs the entries that no live value needs a gradient through, for good."""
+        count = self.tape.committable()
+        if count == 0:
+            return
+        entries, rest = self.tape.entries[:count], self.tape.entries[count:]
+        live = [slot for entry in entries for slot in entry.outputs if slot.live]
+        needed = {slot for entry in rest for slot in entry.slots()}
+        exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot in set(live)]
+        try:
+            with undeferred():
+                self.programs.run(entries, exports, commit=True)
+        except (CaptureError, NumberUsed) as error:
+            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
+                return self.commit()
+            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
+            return None
+        for entry in entries:
+            for slot in entry.outputs:
+                slot.committed = True
+        for entry in rest:
+            entry.leaves = [_slot_input(leaf) if isinstance(leaf, Slot) and leaf.committed else leaf for leaf in entry.leaves]
+            entry.key = (*entry.key[:2], _rekeyed(entry.key[2], entry.leaves), entry.key[3])
+        self.tape.entries = rest
+        self.tape.mutated = False
+        self._called_since_backward = set()
+        return None
+
+    def _peek(self, slot: Slot) -> None:
+        """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
+        slots = [other for other in self.tape.live_slots() if other.value is None]
+        if slot not in slots:
+            slots.append(slot)
+        entries = self.tape.slice_for(slots)
+        try:
+            with undeferred():
+                self.programs.run(entries, slots, commit=False)
+        except (CaptureError, NumberUsed) as error:
+            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
+                return self._peek(slot)
+            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
+        return None
+
+    def run_eagerly(self, error: CaptureError, module: nn.Module | None = None) -> None:
+        """Runs the tape in torch, with its gradient history, and leaves the modules on it to torch from now on."""
+        transient = error.reason == NEW_STATE
+        if not transient:
+            if self.config.fallback == "error":
+                self.tape.entries.clear()
+                raise FallbackError(error.reason, error.where, error.operator) from None
+            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            statistics().fallbacks += 1
+            for entry in self.tape.entries:
+                if isinstance(entry.function, nn.Module):
+                    self._eager_modules[id(entry.function)] = entry.function
+            if module is not None:
+                self._eager_modules[id(module)] = module
+        entries, self.tape = self.tape.entries, Tape()
+        self._called_since_backward = set()
+        with undeferred():
+            for entry in entries:
+                self._replay_eagerly(entry)
+
+    def _replay_eagerly(self, entry: Entry) -> None:
+        def resolve(leaf: Any, _: int) -> Any:
+            if isinstance(leaf, Slot):
+                return leaf.value
+            if isinstance(leaf, Input):
+                return tensor_of(leaf.array).clone()
+            return leaf
+
+        with contextlib.ExitStack() as stack:
+            if entry.seed is not None:
+                stack.enter_context(torch.random.fork_rng(devices=[]))
+                torch.manual_seed(int(entry.seed.array))
+            results = tensors_in(replay(entry, resolve))
+        for slot, tensor in zip(entry.outputs, results, strict=False):
+            slot.value = tensor
+            slot.committed = True
+
+    def _run_at_once(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """A call that needs no gradient: one program, run now."""
+        result = self._record(module, args, kwargs)
+        self.commit()
+        return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, result)
+
+    # -- questions ----------------------------------------------------------------------------------------------
+
+    def _unwatched(self) -> bool:
+        return is_replaying() or threading.get_ident() != self._thread
+
+    def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+        if not self.deferring or id(module) in self._eager_modules:
+            return False
+        if self.book.trains(module, self.modules):
+            return True
+        return self._any_pending(args, kwargs)
+
+    def _any_pending(self, args: Any, kwargs: Any) -> bool:
+        return any(
+            isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0]
+        )
+
+    def _needs_gradient(self, args: Any, kwargs: Any) -> bool:
+        return any(
+            isinstance(leaf, DeferredTensor) and leaf.slot.meta.requires_grad and not leaf.slot.freed
+            for leaf in flatten((args, kwargs))[0]
+        )
+
+    def _has_backward(self) -> bool:
+        return bool(self._called_since_backward)
+
+    def _require_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before torch's own `step`: a consumed gradient would be taken for none."""
+
+    def _real(self, value: Any) -> Any:
+        return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
+
+    def _make_constant(self, entries: list[Entry], error: NumberUsed) -> bool:
+        source: Any = error.source
+        if source is None:
+            return False
+        entry = entries[source.entry]
+        if source.optimizer is not None:
+            return self.book.fix_number(source.optimizer(), source.position)
+        history = self._numbers[(entry.key[0], entry.structure, entry.ambient, tuple(map(_kind, entry.leaves)))]
+        history.fixed.add(source.position)
+        entry.numbers = tuple(place for place in entry.numbers if place != source.position)
+        constants = list(entry.key[2])
+        constants[source.position] = (float, entry.leaves[source.position])
+        entry.key = (*entry.key[:2], tuple(constants), entry.key[3])
+        return True
+
+
+class _Numbers:
+    """The numbers that one kind of call has been given."""
+
+    def __init__(self):
+        self.last: dict[int, float] = {}
+        self.seen_changing: set[int] = set()
+        self.fixed: set[int] = set()
+
+    def changing(self, leaves: list[Any]) -> tuple[int, ...]:
+        """Positions of the floats that are known to change; what they are now is remembered."""
+        for place, leaf in enumerate(leaves):
+            if type(leaf) is float:
+                if self.last.setdefault(place, leaf) != leaf:
+                    self.seen_changing.add(place)
+                self.last[place] = leaf
+        return tuple(place for place in sorted(self.seen_changing - self.fixed) if leaves[place] != 0.0)
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Slot):
+        return "slot"
+    if isinstance(leaf, Input):
+        return leaf.shape, leaf.dtype
+    if isinstance(leaf, torch.Tensor | nn.Module | torch.optim.Optimizer):
+        return id(leaf)
+    if type(leaf) is float:
+        return float
+    try:
+        hash(leaf)
+    except TypeError:
+        raise CaptureError(reason=f"a {type(leaf).__name__} is passed to the model", where=user_line()) from None
+    return type(leaf), leaf
+
+
+def _rekeyed(constants: tuple, leaves: list[Any]) -> tuple:
+    return tuple(_kind(leaf) if isinstance(leaf, Input) else constant for constant, leaf in zip(constants, leaves, strict=True))
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Slot):
+        return tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
+    return None
+
+
+def _slot_input(slot: Slot) -> Input:
+    assert slot.value is not None
+    return Input(input_array(slot.value), tuple(slot.value.shape), slot.value.dtype)
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__") or name == "__setitem__"
+    return name.endswith("_")
+
+
+def _unusable(error: NumberUsed) -> CaptureError:
+    return CaptureError(reason="the step decides by the value of a number that is computed in it", where=user_line())

@@ -1,0 +1,170 @@
+"""`tc.compile`: one function that does forward, backward and `optimizer.step()`, as one program."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, FallbackError, UsageError
+from trainingcompiler.events import FellBack, emit
+from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
+from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
+from trainingcompiler.statistics import current as statistics
+
+
+class CompiledStep:
+    """A train step that runs as one compiled program per signature of its arguments.
+
+    The first call runs in torch: it creates the optimizer's state, and shows which modules and optimizers the function
+    reaches.
+    """
+
+    def __init__(self, train_step: Callable, config: TrainingCompilerConfig):
+        functools.update_wrapper(self, train_step)
+        self._function = train_step
+        self._config = config
+        self._book = OptimizerBook(config.keep_gradients)
+        self._programs = ProgramCache(self._book)
+        self._watch = ModuleWatch()
+        self._choice = EngineChoice(config.engine)
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._results: dict[tuple, tuple] = {}
+        self._is_eager = config.engine == "eager"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Does one step, and returns what the function returns.
+
+        Raises:
+            UsageError: The function reaches no optimizer, or changes no parameter.
+            FallbackError: It cannot be compiled, and `fallback="error"`.
+        """
+        if not self._optimizers:
+            result = self._observe(args, kwargs)
+        elif self._is_eager or not self._choice.defers:
+            with undeferred():
+                result = self._function(*args, **kwargs)
+            self._finished("eager")
+        else:
+            result = self._run(args, kwargs)
+        return result
+
+    def _observe(self, args: tuple, kwargs: dict) -> Any:
+        modules: dict[int, nn.Module] = {}
+        stepped: dict[int, torch.optim.Optimizer] = {}
+        of_modules = register_module_forward_pre_hook(lambda module, _: modules.setdefault(id(module), module) and None)
+        of_steps = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.setdefault(id(optimizer), optimizer))
+        try:
+            with undeferred():
+                result = self._function(*args, **kwargs)
+        finally:
+            of_modules.remove()
+            of_steps.remove()
+        name = getattr(self._function, "__name__", "the function")
+        if not stepped:
+            raise UsageError(
+                f"tc.compile({name}): {name} has run once and has called no optimizer.step(), so there is no training "
+                "step to compile. Pass the function that does forward, backward and optimizer.step()."
+            )
+        optimizers = list(stepped.values())
+        if not any(p.grad is not None or o.state for o in optimizers for g in o.param_groups for p in g["params"]):
+            raise UsageError(
+                f"tc.compile({name}): {name} has called optimizer.step(), but no parameter had a gradient, so nothing "
+                "was trained. Call loss.backward() inside the function."
+            )
+        self._modules = list(modules.values())
+        self._optimizers = optimizers
+        for optimizer in optimizers:
+            self._book.register(optimizer)
+            self._book.habits(optimizer).clears = all(
+                p.grad is None for group in optimizer.param_groups for p in group["params"]
+            )
+        self._finished("eager")
+        return result
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        try:
+            with undeferred():
+                result = self._run_program(args, kwargs)
+        except CaptureError as error:
+            return self._fall_back(error, args, kwargs)
+        self._finished("xla")
+        return result
+
+    def _run_program(self, args: tuple, kwargs: dict) -> Any:
+        leaves, structure = flatten((args, kwargs))
+        encoded = [_encode(leaf) for leaf in leaves]
+        kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Input) else _constant(leaf) for leaf in encoded)
+        prints = tuple(self._watch.fingerprint(module, fresh=True) for module in self._modules)
+        ambient = Ambient.now()
+        key = ((self._function, prints), structure, kinds, ambient)
+        entry = Entry(self._function, structure, encoded, ambient, key, None, optimizers=tuple(self._optimizers))
+        entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
+        known = self._results.get(key)
+        if known is not None:
+            template, metas = known
+            entry.outputs = [Slot(meta) for meta in metas]
+        while True:
+            try:
+                self._programs.run([entry], entry.outputs or [], commit=True)
+                break
+            except NumberUsed as error:
+                source: Any = error.source
+                if source is None or not self._book.fix_number(source.optimizer(), source.position):
+                    raise CaptureError(
+                        reason="the step decides by the value of a number that is computed in it"
+                    ) from None
+                entry.outputs = None
+        if known is None:
+            assert entry.result is not None and entry.outputs is not None
+            structure, leaves = entry.result
+            positions = {slot: index for index, slot in enumerate(entry.outputs)}
+            template = structure, [positions.get(leaf) if isinstance(leaf, Slot) else leaf for leaf in leaves], [
+                isinstance(leaf, Slot) for leaf in leaves
+            ]
+            self._results[key] = template, [slot.meta for slot in entry.outputs]
+        structure, items, are_outputs = template
+        return unflatten(
+            structure,
+            iter([entry.outputs[i].value if is_output else i for i, is_output in zip(items, are_outputs, strict=True)]),
+        )
+
+    def _fall_back(self, error: CaptureError, args: tuple, kwargs: dict) -> Any:
+        if error.reason != NEW_STATE:
+            if self._config.fallback == "error":
+                raise FallbackError(error.reason, error.where, error.operator) from None
+            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            statistics().fallbacks += 1
+            self._is_eager = True
+        with undeferred():
+            result = self._function(*args, **kwargs)
+        self._finished("eager")
+        return result
+
+    def _finished(self, engine: str) -> None:
+        statistics().step_finished(engine, time.monotonic())
+        self._choice.stepped(self._optimizers[0], engine)
+
+
+def _encode(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
+        return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
+    return leaf
+
+
+def _constant(leaf: Any) -> Any:
+    return id(leaf) if isinstance(leaf, torch.Tensor | nn.Module) else (type(leaf), leaf)

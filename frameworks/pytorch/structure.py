@@ -1,0 +1,132 @@
+"""Takes nested arguments and results apart into leaves and a hashable description, and puts them together again.
+
+torch's pytree knows registered containers only. Models return dataclasses, `ModelOutput`s and caches that hold tensors
+several objects deep, so any object that is not a value in itself is taken apart by its attributes.
+"""
+
+import copy
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+_VALUES = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type(Ellipsis),
+    torch.Tensor,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Generator,
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    np.ndarray,
+    np.generic,
+    range,
+    enum.Enum,
+    type,
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    ModuleType,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The shape of a nested value: a container's type, its keys, and the structures of its items.
+
+    `kind` is None for a leaf.
+    """
+
+    kind: Any = None
+    keys: tuple = ()
+    children: tuple["Structure", ...] = ()
+    original: Any = None  # compares equal always: only a template for rebuilding
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Structure)
+            and self.kind is other.kind
+            and self.keys == other.keys
+            and self.children == other.children
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.keys, self.children))
+
+
+_LEAF = Structure()
+
+
+def flatten(value: Any) -> tuple[list[Any], Structure]:
+    """Takes `value` apart.
+
+    Args:
+        value: Anything; containers and plain objects are entered, tensors and values are leaves.
+
+    Returns:
+        The leaves in order, and the structure, which compares equal for values of the same build.
+    """
+    leaves: list[Any] = []
+    return leaves, _flatten(value, leaves)
+
+
+def unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
+    """Puts a value together from its structure and its leaves, consuming as many leaves as the structure has."""
+    if structure.kind is None:
+        return next(leaves)
+    items = [unflatten(child, leaves) for child in structure.children]
+    kind = structure.kind
+    if kind in (tuple, list, set, torch.Size):
+        return kind(items)
+    if kind is slice:
+        return slice(*items)
+    if kind is dict:
+        return dict(zip(structure.keys, items, strict=True))
+    if issubclass(kind, tuple):
+        return kind(*items)
+    rebuilt = copy.copy(structure.original)
+    if isinstance(rebuilt, dict):
+        for key, item in zip(structure.keys, items, strict=True):
+            rebuilt[key] = item
+        return rebuilt
+    if isinstance(rebuilt, list):
+        rebuilt[:] = items
+        return rebuilt
+    rebuilt.__dict__.update(zip(structure.keys, items, strict=True))
+    return rebuilt
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied to each leaf."""
+    leaves, structure = flatten(value)
+    return unflatten(structure, iter([function(leaf) for leaf in leaves]))
+
+
+def _flatten(value: Any, leaves: list[Any]) -> Structure:
+    kind = type(value)
+    if isinstance(value, _VALUES):
+        leaves.append(value)
+        return _LEAF
+    if kind is tuple or kind is list or isinstance(value, tuple | list):
+        return Structure(kind, (), tuple(_flatten(item, leaves) for item in value), value)
+    if isinstance(value, dict):
+        return Structure(kind, tuple(value), tuple(_flatten(item, leaves) for item in value.values()), value)
+    if kind is slice:
+        return Structure(kind, (), tuple(_flatten(item, leaves) for item in (value.start, value.stop, value.step)))
+    if hasattr(value, "__dict__"):
+        attributes = value.__dict__
+        return Structure(kind, tuple(attributes), tuple(_flatten(item, leaves) for item in attributes.values()), value)
+    leaves.append(value)
+    return _LEAF

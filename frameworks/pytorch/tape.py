@@ -1,0 +1,202 @@
+"""The tape: what the loop has asked for and nobody has computed yet."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, unflatten
+
+
+class Slot:
+    """One tensor that an entry of the tape produces.
+
+    Attributes:
+        meta: A fake tensor with its shape, dtype and `requires_grad`.
+        value: The real tensor, once it has been computed.
+        committed: Whether the entries behind it have left the tape, so that `value` is all there is.
+        freed: Whether a `backward()` has freed the graph behind it.
+        wrapper: A weak reference to the `DeferredTensor` that the loop holds.
+    """
+
+    __slots__ = ("__weakref__", "committed", "freed", "meta", "value", "wrapper")
+
+    def __init__(self, meta: torch.Tensor):
+        self.meta = meta
+        self.value: torch.Tensor | None = None
+        self.committed = False
+        self.freed = False
+        self.wrapper: weakref.ref | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether the loop still holds the tensor."""
+        return self.wrapper is not None and self.wrapper() is not None
+
+
+@dataclass(eq=False, slots=True)
+class Input:
+    """The value that a tensor had when a call received it.
+
+    Attributes:
+        array: A snapshot that XLA reads, shared with nobody.
+        meta: Shape and dtype of the tensor.
+    """
+
+    array: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """torch's modes around a call, which decide what the call computes."""
+
+    grad: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+    default_dtype: torch.dtype
+    precision: str
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> "Ambient":
+        """The modes that are set at this moment in this thread."""
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Sets the modes for a replay."""
+        with (
+            torch.set_grad_enabled(self.grad),
+            torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
+        ):
+            yield
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One call that the loop made: a module, a torch function, `backward`, `optimizer.step`.
+
+    Attributes:
+        function: What was called.
+        structure: Of `(args, kwargs)`.
+        leaves: `Slot`, `Input`, a tensor that is state (by identity), or a constant.
+        ambient: torch's modes at the call.
+        key: Everything that decides what the entry computes, but for which slots it reads.
+        outputs: The slots of its tensor results; None until a capture has found them.
+        result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
+        seed: A snapshot of the seed of its random numbers, if it draws any.
+        numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
+        frees: The slots whose graph the entry frees.
+        where: The script's line.
+        optimizers: The optimizers whose `step` it runs.
+    """
+
+    function: Callable
+    structure: Structure
+    leaves: list[Any]
+    ambient: Ambient
+    key: tuple
+    outputs: list[Slot] | None = field(default_factory=list)
+    result: tuple[Structure, list[Any]] | None = None
+    seed: Input | None = None
+    numbers: tuple[int, ...] = ()
+    where: str | None = None
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
+    def slots(self) -> list[Slot]:
+        """The slots that the entry reads."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]
+
+
+class Tape:
+    """Entries in the order in which the loop asked for them."""
+
+    def __init__(self):
+        self.entries: list[Entry] = []
+        self.mutated = False  # an entry writes to what another one produced: slices are not safe
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def producers(self) -> dict[Slot, int]:
+        """The index of the entry that produced each pending slot."""
+        return {slot: index for index, entry in enumerate(self.entries) for slot in entry.outputs or ()}
+
+    def live_slots(self) -> list[Slot]:
+        """The pending slots that the loop still holds."""
+        return [slot for entry in self.entries for slot in entry.outputs if slot.live]
+
+    def committable(self) -> int:
+        """How many entries from the start nothing alive needs a gradient through any more."""
+        needed = self._ancestors([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
+        return min(needed, default=len(self.entries))
+
+    def slice_for(self, slots: list[Slot]) -> list[Entry]:
+        """The entries that the values of `slots` depend on, not going behind slots whose value is known."""
+        if self.mutated:
+            return list(self.entries)
+        indices = self._ancestors(slots, stop_at_values=True)
+        return [self.entries[index] for index in sorted(indices)]
+
+    def free(self, slot: Slot) -> None:
+        """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
+        ancestors = self._ancestors([slot])
+        for index in ancestors:
+            for output in self.entries[index].outputs:
+                output.freed = True
+        spent = {output for index in ancestors for output in self.entries[index].outputs}
+        for entry in self.entries:  # whatever else was computed from them cannot be differentiated either
+            if any(read in spent for read in entry.slots()):
+                for output in entry.outputs:
+                    output.freed = True
+                    spent.add(output)
+
+    def _ancestors(self, slots: list[Slot], stop_at_values: bool = False) -> set[int]:
+        producers = self.producers()
+        found: set[int] = set()
+        pending = [producers[slot] for slot in slots if slot in producers]
+        while pending:
+            index = pending.pop()
+            if index in found:
+                continue
+            found.add(index)
+            for read in self.entries[index].slots():
+                if read in producers and not (stop_at_values and read.value is not None):
+                    pending.append(producers[read])
+        return found
+
+
+def replay(entry: Entry, resolve: Callable[[Any, int], Any]) -> Any:
+    """Runs an entry again.
+
+    Args:
+        entry: What to run.
+        resolve: `(leaf, position)` to the value to pass in its place.
+
+    Returns:
+        What the entry's function returns.
+    """
+    leaves = [resolve(leaf, position) for position, leaf in enumerate(entry.leaves)]
+    args, kwargs = unflatten(entry.structure, iter(leaves))
+    with entry.ambient.entered():
+        return entry.function(*args, **kwargs)
+
+
+def tensors_in(result: Any) -> list[torch.Tensor]:
+    """The distinct tensors in a call's result, in order; they correspond to `Entry.outputs`."""
+    leaves, _ = flatten(result)
+    distinct = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return list(distinct.values())

@@ -1,0 +1,253 @@
+"""Runs torch code on stand-ins: every real tensor that it meets is replaced by a traced twin, by identity.
+
+Nothing is ever baked in: parameters, buffers, optimizer state, closed-over masks and module constants all reach torch
+through Python calls, where a `TorchFunctionMode` swaps them. A real tensor that slips past the mode meets
+`FakeTensorMode`, which refuses it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
+from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
+
+_FUSED_OPTIMIZERS = {
+    torch._fused_adam_: ("aten._fused_adam.default", 6),
+    torch._fused_adamw_: ("aten._fused_adamw.default", 6),
+    torch._fused_sgd_: ("aten._fused_sgd.default", 3),
+    torch._fused_adagrad_: ("aten._fused_adagrad.default", 4),
+}
+# Functions whose numbers a 0-d tensor can stand in for without changing the result's dtype.
+_TAKES_TENSOR = frozenset(
+    "add sub subtract rsub mul multiply div divide true_divide pow lerp addcmul addcdiv maximum minimum where fill "
+    "clamp clamp_min clamp_max __radd__ __rsub__ __rmul__ __rdiv__ __rtruediv__ __rpow__ __pow__ __add__ __sub__ "
+    "__mul__ __div__ __truediv__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__".split()
+)
+
+
+class Twins(TorchFunctionMode):
+    """Swaps real tensors for fake, recorded ones while it is entered.
+
+    Attributes:
+        recorder: Records what runs.
+        lifted: The real tensors met so far, in order.
+        reads_numbers: Whether `.item()` of a floating tensor gives a `TracedNumber`, as inside `optimizer.step()`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.recorder = Recorder()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.lifted: list[torch.Tensor] = []
+        self.reads_numbers = False
+        self._fakes: dict[int, torch.Tensor] = {}
+        self._first_values: dict[int, int] = {}
+        self._reals: dict[int, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Enters the modes under which torch code is recorded."""
+        with (
+            _without_mkldnn(),
+            torch.autograd.set_multithreading_enabled(False),
+            guarded_math(),
+            self.fake_mode,
+            self.recorder,
+            self,
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def numbers_in_steps(self) -> Iterator[None]:
+        """Gives numbers to optimizers that ask for `.item()`, as those that count their steps in a tensor do."""
+
+        def switch(on: bool):
+            def hook(*_):
+                self.reads_numbers = on
+
+            return hook
+
+        before = register_optimizer_step_pre_hook(switch(True))
+        after = register_optimizer_step_post_hook(switch(False))
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def fake_like(self, shape, dtype, stride=None, requires_grad=False) -> torch.Tensor:
+        """A new recorded input of the graph."""
+        with _disable_current_modes(), self.fake_mode:
+            if stride is None:
+                fake = torch.empty(shape, dtype=dtype)
+            else:
+                fake = torch.empty_strided(shape, stride, dtype=dtype)
+            if requires_grad:
+                fake.requires_grad_()
+        self.recorder.add_input(fake)
+        return fake
+
+    def twin(self, real: torch.Tensor) -> torch.Tensor:
+        """The stand-in of a real tensor, made on first use."""
+        if isinstance(real, FakeTensor):
+            return real
+        known = self._fakes.get(id(real))
+        if known is not None:
+            return known
+        self._check_liftable(real)
+        fake = self.fake_like(tuple(real.shape), real.dtype, real.stride(), real.requires_grad)
+        self.lifted.append(real)
+        self._first_values[id(real)] = self.recorder.value_of(fake)
+        self._fakes[id(real)] = fake
+        self._reals[id(fake)] = real
+        gradient = tensor_hooks.real_gradient(real) if real.is_leaf else None
+        if gradient is not None:
+            twin = self.twin(gradient)
+            with torch._C.DisableTorchFunction():
+                fake.grad = twin
+        return fake
+
+    def first_value(self, real: torch.Tensor) -> int:
+        """The number of the graph input that a real tensor became."""
+        return self._first_values[id(real)]
+
+    def let_go(self) -> None:
+        """Drops every reference to a real tensor."""
+        self.lifted, self._reals = [], {}
+
+    def gradient(self, real: torch.Tensor) -> torch.Tensor | None:
+        """What `.grad` of the real tensor's twin is now."""
+        with torch._C.DisableTorchFunction():
+            return tensor_hooks.stored_gradient(self._fakes[id(real)])
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        args, kwargs = self._swap(args), {name: self._swap(value) for name, value in kwargs.items()}
+        if func in _FUSED_OPTIMIZERS:
+            return self._fused(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("item", "__float__") and self.reads_numbers and args[0].is_floating_point():
+            return TracedNumber(float("nan"), args[0].detach().to(torch.float64))
+        numbers = _numbers(args) + _numbers(tuple(kwargs.values()))
+        if numbers:
+            return self._real(self._with_numbers(func, name, args, kwargs, numbers))
+        try:
+            if func is torch.Tensor.backward:
+                with self:  # Python runs inside: checkpointed blocks, custom functions
+                    return _backward(*args, **kwargs)
+            return self._real(func(*args, **kwargs))
+        except DataDependentOutputException as error:
+            raise CaptureError(
+                reason=f"the step asks for the value of a tensor while it is being captured ({error.func})",
+                where=user_line(),
+                operator=str(error.func),
+            ) from None
+
+    def _with_numbers(self, func, name, args, kwargs, numbers):
+        if name.startswith("_foreach_"):
+            return self._foreach(func, name, args, kwargs, numbers)
+        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+        plain = name if name.startswith("__") else name.removesuffix("_")
+        if plain not in _TAKES_TENSOR:
+            raise NumberUsed(numbers[0].source)
+        first = next(argument for argument in args if isinstance(argument, torch.Tensor))
+        alpha = kwargs.pop("alpha", None)
+        value = kwargs.pop("value", None)
+        if alpha is not None:
+            args = (args[0], args[1] * alpha if not isinstance(alpha, TracedNumber) else self._scaled(args[1], alpha))
+        if value is not None and plain in ("addcdiv", "addcmul"):
+            product = args[1] / args[2] if plain == "addcdiv" else args[1] * args[2]
+            func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], self._scaled(product, value))
+        elif value is not None:
+            kwargs["value"] = value
+        args = tuple(a.tensor if isinstance(a, TracedNumber) else a for a in args)
+        kwargs = {key: a.tensor if isinstance(a, TracedNumber) else a for key, a in kwargs.items()}
+        if plain == "lerp":
+            args = (*args[:2], args[2].to(first.dtype))
+        result = func(*args, **kwargs)
+        expected = torch.result_type(first, 1.0)
+        return result if in_place or result.dtype is expected else result.to(expected)
+
+    @staticmethod
+    def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        if not isinstance(factor, TracedNumber):
+            return tensor * factor
+        return (tensor * factor.tensor).to(tensor.dtype)
+
+    def _foreach(self, func, name, args, kwargs, numbers):
+        single = getattr(torch.Tensor, name.removeprefix("_foreach_"), None)
+        if single is None:
+            raise NumberUsed(numbers[0].source)
+        count = len(args[0])
+        rows = [[a[i] if isinstance(a, list | tuple) else a for a in args] for i in range(count)]
+        return [
+            self.__torch_function__(
+                single, (), tuple(row), {k: v[i] if isinstance(v, list | tuple) else v for k, v in kwargs.items()}
+            )
+            for i, row in enumerate(rows)
+        ]
+
+    def _fused(self, func, args, kwargs):
+        operator, lists = _FUSED_OPTIMIZERS[func]
+        kwargs = {k: v.tensor if isinstance(v, TracedNumber) else v for k, v in kwargs.items()}
+        outputs = [tensor for argument in args[:lists] for tensor in argument]
+        self.recorder.emit(operator, args, kwargs, outputs)
+
+    def _swap(self, argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return self.twin(argument)
+        if type(argument) in (list, tuple):
+            return type(argument)(self._swap(item) for item in argument)
+        return argument
+
+    def _real(self, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return self._reals.get(id(result), result)
+        return result
+
+    def _check_liftable(self, real: torch.Tensor) -> None:
+        if real.grad_fn is not None:
+            raise CaptureError(
+                reason="the step uses a tensor with a gradient history from outside of it "
+                f"(shape {tuple(real.shape)}, made by {real.grad_fn.name()})",
+                where=user_line(),
+            )
+        if real._backward_hooks or real._post_accumulate_grad_hooks:
+            raise CaptureError(reason="a parameter has a gradient hook", where=user_line())
+        if real.device.type != "cpu" or real.layout is not torch.strided:
+            raise CaptureError(
+                reason=f"the step uses a {real.layout} tensor on {real.device}; only dense CPU tensors are compiled",
+                where=user_line(),
+            )
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Keeps torch from choosing oneDNN's fused kernels, which are opaque (`mkldnn_rnn_layer`)."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _numbers(arguments: tuple) -> list[TracedNumber]:
+    found = [argument for argument in arguments if isinstance(argument, TracedNumber)]
+    for argument in arguments:
+        if type(argument) in (list, tuple):
+            found += [item for item in argument if isinstance(item, TracedNumber)]
+    return found

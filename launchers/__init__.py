@@ -1,0 +1,1 @@
+"""Launchers start worker processes and set their environment; they import neither a framework's adapter nor JAX."""

@@ -1,0 +1,57 @@
+"""Packaging: `frameworks/` and `launchers/` install inside trainingcompiler, never as top-level names."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGE_DIR = {
+    "trainingcompiler": "trainingcompiler",
+    "trainingcompiler.frameworks": "frameworks",
+    "trainingcompiler.launchers": "launchers",
+}
+PACKAGES = [
+    *PACKAGE_DIR,
+    *(f"{name}.{sub}" for name, folder in PACKAGE_DIR.items() for sub in find_packages(folder)),
+]
+EXTRAS = {
+    "torch": ["torch>=2.9,<2.16"],
+    "huggingface": ["torch>=2.9,<2.16", "transformers>=5,<6", "accelerate>=1.10"],
+    "tensorflow": ["tensorflow>=2.20", "keras>=3.12"],
+    "cuda12": ["jax[cuda12]>=0.9,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.9,<0.13"],
+    "ray": ["ray>=2.40"],
+    "dev": [
+        "expecttest",
+        "hypothesis",
+        "matplotlib",
+        "mypy",
+        "pytest>=8",
+        "pytest-xdist",
+        "ruff",
+        "scikit-learn",
+        "setuptools>=77",
+    ],
+}
+
+setup(
+    name="trainingcompiler",
+    version="0.1.0",
+    description="Run the training script you already have; every step of it becomes one XLA program.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["training", "compiler", "pytorch", "jax", "xla"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=PACKAGES,
+    package_dir=PACKAGE_DIR,
+    python_requires=">=3.11",
+    install_requires=["jax>=0.9,<0.13", "numpy"],
+    extras_require=EXTRAS,
+)

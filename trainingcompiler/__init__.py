@@ -1,0 +1,129 @@
+"""trainingcompiler: run the training script you already have; every step of it becomes one XLA program.
+
+```python
+import trainingcompiler as tc
+
+tc.enable()  # before or after `import torch`; or be explicit:
+step = tc.compile(train_step)  # one function that does forward, backward and optimizer.step()
+```
+
+Importing this package does nothing else: no framework and no backend is loaded before it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from trainingcompiler.config import TrainingCompilerConfig
+    from trainingcompiler.errors import (
+        CaptureError,
+        ConfigError,
+        FallbackError,
+        GradientNotKeptError,
+        TrainingCompilerError,
+        UsageError,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "FallbackError",
+    "GradientNotKeptError",
+    "TrainingCompilerConfig",
+    "TrainingCompilerError",
+    "UsageError",
+    "__version__",
+    "compile",
+    "disable",
+    "enable",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_ADAPTERS = {"torch": "trainingcompiler.frameworks.pytorch"}
+"""Framework -> the module whose `enable(config)` and `disable()` hook it."""
+
+_withdrawals: list[Callable[[], None]] = []
+
+
+def enable(config: TrainingCompilerConfig | None = None) -> None:
+    """Compiles the training steps of this process from now on, whether or not the framework is imported yet.
+
+    Args:
+        config: The options; None takes them from the environment. `TRAININGCOMPILER=0` turns even a given one off.
+
+    Raises:
+        ConfigError: The environment holds a wrong or an unknown TRAININGCOMPILER variable.
+    """
+    from trainingcompiler import console, events, imports, statistics
+
+    disable()
+    config, off_because = _effective(config)
+    console.attach(quiet=config.quiet)
+    if off_because:
+        events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
+        return
+    statistics.current()
+    events.end_at_exit()
+    for framework, adapter in _ADAPTERS.items():
+        _withdrawals.append(imports.after_import(framework, functools.partial(_enable_adapter, adapter, config)))
+
+
+def disable() -> None:
+    """Takes back what `enable` did: steps from now on run as the framework runs them."""
+    while _withdrawals:
+        _withdrawals.pop()()
+    for adapter in _ADAPTERS.values():
+        if adapter in sys.modules:
+            sys.modules[adapter].disable()
+
+
+def compile(train_step: Function, config: TrainingCompilerConfig | None = None) -> Function:
+    """Returns `train_step` as a function that runs as one compiled program per signature of its arguments.
+
+    Args:
+        train_step: A function that does forward, backward and `optimizer.step()`.
+        config: As for `enable`.
+
+    Raises:
+        UsageError: The function trains nothing, or reaches no optimizer.
+        ConfigError: As for `enable`.
+    """
+    from trainingcompiler import console, events
+
+    config, off_because = _effective(config)
+    console.attach(quiet=config.quiet)
+    if off_because:
+        events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
+        return train_step
+    return importlib.import_module(_ADAPTERS["torch"]).compile(train_step, config)
+
+
+def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerConfig, str]:
+    """Returns the configuration that holds, and why it compiles nothing, or ""."""
+    from trainingcompiler.config import resolve
+
+    surroundings = resolve({}, os.environ)
+    if not surroundings.config.enabled:
+        return config or surroundings.config, "--no-compile or TRAININGCOMPILER=0 says so"
+    chosen = config or surroundings.config
+    return chosen, "" if chosen.enabled else "enabled=False"
+
+
+def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
+    importlib.import_module(module_name).enable(config)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainingCompilerConfig":
+        return importlib.import_module("trainingcompiler.config").TrainingCompilerConfig
+    if name in __all__:
+        return getattr(importlib.import_module("trainingcompiler.errors"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,39 @@
+"""Arrays that XLA owns, and the addresses of their buffers."""
+
+import jax
+import numpy as np
+
+_ALIGNMENT_BYTES = 64
+
+
+def owned_array(values: np.ndarray) -> jax.Array:
+    """Copies host values into a buffer that XLA owns, so that donating it updates it in place.
+
+    `jax.device_put` keeps pointing at a well-aligned NumPy array whatever `may_alias` says, and XLA copies a donated
+    buffer that it does not own. Handing over a misaligned array makes the runtime allocate.
+
+    Args:
+        values: Any shape and dtype.
+
+    Returns:
+        An array of the same shape and dtype on the default device, sharing no memory with `values`.
+    """
+    scratch = np.empty(values.nbytes + 2 * _ALIGNMENT_BYTES, np.uint8)
+    offset = -scratch.ctypes.data % _ALIGNMENT_BYTES + 16
+    misaligned = scratch[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
+    misaligned[...] = values
+    with jax.enable_x64(True):
+        array = jax.device_put(misaligned)
+    array.block_until_ready()
+    return array
+
+
+def snapshot(values: np.ndarray) -> jax.Array:
+    """An array that holds `values` as they are now, whatever happens to their memory later."""
+    with jax.enable_x64(True):
+        return jax.device_put(np.array(values, order="C", copy=True))
+
+
+def address(array: jax.Array) -> int:
+    """Where the array's buffer lies, in bytes; the array must live on one device."""
+    return array.unsafe_buffer_pointer()

@@ -1,0 +1,113 @@
+"""Compiles a `StepProgram` ahead of time into an `Executable`."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.events import phase
+from trainingcompiler.program import StepProgram, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What one run of an executable needs, in bytes, as XLA planned it before step 1.
+
+    Attributes:
+        argument_bytes: State and inputs.
+        output_bytes: New state and outputs.
+        alias_bytes: The part of the outputs that lives in argument buffers.
+        temporary_bytes: Everything else that is alive at the worst moment.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, outputs that are not aliased, and temporaries together."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Executable:
+    """A compiled program. Calling it donates the state.
+
+    Attributes:
+        program: What was compiled.
+        compile_time_s: Seconds from StableHLO to machine code, or to the cached executable.
+        memory: XLA's memory plan.
+        compiled: The JAX object that runs.
+    """
+
+    program: StepProgram
+    compile_time_s: float
+    memory: MemoryPlan
+    compiled: Any
+
+    def __call__(self, state: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        """Runs the program.
+
+        Args:
+            state: Arrays as `program.state` describes them. They are consumed: their buffers become the new state.
+            inputs: Arrays as `program.inputs` describes them; they stay valid.
+
+        Returns:
+            `(new_state, outputs)`. The arrays may still be computing.
+        """
+        return self.compiled(state, inputs)
+
+
+def compile(program: StepProgram) -> Executable:
+    """Lowers and compiles a program for the local device.
+
+    Args:
+        program: The step. Its state is donated, each array to its own successor.
+
+    Returns:
+        The executable, with its memory plan.
+
+    Raises:
+        TrainingCompilerError: XLA did not accept the identity alias map, so that state would exist twice.
+    """
+    with jax.enable_x64(True):
+        with phase("lower", program.name):
+            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True).lower(
+                _abstract(program.state), _abstract(program.inputs)
+            )
+        start_s = time.perf_counter()
+        with phase("compile", program.name):
+            compiled = lowered.compile()
+        compile_time_s = time.perf_counter() - start_s
+    analysis = compiled.memory_analysis()
+    memory = MemoryPlan(
+        argument_bytes=analysis.argument_size_in_bytes,
+        output_bytes=analysis.output_size_in_bytes,
+        alias_bytes=analysis.alias_size_in_bytes,
+        temporary_bytes=analysis.temp_size_in_bytes,
+    )
+    state_bytes = sum(spec.size_bytes for spec in program.state)
+    if memory.alias_bytes < state_bytes:
+        raise TrainingCompilerError(
+            f"XLA updates only {memory.alias_bytes} of {state_bytes} bytes of the training state of {program.name} "
+            "in place, so the rest would exist twice. This is a bug of trainingcompiler: please report it with the "
+            "script, and run with --engine=eager until it is mended."
+        )
+    return Executable(program=program, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
+
+
+def _named(program: StepProgram):
+    def function(state, inputs):
+        return program.function(state, inputs)
+
+    function.__name__ = program.name  # the module's name in XLA's dumps, profiles and cache
+    return function
+
+
+def _abstract(specs: tuple[TensorSpec, ...]) -> tuple:
+    return tuple(jax.ShapeDtypeStruct(spec.shape, np.dtype(spec.dtype)) for spec in specs)

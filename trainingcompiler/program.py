@@ -1,0 +1,54 @@
+"""`StepProgram`: one training step as a pure function on arrays, the one object in the middle of the house."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+Role = Literal["parameter", "buffer", "gradient", "optimizer", "hyperparameter", "rng", "constant", "batch", "output"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """The name, shape, dtype and meaning of one array that enters or leaves a program.
+
+    Attributes:
+        name: What a person would call it: `"blocks.0.attn.weight"`, `"exp_avg of blocks.0.attn.weight"`.
+        shape: Sizes, in elements.
+        dtype: NumPy dtype (`bfloat16` through ml_dtypes).
+        role: What the array is to the training step.
+        batch_dim: The dim along which a batch input is divided; None for everything else.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    role: Role
+    batch_dim: int | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one copy of the array."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepProgram:
+    """One training step (or one part of it) as a pure function, with its state named.
+
+    Attributes:
+        name: Shown to the user and part of the cache key, e.g. `"train_step"`.
+        function: `(state, inputs) -> (new_state, outputs)`, tuples of arrays; traceable by `jax.jit`. `new_state`
+            has the shapes, dtypes and order of `state`.
+        state: What the step writes. Its buffers are donated: the step updates them in place.
+        inputs: What the step only reads: the batch, hyperparameters, seeds, and parameters that it does not write.
+        outputs: What the step returns besides its state.
+    """
+
+    name: str
+    function: Callable[[tuple, tuple], tuple[tuple, tuple]]
+    state: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]

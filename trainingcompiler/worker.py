@@ -1,0 +1,127 @@
+"""Runs the script in this process as `python` would: `python -m trainingcompiler.worker script|module NAME [args]`.
+
+Started by a launcher, which has checked its arguments and put the options into the environment.
+"""
+
+import builtins
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+import trainingcompiler
+from trainingcompiler import events, statistics
+from trainingcompiler.config import resolve
+from trainingcompiler.errors import ConfigError, UsageError
+
+BAD_INPUT = 2
+
+
+def main() -> None:
+    """Runs the script named on the command line, sums up, and leaves with the script's exit code.
+
+    A script that succeeds without one optimizer step, although its steps were to be compiled, exits with code 2.
+    """
+    kind, name, *arguments = sys.argv[1:]
+    try:
+        enabled = resolve({}, os.environ).config.enabled
+        trainingcompiler.enable()
+    except ConfigError as error:
+        _refuse(error)
+    sys.argv[:] = ["-m" if kind == "module" else name, *arguments]
+    process = os.getpid()
+    succeeded = False
+    try:
+        code = _prepare_module(name) if kind == "module" else _prepare_file(name)
+        exec(code, vars(sys.modules["__main__"]))
+        succeeded = True
+    except UsageError as error:
+        _refuse(error)
+    except SystemExit as leaving:
+        succeeded = leaving.code in (None, 0)
+        raise
+    except BaseException:
+        _hide_our_frames()
+        raise
+    finally:
+        if enabled and os.getpid() == process:  # a child forked by the script comes past here as well
+            _finish(succeeded)
+
+
+def _finish(succeeded: bool) -> None:
+    trained = statistics.current().steps > 0
+    if trained or succeeded:
+        events.end()
+    else:
+        events.forget_end()  # what failed is told by the traceback, which is to be the last word
+    if succeeded and not trained:
+        sys.exit(BAD_INPUT)
+
+
+def _refuse(error: Exception) -> None:
+    sys.stderr.write(f"trainingcompiler: {error}\n")
+    sys.exit(BAD_INPUT)
+
+
+def _prepare_file(path: str) -> CodeType:
+    """Makes `__main__` and `sys.path` what `python path` makes them, and returns the script's code."""
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    absolute = os.path.abspath(path)
+    loader = importlib.machinery.SourceFileLoader("__main__", absolute)
+    # No spec: a process that multiprocessing spawns then imports the script by its path, as it does without us.
+    _new_main(__file__=absolute, __loader__=loader, __spec__=None, __package__=None, __cached__=None)
+    return loader.source_to_code(loader.get_data(absolute), absolute)
+
+
+def _prepare_module(name: str) -> CodeType:
+    """Makes `__main__` and `sys.argv` what `python -m name` makes them, and returns the module's code."""
+    spec = _spec_of(name)
+    code = spec.loader.get_code(spec.name)  # type: ignore[union-attr]
+    _new_main(
+        __file__=spec.origin, __loader__=spec.loader, __spec__=spec, __package__=spec.parent, __cached__=spec.cached
+    )
+    sys.argv[0] = spec.origin or name
+    return code
+
+
+def _spec_of(name: str) -> importlib.machinery.ModuleSpec:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            name = f"{name}.__main__"
+            spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that a parent package imports
+        spec = None
+    if spec is None:
+        raise UsageError(f"there is no module {name} (looked for from {os.getcwd()}, and where packages are installed)")
+    return spec
+
+
+def _new_main(**attributes: Any) -> None:
+    main_module = ModuleType("__main__")
+    vars(main_module).update(attributes, __builtins__=builtins)
+    sys.modules["__main__"] = main_module
+
+
+def _hide_our_frames() -> None:
+    """Lets the traceback begin at the script, whoever prints it: a script may have its own `sys.excepthook`.
+
+    The exception itself goes on to the interpreter, whose handling of exit codes and of Ctrl-C is then the script's.
+    """
+    show = sys.excepthook
+
+    def show_from_script(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen ")):
+            trace = trace.tb_next
+        show(kind, error.with_traceback(trace), trace)
+
+    sys.excepthook = show_from_script
+
+
+if __name__ == "__main__":
+    main()
