@@ -99,7 +99,10 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             row["first_step_warm_s"] = workers[engine].first["first_step_s"]
             row["peak_rss_mib"] = cold.first["peak_rss_mib"]
         for engine, result in take_turns(workers, rounds).items():
-            peak = max(rows[engine]["peak_rss_mib"], result.get("peak_rss_mib", 0.0))
+            if "failed" in result:
+                rows[engine] = {"model": model, "engine": engine, "failed": True}
+                continue
+            peak = max(rows[engine]["peak_rss_mib"], result["peak_rss_mib"])
             rows[engine] |= {**result, "peak_rss_mib": peak}
     if with_host:
         for engine in workers:

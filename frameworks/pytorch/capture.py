@@ -21,7 +21,7 @@ from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay,
 from trainingcompiler.frameworks.pytorch.twins import Twins
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lifted:
     """A real tensor that the step reads, by identity.
 

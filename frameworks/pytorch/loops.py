@@ -75,10 +75,6 @@ class OptimizerBook:
         reference = self._owners.get(id(parameter))
         return None if reference is None else reference()
 
-    def compiles_alone(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a `step` without anything on the tape is worth a program: its gradients came from programs."""
-        return self.habits(optimizer).steps > 0
-
     def stepped(self, optimizer: torch.optim.Optimizer, engine: str) -> None:
         """Notes a finished `step`."""
         habits = self.habits(optimizer)
@@ -90,7 +86,8 @@ class OptimizerBook:
 
     def pattern(self, optimizer: torch.optim.Optimizer) -> tuple:
         """The optimizer's part of a signature."""
-        return id(optimizer), optimizers.pattern(optimizer, self.habits(optimizer).constants)
+        habits = self.habits(optimizer)
+        return id(optimizer), self._keeps(optimizer), optimizers.pattern(optimizer, habits.constants)
 
     def fix_number(self, optimizer: torch.optim.Optimizer, path: tuple) -> bool:
         """Makes a hyperparameter a constant of programs; False if it is one."""
@@ -105,10 +102,11 @@ class OptimizerBook:
     def keeps_gradient(self, parameter: torch.Tensor) -> bool:
         """Whether a step stores the parameter's gradient: unless the script is known to throw it away unread."""
         owner = self.owner(parameter)
-        if owner is None or self.keep_gradients:
-            return True
-        habits = self.habits(owner)
-        return not habits.clears or habits.zeroes or habits.reads
+        return owner is None or self._keeps(owner)
+
+    def _keeps(self, optimizer: torch.optim.Optimizer) -> bool:
+        habits = self.habits(optimizer)
+        return self.keep_gradients or not habits.clears or habits.zeroes or habits.reads
 
     def consume(self, parameters: list[weakref.ref]) -> None:
         """Notes parameters whose gradients a step has used and not stored."""
@@ -120,15 +118,15 @@ class OptimizerBook:
         return bool(self._consumed) and id(parameter) in self._consumed
 
     def check_unconsumed(self) -> None:
-        """Fails if a gradient would be accumulated on one that was not stored.
+        """Fails before anything is added to gradients that were not stored, or steps by them.
 
         Raises:
             GradientNotKeptError: The script did not clear the gradients, as it used to.
         """
         if self._consumed:
             raise GradientNotKeptError(
-                "backward() would add to gradients that the compiled step did not keep, because the script has set "
-                "them to None after every step so far. Pass --keep-gradients to the launcher, or "
+                "backward() or step() would use gradients of an earlier step that the compiled step did not keep, "
+                "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, or "
                 "TrainingCompilerConfig(keep_gradients=True)."
             )
 

@@ -57,7 +57,7 @@ def _run_node(node: Node, values: dict[int, Any]) -> None:
     else:
         result = LOWERINGS[node.operator](*args, **kwargs)
     outputs = _flatten(result)
-    for number, meta, output in zip(node.outputs, node.metas, outputs, strict=False):
+    for number, meta, output in zip(node.outputs, node.metas, outputs, strict=True):
         if number is None:
             continue
         values[number] = output if meta is None else _checked(node, meta, output)

@@ -1,5 +1,6 @@
 """Compiled tapes: found by signature, bound to the training state, run."""
 
+import enum
 import inspect
 import time
 import weakref
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from trainingcompiler import compiler
-from trainingcompiler.errors import CaptureError, GradientNotKeptError
+from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
+from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
@@ -29,6 +31,18 @@ from trainingcompiler.statistics import current as statistics
 _MOST_PROGRAMS = 32  # for one loop; beyond, its shapes or constants change too often for compiling to pay
 
 
+class Purpose(enum.Enum):
+    """What becomes of the state and gradients that entries write.
+
+    `COMMIT` updates them, in place. `PEEK` does not compute them. `HOLD` computes them beside the old ones, to be
+    applied when the loop has asked for them.
+    """
+
+    COMMIT = enum.auto()
+    PEEK = enum.auto()
+    HOLD = enum.auto()
+
+
 class ProgramCache:
     """Every tape that has been compiled in this process."""
 
@@ -38,30 +52,39 @@ class ProgramCache:
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
 
-    def run(self, entries: list[Entry], exports: list[Slot], commit: bool) -> None:
+    def signature(self, entries: list[Entry]) -> tuple[tuple, dict[Slot, int]]:
+        """What decides which program entries are.
+
+        Returns:
+            A hashable key, and the number that each slot has in it.
+        """
+        numbering: dict[Slot, int] = {}
+        parts = []
+        for entry in entries:
+            reads = tuple(numbering.get(slot, (tuple(slot.meta.shape), slot.meta.dtype)) for slot in entry.slots())
+            extra = (*map(self.book.pattern, entry.optimizers), entry.seed is not None)
+            parts.append((entry.key, reads, extra))
+            for slot in entry.outputs or ():
+                numbering[slot] = len(numbering)
+        return tuple(parts), numbering
+
+    def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "Held | None":
         """Runs entries as one program, compiled if they are new.
 
         Args:
             entries: In order.
             exports: The slots to give values to.
-            commit: Whether state and gradients are updated; if not, only the exports are computed.
+            purpose: What becomes of the state and gradients that the entries write.
+
+        Returns:
+            What is to be applied later, for `Purpose.HOLD`.
 
         Raises:
             CaptureError, NumberUsed: The entries cannot be compiled; nothing has changed.
         """
-        numbering: dict[Slot, int] = {}
-        signature = [commit]
-        for entry in entries:
-            reads = tuple(
-                numbering.get(slot, (tuple(slot.meta.shape), slot.meta.dtype)) for slot in entry.slots()
-            )
-            extra = (*map(self.book.pattern, entry.optimizers), entry.seed is not None)
-            signature.append((entry.key, reads, extra))
-            for slot in entry.outputs or ():
-                numbering[slot] = len(numbering)
-        key = tuple(signature)
+        key, numbering = self.signature(entries)
         wanted = {numbering[slot] for slot in exports}
-        variants = self._programs.setdefault(key, [])
+        variants = self._programs.setdefault((purpose, key), [])
         for compiled in variants:
             if wanted <= compiled.exported and compiled.binds():
                 break
@@ -69,12 +92,11 @@ class ProgramCache:
             # A set of live results only grows, or two loops that differ in what they hold would compile in turn.
             for older in variants:
                 wanted |= older.exported
-            compiled = self._compile(entries, [slot for slot in numbering if numbering[slot] in wanted], commit)
+            compiled = self._compile(entries, [slot for slot in numbering if numbering[slot] in wanted], purpose)
             variants.append(compiled)
-        compiled.run(entries)
+        return compiled.run(entries)
 
-    def _compile(self, entries: list[Entry], exports: list[Slot], commit: bool) -> "CompiledTape":
-        self.book.check_unconsumed()
+    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "CompiledTape":
         where = next((entry.where for entry in entries if entry.where), None)
         name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
         if all(isinstance(entry.function, nn.Module) for entry in entries) and not any(
@@ -88,7 +110,7 @@ class ProgramCache:
             if unknown:
                 exports = entries[-1].outputs or []
             running.detail += f"  {len(captured.graph.nodes):,} ops"
-        compiled = CompiledTape(self, name, entries, captured, exports, commit)
+        compiled = CompiledTape(self, name, entries, captured, exports, purpose)
         self._explain(entries, where, time.perf_counter() - start_s)
         statistics().compiles += 1
         statistics().compile_time_s += time.perf_counter() - start_s
@@ -146,27 +168,35 @@ class CompiledTape:
         exported: Numbers of the slots that it computes.
     """
 
-    def __init__(self, cache: ProgramCache, name, entries, captured: CapturedStep, exports: list[Slot], commit: bool):
+    def __init__(self, cache: ProgramCache, name, entries, captured: CapturedStep, exports: list[Slot], purpose: Purpose):
         self.cache = cache
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         self.exported = {slots.index(slot) for slot in exports}
         self._exports = sorted(self.exported)
-        self._commit = commit
-        self._plan_gradients(entries, captured, commit)
-        written, read = [], []
-        for item in captured.lifted:
-            is_written = commit and item.new_value != item.value and id(item) not in self._dropped
-            (written if is_written else read).append(item)
+        self._purpose = purpose
+        self._plan_gradients(entries, captured)
+        output_values = [captured.outputs[slots[index]] for index in self._exports]
+        output_values += [value for _, value in self._new_gradients]
+        written = [item for item in captured.lifted if item.new_value != item.value and id(item) not in self._dropped]
+        if purpose is Purpose.PEEK:
+            written = []
+        if purpose is Purpose.HOLD:
+            if any(item.tensor().requires_grad or item.gradient_of for item in written):
+                raise CaptureError(reason="parameters or gradients would be held twice")
+            output_values += [item.new_value for item in written]
+        results = [item.new_value for item in written] + output_values
+        used = {number for node in captured.graph.live_nodes(results) for number in references(node)} | set(results)
+        donated = written if purpose is Purpose.COMMIT else []
+        read = [item for item in captured.lifted if item not in donated and item.value in used]
         finders = _state_finders(entries)
-        self._written = [_binding(item, finders) for item in written]
+        self._donated = [_binding(item, finders) for item in donated]
+        self._held = [] if donated else [_binding(item, finders) for item in written]
         self._read = [_binding(item, finders) for item in read]
         self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
         self._seeds = [entry for entry, _ in captured.seeds]
         self._numbers = [source for source, _ in captured.numbers]
-        output_values = [captured.outputs[slots[index]] for index in self._exports]
-        output_values += [value for _, value in self._new_gradients]
-        function = lower(captured.graph, [item.new_value for item in written] + output_values)
-        state_values = [item.value for item in written]
+        function = lower(captured.graph, [item.new_value for item in donated] + output_values)
+        state_values = [item.value for item in donated]
         input_values = [item.value for item in read]
         input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
         number_values = [value for _, value in captured.numbers]
@@ -183,7 +213,7 @@ class CompiledTape:
         program = StepProgram(
             name=name,
             function=step,
-            state=tuple(_spec(f"state {i}", b.shape, b.dtype, "parameter") for i, b in enumerate(self._written)),
+            state=tuple(_spec(f"state {i}", b.shape, b.dtype, "parameter") for i, b in enumerate(self._donated)),
             inputs=(
                 *(_spec(f"constant {i}", b.shape, b.dtype, "constant") for i, b in enumerate(self._read)),
                 *(_spec(f"input {i}", *_geometry(a), "batch") for i, a in enumerate(arguments)),
@@ -194,43 +224,45 @@ class CompiledTape:
         )
         self._executable = compiler.compile(program)
 
-    def _plan_gradients(self, entries, captured: CapturedStep, commit: bool) -> None:
+    def _plan_gradients(self, entries, captured: CapturedStep) -> None:
         """Decides which gradients are stored, which are dropped and which become None."""
-        keep = not any(entry.optimizers for entry in entries)
+        stepped = {id(optimizer) for entry in entries for optimizer in entry.optimizers}
         self._new_gradients: list[tuple[weakref.ref, int]] = []
         self._consumed: list[weakref.ref] = []
         self._cleared: list[weakref.ref] = []
         self._dropped: set[int] = set()
         self._without_gradient: list[weakref.ref] = []
-        if not commit:
+        if self._purpose is Purpose.PEEK:
             return
+        book = self.cache.book
+
+        def keeps(parameter) -> bool:
+            return id(book.owner(parameter)) not in stepped or book.keeps_gradient(parameter)
+
         for parameter, value in captured.gradients:
             if value is None:
                 self._cleared.append(parameter)
-            elif keep or self.cache.book.keeps_gradient(parameter()):
+            elif keeps(parameter()):
                 self._new_gradients.append((parameter, value))
             else:
                 self._consumed.append(parameter)
             if value is not None and tensor_hooks.real_gradient(parameter()) is None:
                 self._without_gradient.append(parameter)
         for item in captured.lifted:
-            if item.gradient_of is not None and not keep and not self.cache.book.keeps_gradient(item.gradient_of()):
+            if item.gradient_of is not None and not keeps(item.gradient_of()):
                 self._dropped.add(id(item))
                 self._consumed.append(item.gradient_of)
 
     def binds(self) -> bool:
         """Whether everything the program was captured for is still there."""
         return (
-            all(binding.tensor() is not None for binding in self._written)
-            and all(binding.tensor() is not None for binding in self._read)
+            all(binding.tensor() is not None for binding in (*self._donated, *self._held, *self._read))
             and all(tensor_hooks.stored_gradient(p()) is None for p in self._without_gradient)
         )
 
-    def run(self, entries: list[Entry]) -> None:
+    def run(self, entries: list[Entry]) -> "Held | None":
         """Runs the program on what the entries hold, and gives their slots values."""
-        if self._without_gradient or self._consumed:
-            self.cache.book.check_unconsumed()
-        cells = [self.cache.cells.cell(binding.tensor()) for binding in self._written]
+        cells = [self.cache.cells.cell(binding.tensor()) for binding in self._donated]
         state = tuple(cell.array() for cell in cells)
         inputs = [self.cache.cells.cell(binding.tensor()).array() for binding in self._read]
         for entry, place in self._leaves:
@@ -246,16 +278,34 @@ class CompiledTape:
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
             slots[index].value = tensor_of(array)
-        if self._commit:
-            self._store_gradients(outputs[len(self._exports) :])
+        held = Held(self, outputs[len(self._exports) :])
+        if self._purpose is Purpose.COMMIT:
+            held.apply()
+        return held if self._purpose is Purpose.HOLD else None
 
-    def _store_gradients(self, arrays) -> None:
-        for (parameter, _), array in zip(self._new_gradients, arrays, strict=True):
+    def apply(self, arrays: tuple) -> None:
+        """Stores gradients, and the state that was computed beside the old one."""
+        gradients, held = arrays[: len(self._new_gradients)], arrays[len(self._new_gradients) :]
+        for (parameter, _), array in zip(self._new_gradients, gradients, strict=True):
             tensor = parameter()
             tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
+        for binding, array in zip(self._held, held, strict=True):
+            binding.tensor().copy_(tensor_of(array))
         for parameter in self._cleared + self._consumed:
             tensor_hooks.store_gradient(parameter(), None)
         self.cache.book.consume(self._consumed)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a program has computed and nobody has asked for yet."""
+
+    program: CompiledTape
+    arrays: tuple
+
+    def apply(self) -> None:
+        """Makes it so."""
+        self.program.apply(self.arrays)
 
 
 def _binding(item: Lifted, finders: dict[int, Callable]) -> _Binding:

@@ -8,6 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
-from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+from trainingcompiler.frameworks.pytorch.programs import Held, ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array
@@ -65,8 +66,14 @@ class Session:
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
         self._numbers: dict[tuple, _Numbers] = {}
-        self._eager_modules: dict[int, nn.Module] = {}
+        self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
+        self._fallbacks = 0
+        self._said: set[tuple] = set()
+        self._gradients_are_ours = False  # the last backward ran as a program: its gradients lie in its buffers
         self._called_since_backward: set[int] = set()
+        self._expected: dict[tuple, Entry | None] = {}
+        self._looked_at: tuple | None = None
+        self._speculation: tuple[Entry, Held] | None = None
 
     # -- what the loop does -------------------------------------------------------------------------------------
 
@@ -108,17 +115,27 @@ class Session:
         if self._unwatched():
             return original(optimizer, *args, **kwargs)
         closure = args[0] if args else kwargs.get("closure")
-        deferrable = self.deferring and closure is None and not kwargs.get("grad_scaler")
-        if not deferrable or not (self.tape or self.book.compiles_alone(optimizer)):
-            if self.tape:
-                reason = "optimizer.step() was given a closure" if closure is not None else "the loop runs eagerly"
-                self.run_eagerly(CaptureError(reason=reason, where=user_line()))
-            self._require_gradients(optimizer)
-            with undeferred():
-                result = original(optimizer, *args, **kwargs)
-            self.book.stepped(optimizer, "eager")
-            return result
-        self._append(original, (optimizer,), {}, optimizers=(optimizer,))
+        reason = self._reason_to_step_eagerly(optimizer, closure)
+        if reason is None:
+            self._append(original, (optimizer,), {}, optimizers=(optimizer,))
+            return self._end_step(optimizer)
+        if self.tape:
+            self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
+        self.book.check_unconsumed()
+        with undeferred():
+            result = original(optimizer, *args, **kwargs)
+        self.book.stepped(optimizer, "eager")
+        return result
+
+    def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
+        if closure is not None:
+            return "optimizer.step() was given a closure"
+        if not self.deferring or id(optimizer) in self._eager or not self.book.habits(optimizer).steps:
+            return f"{type(optimizer).__name__} steps eagerly"
+        return None if self.tape or self._gradients_are_ours else "the gradients were computed eagerly"
+
+    def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        fallbacks = self._fallbacks
         if self.tape.committable() == len(self.tape.entries):
             self.commit()
         elif sum(len(entry.optimizers) for entry in self.tape.entries) > 2 * len(self.book.optimizers()):
@@ -128,8 +145,8 @@ class Session:
                     where=user_line(),
                 )
             )
-        self.book.stepped(optimizer, "xla")
-        return None
+        self._gradients_are_ours = False
+        self.book.stepped(optimizer, "xla" if fallbacks == self._fallbacks else "eager")
 
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
@@ -298,7 +315,7 @@ class Session:
                 "earlier backward(). Pass retain_graph=True to that one if both are wanted."
             )
         try:
-            self._append(torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs})
+            entry = self._append(torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs})
         except CaptureError as error:
             self.run_eagerly(error)
             return torch.Tensor.backward(self._real(tensor), self._real(gradient), retain_graph, inputs=inputs)
@@ -307,6 +324,8 @@ class Session:
         self._called_since_backward = {
             id(entry.function) for entry in self.tape.entries if isinstance(entry.function, nn.Module)
         }
+        self._learn_backward(entry)
+        self._apply_speculation(entry)
         return None
 
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
@@ -362,56 +381,145 @@ class Session:
         live = [slot for entry in entries for slot in entry.outputs if slot.live]
         needed = {slot for entry in rest for slot in entry.slots()}
         exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot in set(live)]
+        self._check_gradients(entries)
         try:
             with undeferred():
-                self.programs.run(entries, exports, commit=True)
+                self.programs.run(entries, exports, Purpose.COMMIT)
         except (CaptureError, NumberUsed) as error:
             if isinstance(error, NumberUsed) and self._make_constant(entries, error):
                 return self.commit()
             self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
             return None
+        self._committed(entries, rest)
+        return None
+
+    def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
+        self._gradients_are_ours = bool(self._called_since_backward)
         for entry in entries:
-            for slot in entry.outputs:
+            for slot in entry.outputs or ():
                 slot.committed = True
         for entry in rest:
-            entry.leaves = [_slot_input(leaf) if isinstance(leaf, Slot) and leaf.committed else leaf for leaf in entry.leaves]
+            entry.leaves = [
+                _slot_input(leaf) if isinstance(leaf, Slot) and leaf.committed else leaf for leaf in entry.leaves
+            ]
             entry.key = (*entry.key[:2], _rekeyed(entry.key[2], entry.leaves), entry.key[3])
         self.tape.entries = rest
         self.tape.mutated = False
         self._called_since_backward = set()
-        return None
+        self._speculation = None
+
+    def _check_gradients(self, entries: list[Entry]) -> None:
+        if any(entry.optimizers or entry.function is torch.Tensor.backward for entry in entries):
+            self.book.check_unconsumed()
 
     def _peek(self, slot: Slot) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
+        if self._speculate(slot):
+            return None
         slots = [other for other in self.tape.live_slots() if other.value is None]
         if slot not in slots:
             slots.append(slot)
         entries = self.tape.slice_for(slots)
         try:
             with undeferred():
-                self.programs.run(entries, slots, commit=False)
+                self.programs.run(entries, slots, Purpose.PEEK)
         except (CaptureError, NumberUsed) as error:
             if isinstance(error, NumberUsed) and self._make_constant(entries, error):
                 return self._peek(slot)
             self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return None
 
-    def run_eagerly(self, error: CaptureError, module: nn.Module | None = None) -> None:
-        """Runs the tape in torch, with its gradient history, and leaves the modules on it to torch from now on."""
-        transient = error.reason == NEW_STATE
-        if not transient:
+    def _speculate(self, slot: Slot) -> bool:
+        """Runs the tape together with the backward that will follow, and holds the gradients.
+
+        A loop that looks at a loss before `backward()` would otherwise run its forward twice. The first time, the
+        guess is `loss.backward()` of the scalar looked at; after that, what has followed.
+        """
+        key, numbering = self.programs.signature(self.tape.entries)
+        self._looked_at = key
+        if key not in self._expected:
+            if slot.meta.ndim or not slot.meta.requires_grad or slot.freed or not slot.live:
+                return False
+            self._append(torch.Tensor.backward, (slot.wrapper(), None, None, False), {"inputs": None})
+            self._expected[key] = self._template(self.tape.entries.pop(), numbering)
+        expected = self._expected[key]
+        if expected is None:
+            return False
+        slots = {number: slot for slot, number in numbering.items()}
+        leaves = [slots[leaf.number] if isinstance(leaf, _Numbered) else leaf for leaf in expected.leaves]
+        backward = Entry(expected.function, expected.structure, leaves, expected.ambient, expected.key)
+        try:
+            with undeferred():
+                held = self.programs.run([*self.tape.entries, backward], self.tape.live_slots(), Purpose.HOLD)
+        except (CaptureError, NumberUsed):
+            self._expected[key] = None
+            return False
+        assert held is not None
+        self._speculation = backward, held
+        return True
+
+    def _learn_backward(self, backward: Entry) -> None:
+        """Notes which backward follows a look at the tape; the next time, both run together."""
+        *before, last = self.tape.entries
+        if self._looked_at is None or last is not backward or self.tape.mutated:
+            return
+        key, numbering = self.programs.signature(before)
+        if key == self._looked_at and key not in self._expected:
+            self._expected[key] = self._template(backward, numbering)
+
+    @staticmethod
+    def _template(backward: Entry, numbering: dict[Slot, int]) -> Entry | None:
+        leaves = [_Numbered(numbering[leaf]) if isinstance(leaf, Slot) else leaf for leaf in backward.leaves]
+        if any(isinstance(leaf, Input) for leaf in leaves):
+            return None
+        return Entry(backward.function, backward.structure, leaves, backward.ambient, backward.key)
+
+    def _apply_speculation(self, backward: Entry) -> None:
+        """The loop has asked for the backward that was run with the forward: its gradients are stored."""
+        if self._speculation is None:
+            return
+        expected, held = self._speculation
+        self._speculation = None
+        *before, last = self.tape.entries
+        same = last is backward and expected.key == backward.key and expected.leaves == backward.leaves
+        if not same or self._looked_at != self.programs.signature(before)[0]:
+            self._expected[self._looked_at] = None  # this loop does not always go on so: never again
+            return
+        if self.tape.committable() == len(self.tape.entries):
+            self._check_gradients(self.tape.entries)
+            with undeferred():
+                held.apply()
+            self._committed(self.tape.entries, [])
+
+    def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
+        """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.
+
+        Args:
+            error: Why. An optimizer that has yet to create state for new parameters is a reason for one step only.
+            culprit: A module or optimizer, not on the tape, that is left to torch too.
+
+        Raises:
+            FallbackError: The user wants no fallback.
+        """
+        self._fallbacks += 1
+        if error.reason != NEW_STATE:
             if self.config.fallback == "error":
                 self.tape.entries.clear()
                 raise FallbackError(error.reason, error.where, error.operator) from None
-            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            if (error.reason, error.where) not in self._said:
+                self._said.add((error.reason, error.where))
+                emit(FellBack(reason=error.reason, where=error.where, permanent=True))
             statistics().fallbacks += 1
             for entry in self.tape.entries:
-                if isinstance(entry.function, nn.Module):
-                    self._eager_modules[id(entry.function)] = entry.function
-            if module is not None:
-                self._eager_modules[id(module)] = module
+                for item in (entry.function, *entry.optimizers):
+                    if isinstance(item, nn.Module | torch.optim.Optimizer):
+                        self._eager[id(item)] = item
+            if culprit is not None:
+                self._eager[id(culprit)] = culprit
+        self._check_gradients(self.tape.entries)
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
+        self._speculation = None
         with undeferred():
             for entry in entries:
                 self._replay_eagerly(entry)
@@ -445,7 +553,7 @@ class Session:
         return is_replaying() or threading.get_ident() != self._thread
 
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        if not self.deferring or id(module) in self._eager_modules:
+        if not self.deferring or id(module) in self._eager:
             return False
         if self.book.trains(module, self.modules):
             return True
@@ -465,9 +573,6 @@ class Session:
     def _has_backward(self) -> bool:
         return bool(self._called_since_backward)
 
-    def _require_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before torch's own `step`: a consumed gradient would be taken for none."""
-
     def _real(self, value: Any) -> Any:
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
 
@@ -485,6 +590,13 @@ class Session:
         constants[source.position] = (float, entry.leaves[source.position])
         entry.key = (*entry.key[:2], tuple(constants), entry.key[3])
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbered:
+    """Stands for the slot with a number."""
+
+    number: int
 
 
 class _Numbers:

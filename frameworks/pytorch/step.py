@@ -18,7 +18,7 @@ from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
-from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
@@ -120,7 +120,7 @@ class CompiledStep:
             entry.outputs = [Slot(meta) for meta in metas]
         while True:
             try:
-                self._programs.run([entry], entry.outputs or [], commit=True)
+                self._programs.run([entry], entry.outputs or [], Purpose.COMMIT)
                 break
             except NumberUsed as error:
                 source: Any = error.source

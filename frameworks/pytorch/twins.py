@@ -21,8 +21,8 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber
 from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
 
 _FUSED_OPTIMIZERS = {
-    torch._fused_adam_: ("aten._fused_adam.default", 6),
-    torch._fused_adamw_: ("aten._fused_adamw.default", 6),
+    torch._fused_adam_: ("aten._fused_adam.default", 5),
+    torch._fused_adamw_: ("aten._fused_adamw.default", 5),
     torch._fused_sgd_: ("aten._fused_sgd.default", 3),
     torch._fused_adagrad_: ("aten._fused_adagrad.default", 4),
 }

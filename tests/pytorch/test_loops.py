@@ -1,44 +1,15 @@
 """Ordinary training loops, unmodified: compiled, they train the model that eager trains."""
 
+import pytest
 import torch
 from parity import assert_same_training
+from small import adamw, batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
 
-def batches(count=24, rows=16, features=8, classes=4):
-    """Random classification batches."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(rows, features, generator=generator), torch.randint(0, classes, (rows,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def mlp():
-    """A small classifier."""
-    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 4))
-
-
-def made(model, optimizer, **options):
-    """A factory of a model and its optimizer."""
-
-    def make():
-        module = model()
-        return {"model": module, "optimizer": optimizer(module.parameters(), **options)}
-
-    return make
-
-
-def sgd():
-    return made(mlp, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-
-def adamw():
-    return made(mlp, torch.optim.AdamW, lr=1e-2)
-
-
-def test_tutorial_loop():
+@pytest.mark.parametrize("make", [sgd(), adamw()], ids=["sgd", "adamw"])
+def test_tutorial_loop(make):
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
         criterion = nn.CrossEntropyLoss()
@@ -51,20 +22,236 @@ def test_tutorial_loop():
             losses.append(loss.item())
         return losses
 
-    assert_same_training(sgd(), loop, batches(), max_compiles=1)
-    assert_same_training(adamw(), loop, batches(), max_compiles=1)
+    run = assert_same_training(make, loop, batches(), max_compiles=1)
+    assert run.statistics.eager_steps == 1  # the one that creates the optimizer's state
 
 
-def test_loss_read_before_backward():
+@pytest.mark.parametrize("place", ["first", "before backward", "last"])
+@pytest.mark.parametrize("of", ["optimizer", "model"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad(place, of, to_none):
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
         losses = []
         for x, y in data:
+            if place == "first":
+                objects[of].zero_grad(set_to_none=to_none)
             loss = F.cross_entropy(model(x), y)
+            if place == "before backward":
+                objects[of].zero_grad(set_to_none=to_none)
+            loss.backward()
+            optimizer.step()
+            if place == "last":
+                objects[of].zero_grad(set_to_none=to_none)
             losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=1)
+
+
+def test_gradients_never_cleared():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.01), loop, batches(), max_compiles=1)
+
+
+@pytest.mark.parametrize("make", [sgd(), adamw()], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("place", ["before backward", "between backward and step", "after step", "everywhere"])
+def test_loss_read(place, make):
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        losses = []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if place in ("before backward", "everywhere"):
+                losses.append(loss.item())
+            loss.backward()
+            if place in ("between backward and step", "everywhere"):
+                losses.append(loss.item())
+            optimizer.step()
+            if place in ("after step", "everywhere"):
+                losses.append(loss.item())
+        return losses
+
+    assert_same_training(make, loop, batches(), max_compiles=1 if place == "after step" else 2)
+
+
+@pytest.mark.parametrize("place", ["before backward", "between backward and step", "after step"])
+def test_loss_printed_every_few_steps(place, capsys):
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        losses = []
+
+        def show(here):
+            if here == place and step % 5 == 0:
+                print(f"step {step}: {loss:.4f} {loss.item()}")
+                losses.append(float(loss))
+
+        for step, (x, y) in enumerate(data):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            show("before backward")
+            loss.backward()
+            show("between backward and step")
+            optimizer.step()
+            show("after step")
+        return losses
+
+    # A look in mid-step needs a program for the part before it, one for the rest, and one for the steps without it.
+    assert_same_training(sgd(), loop, batches(), max_compiles=1 if place == "after step" else 3)
+    assert "step 20: " in capsys.readouterr().out
+
+
+def test_loss_decides():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        skipped = 0
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if torch.isnan(loss) or loss > 1.4:
+                skipped += 1
+                continue
+            loss.backward()
+            optimizer.step()
+        return [skipped]
+
+    assert_same_training(sgd(), loop, batches(32))
+
+
+def test_metrics_of_the_outputs_after_the_step():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        seen, correct, total = [], 0, 0
+        for x, y in data:
+            optimizer.zero_grad()
+            outputs = model(x)
+            loss = F.cross_entropy(outputs, y)
+            loss.backward()
+            optimizer.step()
+            _, predicted = torch.max(outputs.data, 1)
+            total += y.size(0)
+            correct += (predicted == y).sum().item()
+            seen += [loss.item() * x.size(0), correct / total, outputs.softmax(1).max().item()]
+        return seen
+
+    assert_same_training(adamw(), loop, batches(), max_compiles=1)
+
+
+def test_metrics_of_the_outputs_before_backward():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        seen = []
+        for x, y in data:
+            outputs = model(x)
+            accuracy = (outputs.argmax(dim=1) == y).to(outputs.dtype).mean()
+            loss = F.cross_entropy(outputs, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return losses
+            seen += [loss.detach().cpu().numpy().item(), accuracy.item()]
+        return seen
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=1)
+
+
+def test_results_collected_and_read_at_the_end():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        losses, outputs = [], []
+        for x, y in data:
+            optimizer.zero_grad()
+            out = model(x)
+            loss = F.cross_entropy(out, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            outputs.append(out.detach())
+        return [*torch.stack(losses).tolist(), torch.cat(outputs).sum().item()]
 
     assert_same_training(sgd(), loop, batches(), max_compiles=2)
+
+
+def test_step_in_a_function():
+    def train_step(model, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def loop(objects, data):
+        return [train_step(objects["model"], objects["optimizer"], x, y) for x, y in data]
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=1)
+
+
+def batch_norm():
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_batch_norm():
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    run = assert_same_training(sgd(batch_norm), loop, batches(), max_compiles=1)
+    assert run.objects["model"][1].num_batches_tracked.item() == 24
+
+
+def test_batch_norm_of_a_forward_whose_loss_is_read_early():
+    """The forward may be computed twice, its buffers are updated once."""
+
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            loss = F.cross_entropy(objects["model"](x), y)
+            losses.append(loss.item())
+            objects["optimizer"].zero_grad()
+            loss.backward()
+            objects["optimizer"].step()
+        return losses
+
+    run = assert_same_training(sgd(batch_norm), loop, batches(), max_compiles=2)
+    assert run.objects["model"][1].num_batches_tracked.item() == 24
+
+
+class TiedLanguageModel(nn.Module):
+    """Predicts the next token; the head is the embedding's own weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8, padding_idx=0)
+        self.positions = nn.Embedding(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("make", [sgd(TiedLanguageModel), adamw(TiedLanguageModel)], ids=["sgd", "adamw"])
+def test_embeddings_layer_norm_and_tied_weights(make):
+    def loop(objects, data):
+        losses = []
+        for tokens in data:
+            objects["optimizer"].zero_grad()
+            logits = objects["model"](tokens[:, :-1])
+            loss = F.cross_entropy(logits.reshape(-1, 12), tokens[:, 1:].reshape(-1))
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randint(0, 12, (4, 7), generator=generator) for _ in range(22)]
+    assert_same_training(make, loop, data, max_compiles=1)

@@ -3,10 +3,12 @@
 import math
 
 import jax.numpy as jnp
+import torch
 from jax import lax
 
+from .dtypes import jax_dtype
 from .matmul import product
-from .operands import Array, cast, expand, iota, select
+from .operands import Array, cast, expand, iota, opmath, select, wrap
 from .registry import lowers
 
 _BATCH = ((0, 1), (0, 1))
@@ -90,3 +92,15 @@ def attention_backward(
     grad_key = product(grad_scores, _grouped(query, key), ((2,), (2,)), _BATCH)
     grad_value = product(weights, grads, ((2,), (2,)), _BATCH)
     return cast(grad_query, query.dtype), cast(grad_key, key.dtype), cast(grad_value, value.dtype)
+
+
+@lowers("aten._safe_softmax.default")
+def safe_softmax(self: Array, dim: int, dtype: torch.dtype | None = None) -> Array:
+    """Softmax that is 0 where every score is -inf."""
+    result = self.dtype if dtype is None else jax_dtype(dtype)
+    x = cast(self, opmath(result))
+    axis = wrap(dim, x.ndim)
+    largest = lax.expand_dims(lax.reduce_max(x, (axis,)), (axis,))
+    weights = lax.exp(x - select(largest == -math.inf, 0, largest))
+    total = lax.expand_dims(lax.reduce_sum(weights, (axis,)), (axis,))
+    return cast(weights / select(total == 0, 1, total), result)

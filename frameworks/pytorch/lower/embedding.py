@@ -115,7 +115,9 @@ def embedding_bag(
         result = _accumulate(select(lax.expand_dims(counted, (1,)), rows, 0), bags, count)
         if mode == MEAN:
             result = result / lax.expand_dims(cast(lax.max(sizes, constant(1, sizes.dtype)), rows.dtype), (1,))
-        max_indices = full(sizes.shape, 0, offsets.dtype)
+        else:
+            sizes = full((count,), 0, sizes.dtype)  # torch counts only where it divides or compares
+        max_indices = sizes
     if mode == SUM and padding_idx < 0 and weight.dtype in (jnp.float32, jnp.float16):
         bags = full((0,), 0, offsets.dtype)
     return cast(result, weight.dtype), cast(bags, offsets.dtype), sizes, max_indices

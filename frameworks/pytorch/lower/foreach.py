@@ -2,41 +2,30 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jax import lax
 
-from .operands import Array, cast, expand, is_number
+from .operands import Array, Number, is_number
 from .registry import LOWERINGS, lowers
 
-UNARY = (
-    "abs acos asin atan ceil clone cos cosh erf erfc exp expm1 floor frac lgamma log log10 log1p log2 max neg "
-    "reciprocal round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc"
-).split()
-
-# The list operator's overloads and the single-tensor overload that each applies.
-APPLIED = {
-    **{f"{name}.default": f"{name}.default" for name in UNARY},
+_WITHOUT_NUMBERS = (
+    "abs acos asin atan ceil clone copy cos cosh erf erfc exp expm1 floor frac lgamma log log10 log1p log2 max mm neg "
+    "reciprocal round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc zero"
+)
+_KINDS = ("List", "Scalar", "ScalarList")
+_SINGLE = {
+    **{f"{name}.default": f"{name}.default" for name in _WITHOUT_NUMBERS.split()},
+    **{f"{name}.{kind}": f"{name}.Tensor" for name in ("add", "sub", "mul", "div") for kind in _KINDS},
+    **{f"{name}.Tensor": f"{name}.Tensor" for name in ("add", "mul", "div")},
     **{
-        f"{name}.{overload}": f"{name}.Tensor"
-        for name in ("add", "sub", "mul", "div")
-        for overload in ("Scalar", "List", "ScalarList", "Tensor")
-    },
-    **{
-        f"{name}.{overload}": f"{name}.default"
+        f"{name}.{kind}": f"{name}.default"
         for name in ("addcmul", "addcdiv")
-        for overload in ("Scalar", "ScalarList", "Tensor")
+        for kind in ("Scalar", "ScalarList", "Tensor")
     },
-    **{
-        f"{name}.{overload}": f"{single}.{'Tensor' if overload == 'List' else 'default'}"
-        for name, single in (
-            ("clamp_min", "clamp_min"),
-            ("clamp_max", "clamp_max"),
-            ("maximum", "clamp_min"),
-            ("minimum", "clamp_max"),
-        )
-        for overload in ("Scalar", "List", "ScalarList")
-    },
+    **{f"{name}.List": f"{name}.Tensor" for name in ("clamp_min", "clamp_max")},
+    **{f"{name}.{kind}": f"{name}.default" for name in ("clamp_min", "clamp_max") for kind in ("Scalar", "ScalarList")},
+    **{f"maximum.{kind}": "clamp_min.Tensor" for kind in _KINDS},
+    **{f"minimum.{kind}": "clamp_max.Tensor" for kind in _KINDS},
     "pow.Scalar": "pow.Tensor_Scalar",
     "pow.ScalarList": "pow.Tensor_Scalar",
     "pow.List": "pow.Tensor_Tensor",
@@ -45,24 +34,31 @@ APPLIED = {
     "lerp.ScalarList": "lerp.Scalar",
     "lerp.List": "lerp.Tensor",
 }
+"""The list operator's overload -> the overload that it applies to each tensor."""
 
 
 def _lower_each(name: str, single: str) -> None:
-    by_keyword = name.startswith("addc")  # The last operand of the single-tensor overload is `value=`.
-
     @lowers(f"aten._foreach_{name}")
     def each(*operands: object, **options: object) -> list[Array]:
         count = next(len(operand) for operand in operands if isinstance(operand, list | tuple))
-        rows = zip(*(_per_tensor(operand, count, name) for operand in operands), strict=True)
         apply = LOWERINGS[f"aten.{single}"]
-        if by_keyword:
-            return [apply(*row[:3], **dict(zip(("value",), row[3:], strict=False)), **options) for row in rows]
-        return [apply(*row, **options) for row in rows]
+        options.pop("memory_format", None)
+        return [apply(*row, **options) for row in zip(*(_each(operand, count) for operand in operands), strict=True)]
 
 
-def _per_tensor(operand: object, count: int, name: str) -> Sequence[object]:
+def _each(operand: object, count: int) -> Sequence[object]:
+    """The operand of each tensor: its own of a list or a 1-d tensor of numbers, or one for all."""
     if isinstance(operand, list | tuple):
         return operand
-    if not is_number(operand) and getattr(operand, "ndim", 0) == 1 and name.endswith(".Tensor"):
-        return [operand[i] for i in range(count)]
+    if not is_number(operand) and operand.ndim == 1:
+        return [lax.index_in_dim(operand, index, keepdims=False) for index in range(count)]
     return [operand] * count
+
+
+for _name, _single in _SINGLE.items():
+    _lower_each(_name, _single)
+
+
+@lowers("aten._foreach_norm.Scalar")
+def foreach_norm(self: Sequence[Array], ord: Number = 2, dtype: torch.dtype | None = None) -> list[Array]:
+    return [LOWERINGS["aten.linalg_vector_norm.default"](tensor, ord, dtype=dtype) for tensor in self]

@@ -12,7 +12,23 @@ import numpy as np
 from jax import lax
 
 from .dtypes import result_dtype
-from .operands import BOOL, INT64, Array, Number, Operand, cast, constant, expand, full, iota, is_number, select, wrap
+from .operands import (
+    BOOL,
+    INT32,
+    INT64,
+    Array,
+    Number,
+    Operand,
+    cast,
+    constant,
+    expand,
+    full,
+    iota,
+    is_number,
+    opmath,
+    select,
+    wrap,
+)
 from .registry import lowers
 from .views import reshape
 
@@ -20,10 +36,17 @@ IN_BOUNDS = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 
 
 def in_bounds(index: Array, extent: int) -> Array:
-    """`index` with negative positions counted from the end."""
-    if not jnp.issubdtype(index.dtype, jnp.signedinteger):
-        return cast(index, INT64)
+    """`index` with negative positions counted from the end, in 32 bits where `extent` allows."""
+    index = cast(index, INT32 if extent < 2**31 else INT64)
     return select(index < 0, lax.add(index, constant(extent, index.dtype)), index)
+
+
+def _scatter_sum(array: Array, indices: Array, updates: Array, numbers: lax.ScatterDimensionNumbers, **mode) -> Array:
+    """`lax.scatter_add`, 16-bit floats added up in float32: more exact, and faster than 16-bit atomics."""
+    if array.dtype == BOOL:
+        return lax.scatter_max(array, indices, updates, numbers, **mode)
+    working = opmath(array.dtype)
+    return cast(lax.scatter_add(cast(array, working), indices, cast(updates, working), numbers, **mode), array.dtype)
 
 
 # --- index: one index array for each of some dimensions, together ---
@@ -35,13 +58,14 @@ class _Positions:
     def __init__(self, shape: Sequence[int], indices: Sequence[Array | None]) -> None:
         self.dims = [dim for dim, index in enumerate(indices) if index is not None]
         arrays = [in_bounds(indices[dim], shape[dim]) for dim in self.dims]
+        widest = INT64 if any(array.dtype == INT64 for array in arrays) else INT32
         self.extents = np.broadcast_shapes(*(array.shape for array in arrays))
         rest = [dim for dim in range(len(shape)) if dim not in self.dims]
         adjacent = self.dims[-1] - self.dims[0] == len(self.dims) - 1
         # Index arrays next to each other leave their dimensions in place, others come first.
         self.at = self.dims[0] if adjacent else 0
         self.columns = lax.concatenate(
-            [lax.reshape(expand(cast(array, INT64), self.extents), (*self.extents, 1)) for array in arrays],
+            [lax.reshape(expand(cast(array, widest), self.extents), (*self.extents, 1)) for array in arrays],
             len(self.extents),
         )
         self.window = tuple(place if place < self.at else place + len(self.extents) for place in range(len(rest)))
@@ -85,27 +109,20 @@ def index_put(
     masks = [index for index in indices if index is not None and index.dtype in (BOOL, jnp.uint8)]
     if masks:
         return _mask_put(self, indices, values, accumulate)
-    scatter = lax.scatter_add if accumulate else lax.scatter
-    if accumulate and self.dtype == BOOL:
-        scatter = lax.scatter_max
+    scatter = _scatter_sum if accumulate else lax.scatter
     return _Positions(self.shape, indices).scatter(scatter, self, cast(values, self.dtype))
 
 
 def _mask_put(self: Array, indices: Sequence[Array | None], values: Array, accumulate: bool) -> Array:
     """Writes through one mask; possible where each selected position receives the same values."""
-    [dim] = [d for d, index in enumerate(indices) if index is not None] if len(indices) else [0]
-    mask = cast(indices[dim], BOOL)
-    trailing = self.ndim - dim - mask.ndim
-    if values.ndim > trailing and values.shape[values.ndim - trailing - 1] != 1:
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    dim, mask = given[0], cast(indices[given[0]], BOOL)
+    # In torch the mask's dimensions become one, the selected positions; here they stay.
+    extents = (1,) * (self.ndim - mask.ndim + 1 - values.ndim) + values.shape
+    if len(given) > 1 or extents[dim] != 1:
         _refuse_masks(indices)
-    if values.ndim > trailing:
-        values = reshape(values, (*values.shape[: values.ndim - trailing - 1], *values.shape[values.ndim - trailing :]))
-    values = cast(values, self.dtype)
-    if values.ndim > trailing:
-        values = reshape(
-            values, (*values.shape[: -trailing or None], *[1] * mask.ndim, *values.shape[values.ndim - trailing :])
-        )
-    mask = expand(reshape(mask, (*mask.shape, *[1] * trailing)), self.shape)
+    values = reshape(cast(values, self.dtype), (*extents[:dim], *[1] * mask.ndim, *extents[dim + 1 :]))
+    mask = reshape(mask, (*mask.shape, *[1] * (self.ndim - dim - mask.ndim)))
     return select(mask, lax.add(self, expand(values, self.shape)) if accumulate else values, self)
 
 
@@ -117,7 +134,7 @@ def take(self: Array, index: Array) -> Array:
 @lowers("aten.put.default")
 def put(self: Array, index: Array, source: Array, accumulate: bool = False) -> Array:
     positions = _Positions((self.size,), [reshape(index, (-1,))])
-    scatter = lax.scatter_add if accumulate else lax.scatter
+    scatter = _scatter_sum if accumulate else lax.scatter
     return reshape(positions.scatter(scatter, reshape(self, (-1,)), reshape(source, (-1,))), self.shape)
 
 
@@ -184,9 +201,9 @@ def index_select(self: Array, dim: int, index: Array) -> Array:
 
 @lowers("aten.index_add.default")
 def index_add(self: Array, dim: int, index: Array, source: Array, *, alpha: Number = 1) -> Array:
-    if alpha != 1:
+    if alpha != 1 and self.dtype != BOOL:
         source = lax.mul(source, constant(alpha, source.dtype))
-    return _write_along(lax.scatter_add, self, dim, index, source)
+    return _write_along(_scatter_sum, self, dim, index, source)
 
 
 @lowers("aten.index_copy.default")
@@ -275,13 +292,13 @@ def scatter(self: Array, dim: int, index: Array, src: Operand) -> Array:
 
 @lowers("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter_with(self: Array, dim: int, index: Array, src: Operand, *, reduce: str) -> Array:
-    operation = {"add": lax.scatter_add, "multiply": lax.scatter_mul}[reduce]
+    operation = {"add": _scatter_sum, "multiply": lax.scatter_mul}[reduce]
     return _scatter(operation, self, dim, index, _source(self, index, src))
 
 
 @lowers("aten.scatter_add.default")
 def scatter_add(self: Array, dim: int, index: Array, src: Array) -> Array:
-    return _scatter(lax.scatter_add, self, dim, index, src)
+    return _scatter(_scatter_sum, self, dim, index, src)
 
 
 @lowers("aten.scatter_reduce.two")
@@ -295,9 +312,9 @@ def _reduced(
     """A reducing scatter; `write(scatter, array, source)` puts `source` at the positions."""
     lowest, highest = _limits(self.dtype)
     operation, identity = {
-        "sum": (lax.scatter_add, 0),
-        "mean": (lax.scatter_add, 0),
-        "prod": (lax.scatter_mul, 1),
+        "sum": (_scatter_sum, 0),
+        "mean": (_scatter_sum, 0),
+        "prod": (lax.scatter_min if self.dtype == BOOL else lax.scatter_mul, 1),
         "amax": (lax.scatter_max, lowest),
         "amin": (lax.scatter_min, highest),
     }[reduce]
@@ -306,7 +323,7 @@ def _reduced(
     if reduce != "mean":
         return result
     counts = write(
-        lax.scatter_add, full(self.shape, 1 if include_self else 0, self.dtype), full(source.shape, 1, self.dtype)
+        _scatter_sum, full(self.shape, 1 if include_self else 0, self.dtype), full(source.shape, 1, self.dtype)
     )
     counts = lax.max(counts, cast(1, self.dtype))
     return lax.div(result, counts) if jnp.issubdtype(self.dtype, jnp.inexact) else jnp.floor_divide(result, counts)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .dtypes import result_dtype
-from .operands import Array, aligned, cast, constant, expand, full, iota, opmath, select
+from .operands import INT32, Array, aligned, cast, constant, expand, full, iota, opmath, select
 from .registry import lowers
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -167,7 +167,7 @@ def nll_loss(
     weights = _target_weights(self, target, weight, ignore_index)
     picked = cast(_pick(self, target), weights.dtype)
     losses = select(weights == 0, constant(0, weights.dtype), -picked * weights)
-    if reduction == NONE:
+    if reduction == NONE and self.ndim > 1:
         return cast(losses, self.dtype), full((), 0, self.dtype)
     axes = tuple(range(losses.ndim))
     total, total_weight = lax.reduce_sum(losses, axes), lax.reduce_sum(weights, axes)
@@ -201,10 +201,15 @@ def nll_loss_backward(
 # --- margins between classes ---
 
 
+def _matrix_shape(scores: Array) -> tuple[int, int]:
+    """(samples, classes) of scores that may lack the samples, or both."""
+    return (1,) * (2 - scores.ndim) + scores.shape
+
+
 def _margins(self: Array, target: Array, margin: float, weight: Array | None) -> tuple[Array, Array, Array]:
     """Of (N, C) scores: how far each class violates the target's margin, its weight, and which is the target's own."""
     wide = opmath(self.dtype)
-    x = cast(lax.reshape(self, (self.size // self.shape[-1], self.shape[-1])), wide)
+    x = cast(lax.reshape(self, _matrix_shape(self)), wide)
     target = lax.reshape(target, (x.shape[0], 1))
     own = lax.eq(iota(x.shape, 1, target.dtype), expand(target, x.shape))
     score = lax.reduce_sum(select(own, x, 0), (1,))
@@ -241,27 +246,30 @@ def multi_margin_loss_backward(
     return cast(lax.reshape(slope * lax.reshape(grad, (slope.shape[0], 1)), self.shape), self.dtype)
 
 
-def _label_margins(self: Array, target: Array, is_target: Array) -> tuple[Array, Array]:
-    """Of (N, C) scores: for each sample, label and class the violated margin (N, C, C), and a mask of the labels."""
-    shape = (self.size // self.shape[-1] if self.size else 0, self.shape[-1])
+def _listed(labels: Array) -> Array:
+    """Which of (N, C) labels count: those before the first negative one."""
+    return lax.cumsum(cast(labels < 0, INT32), axis=1) == 0
+
+
+def _label_margins(self: Array, target: Array, is_target: Array) -> Array:
+    """Of (N, C) scores: by how much each class (the last axis of three) violates the margin of each listed label."""
+    shape = _matrix_shape(self)
     x = cast(lax.reshape(self, shape), opmath(self.dtype))
     labels = lax.reshape(target, shape)
-    listed = lax.cumsum(cast(labels < 0, jnp.dtype("int32")), axis=1) == 0  # The first negative label ends the list.
     scores = jnp.take_along_axis(x, labels, 1, mode="clip")
     violated = lax.max(1 - lax.expand_dims(scores, (2,)) + lax.expand_dims(x, (1,)), constant(0, x.dtype))
-    counted = lax.expand_dims(listed, (2,)) & lax.expand_dims(lax.reshape(is_target, shape) == 0, (1,))
-    return select(counted, violated, 0), listed
+    others = lax.reshape(is_target, shape) == 0
+    return select(lax.expand_dims(_listed(labels), (2,)) & lax.expand_dims(others, (1,)), violated, 0)
 
 
 @lowers("aten.multilabel_margin_loss_forward.default")
 def multilabel_margin_loss(self: Array, target: Array, reduction: int) -> tuple[Array, Array]:
-    classes = self.shape[-1]
-    listed = lax.cumsum(cast(target < 0, jnp.dtype("int32")), axis=target.ndim - 1) == 0
-    hits = lax.expand_dims(target, (target.ndim,)) == iota((classes,), 0, target.dtype)
-    hits = hits & lax.expand_dims(listed, (target.ndim,))
-    is_target = cast(lax.reduce_or(hits, (target.ndim - 1,)), self.dtype)
-    violated, _ = _label_margins(self, target, is_target)
-    losses = lax.reduce_sum(violated, (1, 2)) / classes
+    shape = _matrix_shape(self)
+    labels = lax.reshape(target, shape)
+    hits = lax.expand_dims(labels, (2,)) == iota((shape[1],), 0, labels.dtype)
+    is_target = lax.reduce_or(hits & lax.expand_dims(_listed(labels), (2,)), (1,))
+    is_target = lax.reshape(cast(is_target, self.dtype), self.shape)
+    losses = lax.reduce_sum(_label_margins(self, target, is_target), (1, 2)) / shape[1]
     return _reduced(lax.reshape(losses, target.shape[:-1]), reduction, self.dtype), is_target
 
 
@@ -269,12 +277,11 @@ def multilabel_margin_loss(self: Array, target: Array, reduction: int) -> tuple[
 def multilabel_margin_loss_backward(
     grad_output: Array, self: Array, target: Array, reduction: int, is_target: Array
 ) -> Array:
-    violated, _ = _label_margins(self, target, is_target)
-    slope = cast(violated > 0, violated.dtype) / self.shape[-1]
+    violated = _label_margins(self, target, is_target)
+    slope = cast(violated > 0, violated.dtype) / violated.shape[1]
     toward = lax.reduce_sum(slope, (1,))
-    rows = iota(toward.shape, 0)
-    labels = lax.reshape(target, toward.shape)
-    grad = toward.at[rows, lax.max(labels, constant(0, labels.dtype))].add(-lax.reduce_sum(slope, (2,)), mode="clip")
+    labels = lax.max(lax.reshape(target, toward.shape), constant(0, target.dtype))
+    grad = toward.at[iota(toward.shape, 0), labels].add(-lax.reduce_sum(slope, (2,)), mode="clip")
     sample_grad = _spread(grad_output, target.shape[:-1], reduction, grad.dtype)
     return cast(lax.reshape(grad * lax.reshape(sample_grad, (grad.shape[0], 1)), self.shape), self.dtype)
 
@@ -304,9 +311,9 @@ def cdist(x1: Array, x2: Array, p: float, compute_mode: int | None) -> Array:
 
 @lowers("aten._cdist_backward.default")
 def cdist_backward(grad: Array, x1: Array, x2: Array, p: float, cdist: Array) -> Array:
-    difference = _differences(x1, x2)
-    if p == 0:
+    if p == 0 or grad.size == 0:
         return lax.full_like(x1, 0)
+    difference = _differences(x1, x2)
     distance = lax.expand_dims(cdist, (cdist.ndim,))
     sign, size = lax.sign(difference), lax.abs(difference)
     if p == math.inf:

@@ -78,9 +78,8 @@ def divide(self: Operand, other: Operand, rounding_mode: str | None = None) -> A
     dtype = result_dtype(self, other)
     if rounding_mode == "floor":
         return in_opmath(_floor_divide, dtype, self, other)
-    if is_float(dtype):
-        return in_opmath(lambda x, y: truncate(lax.div(x, y)), dtype, self, other)
-    return lax.div(*aligned(dtype, self, other))
+    quotient = _arithmetic(lax.div, dtype, self, other)
+    return truncate(quotient) if is_float(dtype) else quotient  # torch truncates what it has already rounded.
 
 
 @lowers("aten.floor_divide.default", "aten.floor_divide.Scalar", "aten.floor_divide.Tensor")
@@ -130,7 +129,23 @@ def power(self: Operand, exponent: Operand) -> Array:
             return in_opmath(simple, dtype, self)
         if not is_float(dtype):
             return lax.integer_pow(cast(self, dtype), int(exponent))
-    return in_opmath(lax.pow if is_float(dtype) else jnp.power, dtype, self, exponent)
+    return in_opmath(lax.pow if is_float(dtype) else _integer_power, dtype, self, exponent)
+
+
+def _integer_power(base: Array, exponent: Array) -> Array:
+    """Wraps around like repeated multiplication; a negative exponent leaves only the powers of 1 and -1."""
+    shape = np.broadcast_shapes(base.shape, exponent.shape)
+    base, exponent = expand(base, shape), expand(exponent, shape)
+
+    def square_and_multiply(bit, state):
+        result, square = state
+        odd = ((exponent >> bit) & 1) == 1
+        return select(odd, result * square, result), square * square
+
+    bits = exponent.dtype.itemsize * 8 - 1
+    result, _ = lax.fori_loop(0, bits, square_and_multiply, (full(shape, 1, base.dtype), base))
+    unit = select(base == 1, 1, select(base == -1, 1 - 2 * (exponent & 1), exponent * 0))
+    return select(exponent < 0, unit, result)
 
 
 _POWERS = {

@@ -65,7 +65,8 @@ def _sum_dtype(self: Array, dtype: torch.dtype | None) -> jnp.dtype:
 @lowers("aten.sum.dim_IntList")
 def sum_dims(self: Array, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Array:
     target = _sum_dtype(self, dtype)
-    return cast(_reduce(lax.reduce_sum, cast(self, opmath(target)), dim, keepdim), target)
+    function = lax.reduce_or if target == BOOL else lax.reduce_sum
+    return cast(_reduce(function, cast(self, opmath(target)), dim, keepdim), target)
 
 
 @lowers("aten.sum.default")
@@ -102,7 +103,8 @@ def mean_all(self: Array, *, dtype: torch.dtype | None = None) -> Array:
 @lowers("aten.prod.dim_int")
 def product_dim(self: Array, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Array:
     target = _sum_dtype(self, dtype)
-    return cast(_reduce(lax.reduce_prod, cast(self, opmath(target)), dim, keepdim), target)
+    function = lax.reduce_and if target == BOOL else lax.reduce_prod
+    return cast(_reduce(function, cast(self, opmath(target)), dim, keepdim), target)
 
 
 @lowers("aten.prod.default")
@@ -373,7 +375,7 @@ def _running_extreme(function: Callable[..., Array], self: Array, dim: int) -> t
     if self.ndim == 0:
         return self, full((), 0, INT64)
     dim = wrap(dim, self.ndim)
-    values = function(self, axis=dim)
+    values = cast(function(cast(self, jnp.uint8) if self.dtype == BOOL else self, axis=dim), self.dtype)
     renewed = lax.eq(self, values) | lax.ne(self, self)
     positions = select(renewed, iota(self.shape, dim), 0)
     return values, lax.cummax(positions, axis=dim)

@@ -26,7 +26,7 @@ def _nearest_positions(size: int, out: int, scale: Scale, exact: bool) -> np.nda
 def _take(array: Array, positions: np.ndarray, axis: int) -> Array:
     size = array.shape[axis]
     factor = len(positions) // size
-    if np.array_equal(positions, np.arange(len(positions)) // max(factor, 1)):
+    if factor and np.array_equal(positions, np.arange(len(positions)) // factor):
         shape = array.shape[: axis + 1] + (factor,) + array.shape[axis + 1 :]
         repeated = lax.broadcast_in_dim(array, shape, [d for d in range(len(shape)) if d != axis + 1])
         return lax.reshape(repeated, array.shape[:axis] + (len(positions),) + array.shape[axis + 1 :])

@@ -152,7 +152,7 @@ def round_decimals(self: Array, decimals: int) -> Array:
 
 
 lowers("aten.neg.default", "aten._neg_view.default")(lax.neg)
-lowers("aten.abs.default")(lambda self: lax.abs(self) if self.dtype != BOOL else self)
+lowers("aten.abs.default")(lambda self: self if jnp.issubdtype(self.dtype, jnp.unsignedinteger) else lax.abs(self))
 
 
 @lowers("aten.sign.default", "aten.sgn.default")
