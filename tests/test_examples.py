@@ -19,7 +19,8 @@ LAUNCHED = ["-m", "trainingcompiler.launch", "--engine=xla", "--fallback=error"]
 def train(script: str, *options: str, launched: bool = False, folder: Path) -> subprocess.CompletedProcess:
     """Runs an example in `folder`, with a compilation cache of its own."""
     command = [sys.executable, *(LAUNCHED if launched else []), str(EXAMPLES / script), *options]
-    environment = os.environ | {"TRAININGCOMPILER_CACHE_DIR": str(folder / "cache")}
+    # One thread: with several test workers on few cores, torch's threads would wait for each other.
+    environment = os.environ | {"TRAININGCOMPILER_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run

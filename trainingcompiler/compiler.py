@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError
 from trainingcompiler.events import phase
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.statistics import current as statistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +83,11 @@ def compile(program: StepProgram) -> Executable:
                 _abstract(program.state), _abstract(program.inputs)
             )
         start_s = time.perf_counter()
-        with phase("compile", program.name):
+        with phase("compile", program.name) as running, watching() as outcome:
             compiled = lowered.compile()
+            running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))
         compile_time_s = time.perf_counter() - start_s
+    statistics().cache_hits += bool(outcome.hit)
     analysis = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import torch
 
-from trainingcompiler import __version__, cache
+from trainingcompiler import cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.events import Started, emit
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice
@@ -71,7 +71,6 @@ def _prepare(config: TrainingCompilerConfig) -> None:
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     target = Target.local()
     versions = {
-        "trainingcompiler": __version__,
         "torch": torch.__version__,
         "jax": jax.__version__,
     }

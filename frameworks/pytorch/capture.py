@@ -193,7 +193,12 @@ def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | No
 @contextlib.contextmanager
 def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
     """Fails if running the entries changes anything but tensors; puts module attributes back as they were."""
-    modules = [module for entry in entries if isinstance(entry.function, torch.nn.Module) for module in entry.function.modules()]
+    modules = [
+        module
+        for entry in entries
+        if isinstance(entry.function, torch.nn.Module)
+        for module in entry.function.modules()
+    ]
     before = [(module, attributes_of(module)) for module in modules]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     stateful = [optimizer for entry in entries for optimizer in entry.optimizers]
@@ -217,7 +222,9 @@ def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
     if created:
         raise CaptureError(reason=optimizers.NEW_STATE)
     if changed:
-        raise CaptureError(reason=f"forward changes {', '.join(sorted(set(changed))[:3])}, which compiled code cannot do")
+        raise CaptureError(
+            reason=f"forward changes {', '.join(sorted(set(changed))[:3])}, which compiled code cannot do"
+        )
     if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(), numpy_state):
         random.setstate(python_state)
         np.random.set_state(numpy_state)

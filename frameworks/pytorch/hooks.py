@@ -23,13 +23,13 @@ class Hooks:
         self._hook_modules()
         self._hook_optimizers()
         self._hook_clipping()
-        self.session.modules.start()
+        self.session.calls.modules.start()
         tensor_hooks.watch_gradients(self.session)
 
     def uninstall(self) -> None:
         """Leaves torch as it was."""
         tensor_hooks.unwatch_gradients()
-        self.session.modules.stop()
+        self.session.calls.modules.stop()
         for owner, name, original in reversed(self._replaced):
             setattr(owner, name, original)
         self._replaced.clear()

@@ -61,9 +61,7 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
 
     def resolve(leaf: Any, position: int) -> Any:
         if isinstance(leaf, Slot):
-            fake = twins.fake_like(
-                tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
-            )
+            fake = twins.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad)
             arguments[position] = fake.clone() if leaf.meta.requires_grad else fake
         elif isinstance(leaf, Input):
             arguments[position] = twins.fake_like(leaf.shape, leaf.dtype)

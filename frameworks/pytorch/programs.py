@@ -168,7 +168,9 @@ class CompiledTape:
         exported: Numbers of the slots that it computes.
     """
 
-    def __init__(self, cache: ProgramCache, name, entries, captured: CapturedStep, exports: list[Slot], purpose: Purpose):
+    def __init__(
+        self, cache: ProgramCache, name, entries, captured: CapturedStep, exports: list[Slot], purpose: Purpose
+    ):
         self.cache = cache
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         self.exported = {slots.index(slot) for slot in exports}
@@ -255,9 +257,8 @@ class CompiledTape:
 
     def binds(self) -> bool:
         """Whether everything the program was captured for is still there."""
-        return (
-            all(binding.tensor() is not None for binding in (*self._donated, *self._held, *self._read))
-            and all(tensor_hooks.stored_gradient(p()) is None for p in self._without_gradient)
+        return all(binding.tensor() is not None for binding in (*self._donated, *self._held, *self._read)) and all(
+            tensor_hooks.stored_gradient(p()) is None for p in self._without_gradient
         )
 
     def run(self, entries: list[Entry]) -> "Held | None":

@@ -27,10 +27,9 @@ _HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
 _FUNCTIONAL = {
     "aten.bernoulli_.float": "aten.bernoulli.p",
     "aten.normal_.default": "aten.normal_functional.default",
-    "aten.squeeze_.dim": "aten.squeeze.dim",
 }
-# Their fakes change shape in place, which a recorded value cannot.
-_RESHAPING = ("resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "as_strided_", "swapdims_")
+# Views that a tensor takes of itself; nothing is written.
+_TURNING = ("aten.t_.", "aten.transpose_.", "aten.squeeze_.", "aten.unsqueeze_.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class _View:
 class _Storage:
     """What a fake storage holds now: the value of the tensor that covers it all."""
 
-    base: torch.Tensor
+    geometry: tuple
     value: int
     version: int = 0
 
@@ -173,9 +172,9 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _mutate(self, func, name, args, kwargs):
-        if func._schema.name.split("::")[1] in _RESHAPING:
-            raise unsupported(name)
         functional = _functional_name(name)
+        if name.startswith(_TURNING):
+            return self._turn(func, functional, args, kwargs)
         if functional not in LOWERINGS and functional not in RANDOM_LOWERINGS:
             if func in self._decompositions:
                 with self:
@@ -194,6 +193,15 @@ class Recorder(TorchDispatchMode):
         self._append(functional, encoded_args, encoded_kwargs, values, metas, casts=True)
         for target, value in zip(targets, values, strict=True):
             self._write(target, value)
+        return result
+
+    def _turn(self, func, functional, args, kwargs):
+        record = self._record(args[0])
+        value = self.value_of(args[0])
+        result = func(*args, **kwargs)
+        step = _View(functional, args[1:], kwargs)
+        record.path = (*record.path, step)
+        record.value = self._emit_view(step, value, _meta(args[0]))
         return result
 
     def _hidden_writes(self, name: str, args: tuple) -> list[torch.Tensor | None]:
@@ -242,7 +250,7 @@ class Recorder(TorchDispatchMode):
         return self._count
 
     def _adopt(self, fake: torch.Tensor, value: int) -> None:
-        storage = _Storage(fake, value)
+        storage = _Storage(_geometry(fake), value)
         self._storages[fake.untyped_storage()._cdata] = storage
         self._tensors[id(fake)] = _Tensor(fake, storage, (), value, 0)
 
@@ -252,7 +260,7 @@ class Recorder(TorchDispatchMode):
             return record
         # Autograd hands out new tensor objects for values it saved: same memory, same geometry.
         storage = self._storages.get(fake.untyped_storage()._cdata) if _is_fake(fake) else None
-        if storage is None or _geometry(storage.base) != _geometry(fake):
+        if storage is None or storage.geometry != _geometry(fake):
             raise CaptureError(
                 reason="a tensor entered the step that capture did not see being made "
                 f"(shape {tuple(fake.shape)}, {fake.dtype})",

@@ -6,9 +6,8 @@ and computes when the tape ends (`commit`) or somebody looks (`value`).
 
 import contextlib
 import threading
-import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +18,19 @@ from trainingcompiler.errors import CaptureError, FallbackError, GradientNotKept
 from trainingcompiler.events import FellBack, emit
 from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
-from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
-from trainingcompiler.frameworks.pytorch.programs import Held, ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
-from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, map_leaves, unflatten
-from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot, Tape, replay, tensors_in
+from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, replay, tensors_in
 from trainingcompiler.statistics import current as statistics
 
 _META = frozenset(
@@ -45,7 +45,6 @@ _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
     "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
 )
-_FIXED_CONSTANTS = 8  # how many values of one number are compiled as constants before the loop runs eagerly
 
 
 class Session:
@@ -59,21 +58,18 @@ class Session:
     def __init__(self, config: TrainingCompilerConfig):
         self.config = config
         self.deferring = False
-        self.modules = ModuleWatch()
+        self.calls = CallBook()
         self.book = OptimizerBook(config.keep_gradients)
         self.programs = ProgramCache(self.book)
         self.tape = Tape()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
-        self._numbers: dict[tuple, _Numbers] = {}
         self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
         self._fallbacks = 0
         self._said: set[tuple] = set()
         self._gradients_are_ours = False  # the last backward ran as a program: its gradients lie in its buffers
         self._called_since_backward: set[int] = set()
-        self._expected: dict[tuple, Entry | None] = {}
-        self._looked_at: tuple | None = None
-        self._speculation: tuple[Entry, Held] | None = None
+        self._speculation = Speculation(self.programs, self.calls)
 
     # -- what the loop does -------------------------------------------------------------------------------------
 
@@ -209,7 +205,8 @@ class Session:
 
     def _record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         name = getattr(function, "__name__", "")
-        if isinstance(args[0], torch.Tensor) and (_is_in_place(name) or "out" in kwargs) and not isinstance(args[0], DeferredTensor):
+        target = kwargs.get("out", args[0] if args and _is_in_place(name) else None)
+        if isinstance(target, torch.Tensor) and not isinstance(target, DeferredTensor):
             return self._write_real(function, args, kwargs)
         try:
             entry = self._append(function, args, kwargs)
@@ -231,55 +228,9 @@ class Session:
         return self._results(entry, planned)
 
     def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
-        leaves, structure = flatten((args, kwargs))
-        ambient = Ambient.now()
-        encoded = [self._encode(leaf) for leaf in leaves]
-        function_key: Any = function
-        where = None
-        if isinstance(function, nn.Module):
-            fingerprint = self.modules.fingerprint(function)
-            if fingerprint.hooked:
-                raise CaptureError(reason=f"module {fingerprint.hooked} has a hook", where=user_line())
-            function_key = (id(function), fingerprint)
-            where = user_line()
-        kinds = tuple(_kind(leaf) for leaf in encoded)
-        numbers, constants = (), kinds
-        if not isinstance(function, nn.Module) and any(type(leaf) is float for leaf in encoded):
-            history = self._numbers.setdefault((function_key, structure, ambient, kinds), _Numbers())
-            numbers = history.changing(encoded)
-            constants = tuple(
-                "number" if place in numbers else (kind, leaf) if kind is float else kind
-                for place, (kind, leaf) in enumerate(zip(kinds, encoded, strict=True))
-            )
-        else:
-            constants = tuple(
-                (kind, leaf) if kind is float else kind for kind, leaf in zip(kinds, encoded, strict=True)
-            )
-        entry = Entry(
-            function, structure, encoded, ambient, (function_key, structure, constants, ambient),
-            numbers=numbers, where=where, optimizers=optimizers,
-        )  # fmt: skip
+        entry = self.calls.entry(function, args, kwargs, optimizers)
         self.tape.entries.append(entry)
         return entry
-
-    def _encode(self, leaf: Any) -> Any:
-        if isinstance(leaf, DeferredTensor):
-            slot = leaf.slot
-            if slot.committed:
-                return _slot_input(slot)
-            return slot
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if leaf.grad_fn is not None:
-            raise CaptureError(
-                reason=f"the loop computed a tensor from parameters outside of any module ({leaf.grad_fn.name()})",
-                where=user_line(),
-            )
-        if leaf.requires_grad or isinstance(leaf, nn.Parameter):
-            return leaf  # state: by identity
-        if leaf.device.type != "cpu" or leaf.layout is not torch.strided or type(leaf) not in (torch.Tensor,):
-            raise CaptureError(reason=f"a {type(leaf).__name__} on {leaf.device} is passed to the model", where=user_line())
-        return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
 
     def _results(self, entry: Entry, planned: Plan) -> Any:
         if planned.random:
@@ -315,7 +266,9 @@ class Session:
                 "earlier backward(). Pass retain_graph=True to that one if both are wanted."
             )
         try:
-            entry = self._append(torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs})
+            entry = self._append(
+                torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
+            )
         except CaptureError as error:
             self.run_eagerly(error)
             return torch.Tensor.backward(self._real(tensor), self._real(gradient), retain_graph, inputs=inputs)
@@ -324,8 +277,12 @@ class Session:
         self._called_since_backward = {
             id(entry.function) for entry in self.tape.entries if isinstance(entry.function, nn.Module)
         }
-        self._learn_backward(entry)
-        self._apply_speculation(entry)
+        held = self._speculation.backward(self.tape, entry)
+        if held is not None and self.tape.committable() == len(self.tape.entries):
+            self._check_gradients(self.tape.entries)
+            with undeferred():
+                held.apply()
+            self._committed(self.tape.entries, [])
         return None
 
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
@@ -336,27 +293,22 @@ class Session:
     def _write_real(self, function, args, kwargs) -> Any:
         """An in-place call on a real tensor with a deferred operand: `total += loss`."""
         total = args[0]
+        functional = getattr(torch.Tensor, _functional_name(function.__name__), None)
         simple = (
-            type(total) is torch.Tensor and not total.requires_grad and "out" not in kwargs
-            and not total._is_view() and not self._needs_gradient(args[1:], kwargs)
-        )  # fmt: skip
-        if not simple:
-            self.commit_for(args, kwargs)
+            type(total) is torch.Tensor
+            and functional is not None
+            and "out" not in kwargs
+            and not total.requires_grad
+            and not total._is_view()
+            and not self._needs_gradient(args[1:], kwargs)
+        )
+        result = self._record(functional, args, kwargs) if simple else None
+        if not isinstance(result, DeferredTensor) or (result.dtype, result.shape) != (total.dtype, total.shape):
             return function(*self._real(args), **self._real(kwargs))
-        functional = getattr(torch.Tensor, function.__name__.replace("__i", "__", 1).removesuffix("_") if not
-                             function.__name__.startswith("__") else function.__name__.replace("__i", "__", 1), None)  # fmt: skip
-        if functional is None:
-            self.commit_for(args, kwargs)
-            return function(*self._real(args), **self._real(kwargs))
-        result = self._record(functional, args, kwargs)
-        if not isinstance(result, DeferredTensor) or result.dtype is not total.dtype or result.shape != total.shape:
-            return function(total, *self._real(args[1:]), **self._real(kwargs))
-        result.slot.wrapper = None
+        slot = result.slot
+        slot.wrapper = None  # a tensor with weak references cannot be swapped
         torch.utils.swap_tensors(total, result)
-        assert isinstance(total, DeferredTensor)
-        import weakref
-
-        total.slot.wrapper = weakref.ref(total)
+        slot.wrapper = weakref.ref(total)
         return total
 
     def finish(self) -> None:
@@ -365,10 +317,6 @@ class Session:
         for slot in self.tape.live_slots():
             self.value(slot)
         self.deferring = False
-
-    def commit_for(self, args, kwargs) -> None:
-        """Computes what the arguments stand for."""
-        map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, (args, kwargs))
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -399,14 +347,11 @@ class Session:
             for slot in entry.outputs or ():
                 slot.committed = True
         for entry in rest:
-            entry.leaves = [
-                _slot_input(leaf) if isinstance(leaf, Slot) and leaf.committed else leaf for leaf in entry.leaves
-            ]
-            entry.key = (*entry.key[:2], _rekeyed(entry.key[2], entry.leaves), entry.key[3])
+            detached(entry)
         self.tape.entries = rest
         self.tape.mutated = False
         self._called_since_backward = set()
-        self._speculation = None
+        self._speculation.forget()
 
     def _check_gradients(self, entries: list[Entry]) -> None:
         if any(entry.optimizers or entry.function is torch.Tensor.backward for entry in entries):
@@ -414,7 +359,7 @@ class Session:
 
     def _peek(self, slot: Slot) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
-        if self._speculate(slot):
+        if self._speculation.look(self.tape, slot):
             return None
         slots = [other for other in self.tape.live_slots() if other.value is None]
         if slot not in slots:
@@ -428,68 +373,6 @@ class Session:
                 return self._peek(slot)
             self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return None
-
-    def _speculate(self, slot: Slot) -> bool:
-        """Runs the tape together with the backward that will follow, and holds the gradients.
-
-        A loop that looks at a loss before `backward()` would otherwise run its forward twice. The first time, the
-        guess is `loss.backward()` of the scalar looked at; after that, what has followed.
-        """
-        key, numbering = self.programs.signature(self.tape.entries)
-        self._looked_at = key
-        if key not in self._expected:
-            if slot.meta.ndim or not slot.meta.requires_grad or slot.freed or not slot.live:
-                return False
-            self._append(torch.Tensor.backward, (slot.wrapper(), None, None, False), {"inputs": None})
-            self._expected[key] = self._template(self.tape.entries.pop(), numbering)
-        expected = self._expected[key]
-        if expected is None:
-            return False
-        slots = {number: slot for slot, number in numbering.items()}
-        leaves = [slots[leaf.number] if isinstance(leaf, _Numbered) else leaf for leaf in expected.leaves]
-        backward = Entry(expected.function, expected.structure, leaves, expected.ambient, expected.key)
-        try:
-            with undeferred():
-                held = self.programs.run([*self.tape.entries, backward], self.tape.live_slots(), Purpose.HOLD)
-        except (CaptureError, NumberUsed):
-            self._expected[key] = None
-            return False
-        assert held is not None
-        self._speculation = backward, held
-        return True
-
-    def _learn_backward(self, backward: Entry) -> None:
-        """Notes which backward follows a look at the tape; the next time, both run together."""
-        *before, last = self.tape.entries
-        if self._looked_at is None or last is not backward or self.tape.mutated:
-            return
-        key, numbering = self.programs.signature(before)
-        if key == self._looked_at and key not in self._expected:
-            self._expected[key] = self._template(backward, numbering)
-
-    @staticmethod
-    def _template(backward: Entry, numbering: dict[Slot, int]) -> Entry | None:
-        leaves = [_Numbered(numbering[leaf]) if isinstance(leaf, Slot) else leaf for leaf in backward.leaves]
-        if any(isinstance(leaf, Input) for leaf in leaves):
-            return None
-        return Entry(backward.function, backward.structure, leaves, backward.ambient, backward.key)
-
-    def _apply_speculation(self, backward: Entry) -> None:
-        """The loop has asked for the backward that was run with the forward: its gradients are stored."""
-        if self._speculation is None:
-            return
-        expected, held = self._speculation
-        self._speculation = None
-        *before, last = self.tape.entries
-        same = last is backward and expected.key == backward.key and expected.leaves == backward.leaves
-        if not same or self._looked_at != self.programs.signature(before)[0]:
-            self._expected[self._looked_at] = None  # this loop does not always go on so: never again
-            return
-        if self.tape.committable() == len(self.tape.entries):
-            self._check_gradients(self.tape.entries)
-            with undeferred():
-                held.apply()
-            self._committed(self.tape.entries, [])
 
     def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
         """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.
@@ -519,7 +402,7 @@ class Session:
         self._check_gradients(self.tape.entries)
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
-        self._speculation = None
+        self._speculation.forget()
         with undeferred():
             for entry in entries:
                 self._replay_eagerly(entry)
@@ -555,14 +438,12 @@ class Session:
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         if not self.deferring or id(module) in self._eager:
             return False
-        if self.book.trains(module, self.modules):
+        if self.book.trains(module, self.calls.modules):
             return True
         return self._any_pending(args, kwargs)
 
     def _any_pending(self, args: Any, kwargs: Any) -> bool:
-        return any(
-            isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0]
-        )
+        return any(isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0])
 
     def _needs_gradient(self, args: Any, kwargs: Any) -> bool:
         return any(
@@ -580,61 +461,10 @@ class Session:
         source: Any = error.source
         if source is None:
             return False
-        entry = entries[source.entry]
         if source.optimizer is not None:
             return self.book.fix_number(source.optimizer(), source.position)
-        history = self._numbers[(entry.key[0], entry.structure, entry.ambient, tuple(map(_kind, entry.leaves)))]
-        history.fixed.add(source.position)
-        entry.numbers = tuple(place for place in entry.numbers if place != source.position)
-        constants = list(entry.key[2])
-        constants[source.position] = (float, entry.leaves[source.position])
-        entry.key = (*entry.key[:2], tuple(constants), entry.key[3])
+        self.calls.fix_number(entries[source.entry], source)
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbered:
-    """Stands for the slot with a number."""
-
-    number: int
-
-
-class _Numbers:
-    """The numbers that one kind of call has been given."""
-
-    def __init__(self):
-        self.last: dict[int, float] = {}
-        self.seen_changing: set[int] = set()
-        self.fixed: set[int] = set()
-
-    def changing(self, leaves: list[Any]) -> tuple[int, ...]:
-        """Positions of the floats that are known to change; what they are now is remembered."""
-        for place, leaf in enumerate(leaves):
-            if type(leaf) is float:
-                if self.last.setdefault(place, leaf) != leaf:
-                    self.seen_changing.add(place)
-                self.last[place] = leaf
-        return tuple(place for place in sorted(self.seen_changing - self.fixed) if leaves[place] != 0.0)
-
-
-def _kind(leaf: Any) -> Any:
-    if isinstance(leaf, Slot):
-        return "slot"
-    if isinstance(leaf, Input):
-        return leaf.shape, leaf.dtype
-    if isinstance(leaf, torch.Tensor | nn.Module | torch.optim.Optimizer):
-        return id(leaf)
-    if type(leaf) is float:
-        return float
-    try:
-        hash(leaf)
-    except TypeError:
-        raise CaptureError(reason=f"a {type(leaf).__name__} is passed to the model", where=user_line()) from None
-    return type(leaf), leaf
-
-
-def _rekeyed(constants: tuple, leaves: list[Any]) -> tuple:
-    return tuple(_kind(leaf) if isinstance(leaf, Input) else constant for constant, leaf in zip(constants, leaves, strict=True))
 
 
 def _described(leaf: Any) -> Any:
@@ -643,15 +473,14 @@ def _described(leaf: Any) -> Any:
     return None
 
 
-def _slot_input(slot: Slot) -> Input:
-    assert slot.value is not None
-    return Input(input_array(slot.value), tuple(slot.value.shape), slot.value.dtype)
-
-
 def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__") or name == "__setitem__"
     return name.endswith("_")
+
+
+def _functional_name(name: str) -> str:
+    return name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
 
 
 def _unusable(error: NumberUsed) -> CaptureError:

@@ -73,7 +73,6 @@ class CellRegistry:
         found = self._cells.get(id(tensor))
         if found is not None and found[0]() is tensor:
             return found[1]
-        key = id(tensor)
         cell = Cell(tensor)
         self._register(tensor, cell)
         return cell

@@ -133,9 +133,11 @@ class CompiledStep:
             assert entry.result is not None and entry.outputs is not None
             structure, leaves = entry.result
             positions = {slot: index for index, slot in enumerate(entry.outputs)}
-            template = structure, [positions.get(leaf) if isinstance(leaf, Slot) else leaf for leaf in leaves], [
-                isinstance(leaf, Slot) for leaf in leaves
-            ]
+            template = (
+                structure,
+                [positions.get(leaf) if isinstance(leaf, Slot) else leaf for leaf in leaves],
+                [isinstance(leaf, Slot) for leaf in leaves],
+            )
             self._results[key] = template, [slot.meta for slot in entry.outputs]
         structure, items, are_outputs = template
         return unflatten(

@@ -6,6 +6,7 @@ import torch
 from jax import lax
 
 from .matmul import product
+from .operands import cast, opmath
 from .registry import lowers
 
 
@@ -50,10 +51,11 @@ def convolution_backward(
             grad_input = _spread(grad_output, weight, input.shape[2:], *geometry)
     if output_mask[1]:
         # A transposed convolution is the gradient of a plain one, so its input and output change places.
-        wide, strided = (grad_output, input) if transposed else (input, grad_output)
-        grad_weight = _weight_gradient(wide, strided, weight.shape[2:], *geometry)
+        larger, strided = (grad_output, input) if transposed else (input, grad_output)
+        grad_weight = _weight_gradient(larger, strided, weight.shape[2:], *geometry)
     if output_mask[2]:
-        grad_bias = lax.reduce_sum(grad_output, (0, *range(2, grad_output.ndim)))
+        wide = cast(grad_output, opmath(grad_output.dtype))
+        grad_bias = cast(lax.reduce_sum(wide, (0, *range(2, wide.ndim))), grad_output.dtype)
     return grad_input, grad_weight, grad_bias
 
 

@@ -255,7 +255,8 @@ def _hypot(x: Array, y: Array) -> Array:
     x, y = abs(x), abs(y)
     large, small = lax.max(x, y), lax.min(x, y)
     ratio = small / select(large == 0, 1, large)
-    return select(large == math.inf, large, large * lax.sqrt(ratio * ratio + 1))
+    infinite = (x == math.inf) | (y == math.inf)  # Even where the other is NaN.
+    return select(infinite, math.inf, large * lax.sqrt(ratio * ratio + 1))
 
 
 def _xlog(logarithm: Callable[[Array], Array]) -> Callable[..., Array]:
