@@ -150,7 +150,8 @@ def capture(entries: list[Entry]) -> CapturedStep:
                 slot: recorder.value_of(twins.twin(fakes[slot])) for entry in entries for slot in entry.outputs or ()
             }
             lifted, gradients = _state(twins)
-        del results, result, fakes
+        fakes.clear()
+        del results, result
     twins.let_go()
     if any(item.tensor() is None for item in lifted):
         raise CaptureError(

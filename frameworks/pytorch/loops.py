@@ -126,8 +126,8 @@ class OptimizerBook:
         if self._consumed:
             raise GradientNotKeptError(
                 "backward() or step() would use gradients of an earlier step that the compiled step did not keep, "
-                "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, or "
-                "TrainingCompilerConfig(keep_gradients=True)."
+                "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, "
+                "or TrainingCompilerConfig(keep_gradients=True)."
             )
 
     def note_zeroed(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:

@@ -27,6 +27,7 @@ _HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
 _FUNCTIONAL = {
     "aten.bernoulli_.float": "aten.bernoulli.p",
     "aten.normal_.default": "aten.normal_functional.default",
+    "aten.transpose_.default": "aten.transpose.int",
 }
 # Views that a tensor takes of itself; nothing is written.
 _TURNING = ("aten.t_.", "aten.transpose_.", "aten.squeeze_.", "aten.unsqueeze_.")

@@ -8,7 +8,7 @@ from tests.pytorch.lower.harness import Call, compare
 
 def lists(count):
     generator = torch.Generator().manual_seed(count)
-    return [[torch.rand(*shape, generator=generator) + 0.1 for shape in ((3,), (2, 2), ())] for _ in range(count)]
+    return [[torch.rand(shape, generator=generator) + 0.1 for shape in ((3,), (2, 2), ())] for _ in range(count)]
 
 
 def call(name, *args, **kwargs):

@@ -1,0 +1,359 @@
+"""Several models, several calls, several losses, and whatever they take and return."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from parity import assert_same_training
+from small import batches, made, mlp, sgd
+from torch import nn
+from torch.nn import functional as F
+
+
+def gan():
+    generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(True), nn.Linear(16, 8), nn.Tanh())
+    discriminator = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2, inplace=True), nn.Linear(16, 1), nn.Sigmoid())
+    return {
+        "netG": generator,
+        "netD": discriminator,
+        "optimizerD": torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.999)),
+        "optimizerG": torch.optim.Adam(generator.parameters(), lr=2e-3, betas=(0.5, 0.999)),
+    }
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_dcgan(reads):
+    """The loop that everybody copies: gradients of the generator cross the discriminator's step."""
+
+    def loop(objects, data):
+        netG, netD = objects["netG"], objects["netD"]
+        optimizerD, optimizerG = objects["optimizerD"], objects["optimizerG"]
+        criterion = nn.BCELoss()
+        real_label, fake_label = 1.0, 0.0
+        seen = []
+        for i, batch in enumerate(data, 0):
+            netD.zero_grad()
+            real_cpu = batch[0]
+            b_size = real_cpu.size(0)
+            label = torch.full((b_size,), real_label)
+            output = netD(real_cpu).view(-1)
+            errD_real = criterion(output, label)
+            errD_real.backward()
+            D_x = output.mean().item() if reads else 0.0
+
+            noise = torch.randn(b_size, 4)
+            fake = netG(noise)
+            label.fill_(fake_label)
+            output = netD(fake.detach()).view(-1)
+            errD_fake = criterion(output, label)
+            errD_fake.backward()
+            D_G_z1 = output.mean().item() if reads else 0.0
+            errD = errD_real + errD_fake
+            optimizerD.step()
+
+            netG.zero_grad()
+            label.fill_(real_label)
+            output = netD(fake).view(-1)
+            errG = criterion(output, label)
+            errG.backward()
+            D_G_z2 = output.mean().item() if reads else 0.0
+            optimizerG.step()
+            if reads or i % 5 == 0:
+                seen += [errD.item(), errG.item(), D_x, D_G_z1, D_G_z2]
+        return seen
+
+    # Without reads: the real batch's gradients, which the fake batch's are added to, and all the rest.
+    assert_same_training(gan, loop, batches(), max_compiles=6 if reads else 2)
+
+
+def test_gan_with_one_loss_for_the_discriminator_is_one_program():
+    def loop(objects, data):
+        seen = []
+        for x, _ in data:
+            fake = objects["netG"](torch.randn(len(x), 4))
+            objects["optimizerD"].zero_grad()
+            scores = objects["netD"](torch.cat([x, fake.detach()]))
+            truth = torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)])
+            loss_d = F.binary_cross_entropy(scores, truth)
+            loss_d.backward()
+            objects["optimizerD"].step()
+
+            objects["optimizerG"].zero_grad()
+            loss_g = -objects["netD"](fake).log().mean()
+            loss_g.backward()
+            objects["optimizerG"].step()
+            seen += [loss_d.item(), loss_g.item()]
+        return seen
+
+    assert_same_training(gan, loop, batches(), max_compiles=1)
+
+
+def pair():
+    one, two = mlp(), mlp()
+    return {
+        "one": one,
+        "two": two,
+        "first": torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9),
+        "second": torch.optim.AdamW(two.parameters(), lr=0.01),
+    }
+
+
+@pytest.mark.parametrize("order", ["each after its backward", "both at the end"])
+def test_two_models_two_optimizers(order):
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["first"].zero_grad()
+            objects["second"].zero_grad()
+            loss_one = F.cross_entropy(objects["one"](x), y)
+            loss_two = F.cross_entropy(objects["two"](x), y)
+            loss_one.backward()
+            if order == "each after its backward":
+                objects["first"].step()
+            loss_two.backward()
+            if order == "both at the end":
+                objects["first"].step()
+            objects["second"].step()
+            losses += [loss_one.item(), loss_two.item()]
+        return losses
+
+    assert_same_training(pair, loop, batches(), max_compiles=2 if order == "both at the end" else 1)
+
+
+def test_teacher_and_student():
+    def loop(objects, data):
+        teacher, student = objects["one"].eval(), objects["two"]
+        losses = []
+        for x, _ in data:
+            with torch.no_grad():
+                targets = teacher(x).softmax(-1)
+            objects["second"].zero_grad()
+            loss = F.kl_div(F.log_softmax(student(x), -1), targets, reduction="batchmean")
+            loss.backward()
+            objects["second"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(pair, loop, batches(), max_compiles=2)
+
+
+def test_one_loss_through_two_models():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["first"].zero_grad()
+            objects["second"].zero_grad()
+            loss = F.cross_entropy(objects["one"](x) + objects["two"](x).detach().tanh() * objects["two"](x), y)
+            loss.backward()
+            objects["first"].step()
+            objects["second"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(pair, loop, batches(), max_compiles=2)
+
+
+def test_one_optimizer_for_two_models():
+    def make():
+        one, two = nn.Linear(8, 16), nn.Linear(16, 4)
+        return {"one": one, "two": two, "optimizer": torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)}
+
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["two"](torch.relu(objects["one"](x))), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(make, loop, batches(), max_compiles=1)
+
+
+def test_one_model_called_twice():
+    def loop(objects, data):
+        losses = []
+        for x, _ in data:
+            objects["optimizer"].zero_grad()
+            one, two = objects["model"](x), objects["model"](x.flip(0))
+            similarity = F.cosine_similarity(one, two, dim=-1)
+            loss = (1 - similarity).mean() + (one - two).pow(2).mean()
+            loss.backward()
+            objects["optimizer"].step()
+            losses += [loss.item(), similarity.max().item()]
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=1)
+
+
+def test_a_model_called_on_its_own_output():
+    def loop(objects, data):
+        losses = []
+        for x, _ in data:
+            hidden = x
+            for _ in range(3):
+                hidden = objects["model"](hidden)
+            loss = (hidden - x).abs().mean()
+            objects["optimizer"].zero_grad()
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    cell = made(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.optim.SGD, lr=0.1)
+    assert_same_training(cell, loop, batches(), max_compiles=1)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_two_losses_two_backwards(read):
+    def loop(objects, data):
+        seen = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            outputs = objects["model"](x)
+            loss = F.cross_entropy(outputs, y)
+            penalty = outputs.pow(2).mean()
+            loss.backward(retain_graph=True)
+            if read:
+                seen.append(loss.item())
+            penalty.backward()
+            objects["optimizer"].step()
+            seen += [loss.item(), penalty.item()]
+        return seen
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=2 if read else 1)
+
+
+def test_two_losses_of_two_calls_two_backwards():
+    def loop(objects, data):
+        seen = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            penalty = objects["model"](x + 0.1).pow(2).mean()
+            penalty.backward()
+            objects["optimizer"].step()
+            seen += [loss.item(), penalty.item()]
+        return seen
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=2)
+
+
+def test_backward_of_a_vector_and_of_several():
+    def loop(objects, data):
+        seen = []
+        for step, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            losses = F.cross_entropy(objects["model"](x), y, reduction="none")
+            if step % 2:
+                losses.backward(torch.full((len(x),), 1 / len(x)))
+            else:
+                torch.autograd.backward([losses[:8].sum(), losses[8:].mean()])
+            objects["optimizer"].step()
+            seen.append(losses.mean().item())
+        return seen
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=2)
+
+
+class Parts(nn.Module):
+    """A model whose parts the loop calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh())
+        self.heads = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 2)})
+
+    def embed(self, x):
+        return self.encoder(x) * 2.0
+
+
+def test_parts_called_one_after_the_other():
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            hidden = model.embed(x)
+            loss = F.cross_entropy(model.heads["a"](hidden), y) + F.cross_entropy(model.heads["b"](hidden), y % 2)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(Parts, torch.optim.AdamW, lr=0.01), loop, batches(), max_compiles=1)
+
+
+def test_parts_called_by_turns():
+    """Each step trains one head: the other has no gradient, and its optimizer state does not move."""
+
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        for step, (x, y) in enumerate(data):
+            head = "ab"[step % 2]
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(model.heads[head](model.embed(x)), y % 2)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(Parts, torch.optim.AdamW, lr=0.01), loop, batches(), max_compiles=2)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: list
+    loss: torch.Tensor | None = None
+    name: str = "output"
+
+
+class Structured(nn.Module):
+    """Takes and returns more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, batch, *, scale=1.0, flags=(), labels=None, mode="mean"):
+        hidden = self.first(batch["features"]["x"])
+        if "tanh" in flags:
+            hidden = torch.tanh(hidden)
+        logits = self.second(hidden) * scale
+        loss = F.cross_entropy(logits, labels, reduction=mode) if labels is not None else None
+        return Output(logits, [hidden, {"shape": hidden.shape}], loss)
+
+
+def test_nested_and_other_inputs_and_dataclass_outputs():
+    def loop(objects, data):
+        seen = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            batch = {"features": {"x": x, "names": ["a", "b"]}, "count": len(x)}
+            out = objects["model"](batch, scale=2, flags=["tanh"], labels=y, mode="mean")
+            assert isinstance(out, Output) and out.name == "output"
+            assert out.hidden[1]["shape"] == (16, 16) and out.logits.shape == (16, 4)
+            loss = out.loss + 0.1 * out.hidden[0].abs().mean()
+            loss.backward()
+            objects["optimizer"].step()
+            seen += [loss.item(), out.logits.max().item(), out.loss.item()]
+        return seen
+
+    assert_same_training(made(Structured, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=1)
+
+
+def test_other_inputs_change_the_program():
+    def loop(objects, data):
+        seen = []
+        for step, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            flags = ("tanh",) if step % 2 else ()
+            loss = objects["model"]({"features": {"x": x}}, flags=flags, labels=y).loss
+            loss.backward()
+            objects["optimizer"].step()
+            seen.append(loss.item())
+        return seen
+
+    assert_same_training(made(Structured, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=2)
