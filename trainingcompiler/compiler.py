@@ -1,6 +1,7 @@
 """Compiles a `StepProgram` ahead of time into an `Executable`."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ def compile(program: StepProgram) -> Executable:
             running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))
         compile_time_s = time.perf_counter() - start_s
     statistics().cache_hits += bool(outcome.hit)
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,
         output_bytes=analysis.output_size_in_bytes,
@@ -105,8 +106,8 @@ def compile(program: StepProgram) -> Executable:
     return Executable(program=program, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
 
 
-def _named(program: StepProgram):
-    def function(state, inputs):
+def _named(program: StepProgram) -> Callable:
+    def function(state: tuple, inputs: tuple) -> tuple:
         return program.function(state, inputs)
 
     function.__name__ = program.name  # the module's name in XLA's dumps, profiles and cache

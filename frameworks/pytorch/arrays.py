@@ -1,6 +1,7 @@
 """Moves values between torch tensors and JAX arrays of the same memory."""
 
 import ctypes
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -39,9 +40,7 @@ def tensor_over(array: jax.Array, owner: object, dtype: torch.dtype) -> torch.Te
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype)
 
-    class Memory(ctypes.c_char * array.nbytes):  # a subclass, because its instances can carry the owner
-        pass
-
-    memory = Memory.from_address(address(array))
+    kind: Any = type("Memory", (ctypes.c_char * array.nbytes,), {})  # a subclass: its instances can carry the owner
+    memory = kind.from_address(address(array))
     memory.owner = owner
     return torch.frombuffer(memory, dtype=dtype).view(array.shape)

@@ -201,7 +201,7 @@ def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
         for module in entry.function.modules()
     ]
     before = [(module, attributes_of(module)) for module in modules]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     stateful = [optimizer for entry in entries for optimizer in entry.optimizers]
     try:
         yield
@@ -226,7 +226,7 @@ def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
         raise CaptureError(
             reason=f"forward changes {', '.join(sorted(set(changed))[:3])}, which compiled code cannot do"
         )
-    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(), numpy_state):
+    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(legacy=True), numpy_state):
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         raise CaptureError(reason="forward draws random numbers from Python's or NumPy's generator")
@@ -238,5 +238,5 @@ def _equal(old: Any, new: Any) -> bool:
     return isinstance(old, str | int | float | bool | tuple | list | dict | set | frozenset) and old == new
 
 
-def _same_numpy_state(one: tuple, other: tuple) -> bool:
+def _same_numpy_state(one: Any, other: Any) -> bool:
     return one[2:] == other[2:] and bool((one[1] == other[1]).all())

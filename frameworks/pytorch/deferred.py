@@ -50,7 +50,7 @@ class DeferredTensor(torch.Tensor):
         return owner.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         # Only code that bypasses torch's Python interface gets here (C++ extensions): it needs the value.
         def real(leaf):
             if isinstance(leaf, DeferredTensor):

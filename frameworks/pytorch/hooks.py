@@ -1,5 +1,6 @@
 """Installs the session in torch: the few places where a training loop talks to its model, and nothing else."""
 
+import functools
 from typing import Any
 
 import torch
@@ -85,12 +86,12 @@ class Hooks:
         if owner is Optimizer or getattr(original, "defers", False):
             return
 
-        def step(optimizer, *args, **kwargs):
+        @functools.wraps(original)
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return session.step(optimizer, original, args, kwargs)
 
-        step.defers = True
-        step.hooked = True  # torch's own profiling wrapper is inside, in `original`
-        step.__wrapped__ = original
+        # `hooked` keeps torch from wrapping it again: its own profiling wrapper is inside, in `original`.
+        vars(step).update(defers=True, hooked=True)
         self._replace(owner, "step", step)
 
     def _hook_clipping(self) -> None:
@@ -103,12 +104,15 @@ class Hooks:
     def _clipping(self, original):
         session = self.session
 
-        def clip(*args, **kwargs):
+        @functools.wraps(original)
+        def clip(*args: Any, **kwargs: Any) -> Any:
             return session.clip(original, args, kwargs)
 
-        clip.__name__, clip.__doc__, clip.__wrapped__ = original.__name__, original.__doc__, original
         return clip
 
 
-def _subclasses(kind: type) -> list[type]:
-    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
+def _subclasses(kind: type[Optimizer]) -> list[type[Optimizer]]:
+    found: list[type[Optimizer]] = []
+    for child in kind.__subclasses__():
+        found += [child, *_subclasses(child)]
+    return found

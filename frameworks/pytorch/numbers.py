@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -15,9 +16,36 @@ class NumberUsed(Exception):
         source: What the number was, as `TracedNumber.source` says.
     """
 
-    def __init__(self, source: object):
+    def __init__(self, source: Any):
         super().__init__(source)
         self.source = source
+
+
+def _refusal(name: str) -> Callable:
+    def refuse(self: "TracedNumber", *_: Any, **__: Any) -> Any:
+        raise NumberUsed(self.source)
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _comparison(name: str) -> Callable:
+    def compare(self: "TracedNumber", other: Any) -> bool:
+        if self.source is None or isinstance(other, TracedNumber) or other != 0:
+            raise NumberUsed(self.source)
+        return getattr(float, name)(self, other)
+
+    return compare
+
+
+def _arithmetic(name: str, function: Callable) -> Callable:
+    def compute(self: "TracedNumber", other: Any) -> Any:
+        if isinstance(other, torch.Tensor) or not isinstance(other, int | float):
+            return NotImplemented
+        tensor = other.tensor if isinstance(other, TracedNumber) else other
+        return TracedNumber(getattr(float, name)(self, other), function(self.tensor, tensor))
+
+    return compute
 
 
 class TracedNumber(float):
@@ -33,69 +61,63 @@ class TracedNumber(float):
     """
 
     __slots__ = ("source", "tensor")
+    tensor: torch.Tensor
+    source: Any
 
-    def __new__(cls, value: float, tensor: torch.Tensor, source: object = None):
+    def __new__(cls, value: float, tensor: torch.Tensor, source: Any = None) -> "TracedNumber":
+        """Pairs a value with the tensor that computes it."""
         self = super().__new__(cls, value)
         self.tensor = tensor
         self.source = source
         return self
 
-    def _refuse(self, *_, **__):
-        raise NumberUsed(self.source)
-
-    __int__ = __float__ = __round__ = __trunc__ = __floor__ = __ceil__ = __divmod__ = __mod__ = __floordiv__ = _refuse
-    is_integer = as_integer_ratio = hex = _refuse
-    __hash__ = float.__hash__
-
-    def _compare(name):
-        def compare(self, other):
-            if self.source is None or isinstance(other, TracedNumber) or other != 0:
-                self._refuse()
-            return getattr(float, name)(self, other)
-
-        return compare
-
-    __eq__, __ne__, __lt__ = _compare("__eq__"), _compare("__ne__"), _compare("__lt__")
-    __le__, __gt__, __ge__ = _compare("__le__"), _compare("__gt__"), _compare("__ge__")
-
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self != 0.0
 
-    def _arithmetic(name, function):
-        def compute(self, other):
-            if isinstance(other, torch.Tensor) or not isinstance(other, int | float):
-                return NotImplemented
-            value = getattr(float, name)(self, float.__pos__(other) if isinstance(other, float) else other)
-            tensor = other.tensor if isinstance(other, TracedNumber) else other
-            return TracedNumber(value, function(self.tensor, tensor))
-
-        return compute
-
-    __add__ = __radd__ = _arithmetic("__add__", lambda a, b: a + b)
-    __sub__, __rsub__ = _arithmetic("__sub__", lambda a, b: a - b), _arithmetic("__rsub__", lambda a, b: b - a)
-    __mul__ = __rmul__ = _arithmetic("__mul__", lambda a, b: a * b)
-    __truediv__ = _arithmetic("__truediv__", lambda a, b: a / b)
-    __rtruediv__ = _arithmetic("__rtruediv__", lambda a, b: b / a)
-    __pow__, __rpow__ = _arithmetic("__pow__", lambda a, b: a**b), _arithmetic("__rpow__", lambda a, b: b**a)
-
-    def __neg__(self):
+    def __neg__(self) -> "TracedNumber":
         return TracedNumber(float.__neg__(self), -self.tensor)
 
-    def __pos__(self):
+    def __pos__(self) -> "TracedNumber":
         return self
 
-    def __abs__(self):
+    def __abs__(self) -> "TracedNumber":
         return TracedNumber(float.__abs__(self), self.tensor.abs())
 
-    del _compare, _arithmetic
+    __hash__ = float.__hash__
+
+
+def _define_operators() -> None:
+    for name in (
+        "__int__ __float__ __round__ __trunc__ __floor__ __ceil__ __divmod__ __mod__ __floordiv__ __rmod__ "
+        "__rfloordiv__ __rdivmod__ is_integer as_integer_ratio hex"
+    ).split():
+        setattr(TracedNumber, name, _refusal(name))
+    for name in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__".split():
+        setattr(TracedNumber, name, _comparison(name))
+    for name, function in {
+        "__add__": lambda a, b: a + b,
+        "__radd__": lambda a, b: b + a,
+        "__sub__": lambda a, b: a - b,
+        "__rsub__": lambda a, b: b - a,
+        "__mul__": lambda a, b: a * b,
+        "__rmul__": lambda a, b: b * a,
+        "__truediv__": lambda a, b: a / b,
+        "__rtruediv__": lambda a, b: b / a,
+        "__pow__": lambda a, b: a**b,
+        "__rpow__": lambda a, b: b**a,
+    }.items():
+        setattr(TracedNumber, name, _arithmetic(name, function))
+
+
+_define_operators()
 
 
 @contextlib.contextmanager
 def guarded_math() -> Iterator[None]:
     """Makes the functions of `math` refuse a `TracedNumber`, whose value they would otherwise read unseen."""
 
-    def guard(function):
-        def guarded(*args):
+    def guard(function: Callable) -> Callable:
+        def guarded(*args: Any) -> Any:
             for argument in args:
                 if isinstance(argument, TracedNumber):
                     raise NumberUsed(argument.source)
@@ -104,5 +126,5 @@ def guarded_math() -> Iterator[None]:
         return guarded
 
     names = [name for name in vars(math) if callable(getattr(math, name)) and not name.startswith("_")]
-    with mock.patch.multiple(math, **{name: guard(getattr(math, name)) for name in names}):
+    with mock.patch.dict(vars(math), {name: guard(getattr(math, name)) for name in names}):
         yield

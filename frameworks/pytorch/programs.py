@@ -211,14 +211,15 @@ class CompiledTape:
             results = function(values)
             return tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
 
-        arguments = [entries[e].leaves[p] for e, p in self._leaves]
+        leaves = [entries[entry].leaves[place] for entry, place in self._leaves]
+        arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
         program = StepProgram(
             name=name,
             function=step,
             state=tuple(_spec(f"state {i}", b.shape, b.dtype, "parameter") for i, b in enumerate(self._donated)),
             inputs=(
                 *(_spec(f"constant {i}", b.shape, b.dtype, "constant") for i, b in enumerate(self._read)),
-                *(_spec(f"input {i}", *_geometry(a), "batch") for i, a in enumerate(arguments)),
+                *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
                 *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
@@ -265,7 +266,7 @@ class CompiledTape:
         """Runs the program on what the entries hold, and gives their slots values."""
         cells = [self.cache.cells.cell(binding.tensor()) for binding in self._donated]
         state = tuple(cell.array() for cell in cells)
-        inputs = [self.cache.cells.cell(binding.tensor()).array() for binding in self._read]
+        inputs: list[Any] = [self.cache.cells.cell(binding.tensor()).array() for binding in self._read]
         for entry, place in self._leaves:
             leaf = entries[entry].leaves[place]
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
@@ -354,10 +355,6 @@ def _number(entries: list[Entry], source: NumberSource) -> float:
 
 def _spec(name: str, shape, dtype: torch.dtype, role) -> TensorSpec:
     return TensorSpec(name=name, shape=tuple(shape), dtype=jax_dtype(dtype), role=role)
-
-
-def _geometry(leaf: Any) -> tuple:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Input) else (tuple(leaf.meta.shape), leaf.meta.dtype)
 
 
 def _described(shape: tuple) -> str:

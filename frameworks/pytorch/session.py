@@ -90,7 +90,7 @@ class Session:
         """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
         name = getattr(function, "__name__", "")
         if name == "__get__":
-            attribute = getattr(function.__self__, "__name__", "")
+            attribute = getattr(getattr(function, "__self__", None), "__name__", "")
             if attribute in _META:
                 return getattr(args[0].slot.meta, attribute)
             if attribute in ("grad", "_grad"):

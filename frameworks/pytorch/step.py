@@ -66,8 +66,15 @@ class CompiledStep:
     def _observe(self, args: tuple, kwargs: dict) -> Any:
         modules: dict[int, nn.Module] = {}
         stepped: dict[int, torch.optim.Optimizer] = {}
-        of_modules = register_module_forward_pre_hook(lambda module, _: modules.setdefault(id(module), module) and None)
-        of_steps = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.setdefault(id(optimizer), optimizer))
+
+        def note_module(module: nn.Module, _: Any) -> None:
+            modules[id(module)] = module
+
+        def note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            stepped[id(optimizer)] = optimizer
+
+        of_modules = register_module_forward_pre_hook(note_module)
+        of_steps = register_optimizer_step_post_hook(note_step)
         try:
             with undeferred():
                 result = self._function(*args, **kwargs)

@@ -4,11 +4,11 @@ Functions are imported by name before anyone can replace them (`from torch.nn.ut
 attribute they all use cannot be.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-_STORED = torch.Tensor.grad  # torch's own property
+_STORED: Any = torch.Tensor.grad  # torch's own property
 
 
 class GradientWatcher(Protocol):
@@ -43,7 +43,8 @@ def watch_gradients(watcher: GradientWatcher) -> None:
     def delete(tensor):
         watcher.write_gradient(tensor, None)
 
-    torch.Tensor.grad = property(watcher.read_gradient, watcher.write_gradient, delete, _STORED.__doc__)
+    watched: Any = property(watcher.read_gradient, watcher.write_gradient, delete, _STORED.__doc__)
+    torch.Tensor.grad = watched
 
 
 def unwatch_gradients() -> None:
