@@ -22,6 +22,7 @@ class RunStatistics:
         fallbacks: Times a step had to run eagerly because it could not be compiled.
         started_s: The moment from which the time to the first step counts.
         time_to_first_step_s: From `started_s` to the end of the first step; None before it.
+        time_to_compiled_step_s: From `started_s` to the end of the first compiled step; None before it.
     """
 
     steps: int = 0
@@ -33,6 +34,7 @@ class RunStatistics:
     fallbacks: int = 0
     started_s: float = field(default_factory=time.monotonic)
     time_to_first_step_s: float | None = None
+    time_to_compiled_step_s: float | None = None
     _last_end_s: float | None = field(default=None, repr=False)
     _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_STEPS), repr=False)
 
@@ -43,6 +45,8 @@ class RunStatistics:
             self.eager_steps += 1
         else:
             self.compiled_steps += 1
+            if self.compiled_steps == 1:
+                self.time_to_compiled_step_s = now_s - self.started_s
         if self._last_end_s is None:
             self.time_to_first_step_s = now_s - self.started_s
         else:
@@ -66,6 +70,8 @@ class RunStatistics:
             parts.append(_count(self.fallbacks, "fallback"))
         if self.time_to_first_step_s is not None:
             parts.append(f"first step after {self.time_to_first_step_s:,.1f} s")
+        if self.time_to_compiled_step_s not in (None, self.time_to_first_step_s):
+            parts.append(f"first compiled step after {self.time_to_compiled_step_s:,.1f} s")
         return ", ".join(parts)
 
 

@@ -56,10 +56,12 @@ def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
 def disable() -> None:
     """Leaves torch as it was; what has been computed stays."""
     global _hooks
-    if _hooks is not None:
-        _hooks.session.finish()
-        _hooks.uninstall()
-        _hooks = None
+    hooks, _hooks = _hooks, None
+    if hooks is not None:
+        try:
+            hooks.session.finish()
+        finally:
+            hooks.uninstall()
 
 
 def session() -> Session | None:

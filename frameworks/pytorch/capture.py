@@ -1,7 +1,9 @@
 """Captures entries of a tape as one graph over named inputs."""
 
 import contextlib
+import copy
 import functools
+import operator
 import random
 import weakref
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, tensors_in
 from trainingcompiler.frameworks.pytorch.twins import Twins
+
+_CONTAINERS = (list, dict, set)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +129,7 @@ def capture(entries: list[Entry]) -> CapturedStep:
         return resolve
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_unchanged_host(entries))
+        stack.enter_context(unchanged_host(entries))
         for index, entry in enumerate(entries):
             with twins.recording():
                 if entry.seed is not None:
@@ -192,44 +196,66 @@ def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | No
 
 
 @contextlib.contextmanager
-def _unchanged_host(entries: list[Entry]) -> Iterator[None]:
-    """Fails if running the entries changes anything but tensors; puts module attributes back as they were."""
-    modules = [
-        module
-        for entry in entries
-        if isinstance(entry.function, torch.nn.Module)
-        for module in entry.function.modules()
-    ]
-    before = [(module, attributes_of(module)) for module in modules]
-    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=True)
+def unchanged_host(entries: list[Entry]) -> Iterator[None]:
+    """Puts back whatever running the entries changes besides tensors, and fails if it has changed anything.
+
+    Raises:
+        CaptureError: A module's attribute, an optimizer's state or a random generator of the host has changed.
+    """
+    roots = [entry.function for entry in entries if isinstance(entry.function, torch.nn.Module)]
+    before = [(module, attributes_of(module)) for root in roots for module in root.modules()]
+    contents = [(value, copy.copy(value)) for _, old in before for value in old.values() if type(value) in _CONTAINERS]
     stateful = [optimizer for entry in entries for optimizer in entry.optimizers]
+    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=True)
+    reasons: list[str] = []
     try:
         yield
-        changed = [
-            f"{type(module).__name__}.{name}"
-            for module, old in before
-            for name, value in attributes_of(module).items()
-            if name not in old or old[name] is not value and not _equal(old[name], value)
-        ]
-        created = [o for o in stateful if optimizers.has_fake_state(o)]
+        reasons = _changes(before, contents, stateful, python_state, numpy_state)
     finally:
         for module, old in before:
             for name in set(attributes_of(module)) - set(old):
                 del module.__dict__[name]
-            for name, value in old.items():
-                module.__dict__[name] = value
+            module.__dict__.update(old)
+        for container, old in contents:
+            _refill(container, old)
         for optimizer in stateful:
             optimizers.drop_fake_state(optimizer)
-    if created:
-        raise CaptureError(reason=optimizers.NEW_STATE)
-    if changed:
-        raise CaptureError(
-            reason=f"forward changes {', '.join(sorted(set(changed))[:3])}, which compiled code cannot do"
-        )
-    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(legacy=True), numpy_state):
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        raise CaptureError(reason="forward draws random numbers from Python's or NumPy's generator")
+    if reasons:
+        raise CaptureError(reason=reasons[0], where=next((entry.where for entry in entries if entry.where), None))
+
+
+def _changes(before, contents, stateful, python_state, numpy_state) -> list[str]:
+    reasons = []
+    if any(optimizers.has_fake_state(optimizer) for optimizer in stateful):
+        reasons.append(optimizers.NEW_STATE)
+    changed = {
+        f"{type(module).__name__}.{name}"
+        for module, old in before
+        for name, value in attributes_of(module).items()
+        if name not in old or (old[name] is not value and not _equal(old[name], value))
+    }
+    changed |= {f"a {type(container).__name__} of a module" for container, old in contents if not _same(container, old)}
+    if changed:
+        reasons.append(f"forward changes {', '.join(sorted(changed)[:3])}, which compiled code cannot do")
+    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(legacy=True), numpy_state):
+        reasons.append("forward draws random numbers from Python's or NumPy's generator")
+    return reasons
+
+
+def _same(container: Any, old: Any) -> bool:
+    if len(container) != len(old):
+        return False
+    if isinstance(container, dict):
+        return all(name in container and container[name] is value for name, value in old.items())
+    return container == old if isinstance(container, set) else all(map(operator.is_, container, old))
+
+
+def _refill(container: Any, old: Any) -> None:
+    if not _same(container, old):
+        container.clear()
+        container.extend(old) if isinstance(container, list) else container.update(old)
 
 
 def _equal(old: Any, new: Any) -> bool:

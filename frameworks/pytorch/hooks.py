@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.session import Session
 
@@ -60,7 +61,7 @@ class Hooks:
         original_patch = Optimizer._patch_step_function
 
         def zero_grad(optimizer, set_to_none=True):
-            session.clear_gradients([p for group in optimizer.param_groups for p in group["params"]], set_to_none)
+            session.clear_gradients(parameters_of(optimizer), set_to_none)
             with undeferred():
                 return original_zero_grad(optimizer, set_to_none)
 
@@ -95,11 +96,13 @@ class Hooks:
         self._replace(owner, "step", step)
 
     def _hook_clipping(self) -> None:
+        """Hooks the functions inside torch's `no_grad` wrappers, which scripts may have imported by name already."""
         for name in ("clip_grad_norm_", "clip_grad_value_"):
-            original = getattr(torch.nn.utils, name)
-            replacement = self._clipping(original)
-            self._replace(torch.nn.utils, name, replacement)
-            self._replace(torch.nn.utils.clip_grad, name, replacement)
+            wrapper = getattr(torch.nn.utils, name)
+            cell = wrapper.__closure__[wrapper.__code__.co_freevars.index("func")]
+            original = cell.cell_contents
+            self._replaced.append((cell, "cell_contents", original))
+            cell.cell_contents = self._clipping(original)
 
     def _clipping(self, original):
         session = self.session

@@ -1,6 +1,7 @@
 """What is known of the script's optimizers: whom they train, what happens to gradients after a step."""
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -117,13 +118,16 @@ class OptimizerBook:
         """Whether a step has used the parameter's gradient and not stored it."""
         return bool(self._consumed) and id(parameter) in self._consumed
 
-    def check_unconsumed(self) -> None:
+    def check_unconsumed(self, parameters: Iterable[torch.Tensor]) -> None:
         """Fails before anything is added to gradients that were not stored, or steps by them.
+
+        Args:
+            parameters: Whose gradients are about to be used.
 
         Raises:
             GradientNotKeptError: The script did not clear the gradients, as it used to.
         """
-        if self._consumed:
+        if self._consumed and any(id(parameter) in self._consumed for parameter in parameters):
             raise GradientNotKeptError(
                 "backward() or step() would use gradients of an earlier step that the compiled step did not keep, "
                 "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, "

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+
 _INTERNAL = frozenset(
     "_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks "
     "_is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
@@ -13,6 +15,7 @@ _INTERNAL = frozenset(
     "_load_state_dict_post_hooks".split()
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
 
 
@@ -53,7 +56,10 @@ class ModuleWatch:
     def _counting(self, original):
         def changed(module, *args, **kwargs):
             self.changes += 1
-            return original(module, *args, **kwargs)
+            if original is not _APPLY:
+                return original(module, *args, **kwargs)
+            with undeferred():  # it moves gradients, if there are any, and asks for each
+                return original(module, *args, **kwargs)
 
         return changed
 

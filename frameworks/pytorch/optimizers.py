@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 NEW_STATE = "the optimizer creates state for new parameters"
 
@@ -68,6 +69,21 @@ def pattern(optimizer: torch.optim.Optimizer, constants: frozenset) -> tuple:
             ),
         )
         for index, group in enumerate(optimizer.param_groups)
+    )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def hooks_of(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody's code runs before or after every step of the optimizer."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
     )
 
 

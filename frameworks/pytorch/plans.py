@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.frameworks.pytorch.capture import unchanged_host
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay
 from trainingcompiler.frameworks.pytorch.twins import Twins
@@ -74,7 +75,7 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
             return leaf
         return arguments[position]
 
-    with twins.recording():
+    with unchanged_host([entry]), twins.recording():
         twins.recorder.seed_with(twins.fake_like((), torch.int64))
         result = replay(entry, resolve)
         versions = {position: fake._version for position, fake in arguments.items()}

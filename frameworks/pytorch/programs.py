@@ -4,7 +4,6 @@ import enum
 import inspect
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
 from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
@@ -86,7 +86,7 @@ class ProgramCache:
         wanted = {numbering[slot] for slot in exports}
         variants = self._programs.setdefault((purpose, key), [])
         for compiled in variants:
-            if wanted <= compiled.exported and compiled.binds():
+            if wanted <= compiled.exported and (tensors := compiled.bound()) is not None:
                 break
         else:
             # A set of live results only grows, or two loops that differ in what they hold would compile in turn.
@@ -94,7 +94,9 @@ class ProgramCache:
                 wanted |= older.exported
             compiled = self._compile(entries, [slot for slot in numbering if numbering[slot] in wanted], purpose)
             variants.append(compiled)
-        return compiled.run(entries)
+            tensors = compiled.bound()
+        assert tensors is not None
+        return compiled.run(entries, tensors)
 
     def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "CompiledTape":
         where = next((entry.where for entry in entries if entry.where), None)
@@ -148,19 +150,6 @@ class ProgramCache:
                 return
 
 
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    """How a lifted tensor is found again at every step."""
-
-    find: Callable[[], torch.Tensor | None]
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def tensor(self) -> torch.Tensor | None:
-        found = self.find()
-        return found if found is not None and found.shape == self.shape and found.dtype is self.dtype else None
-
-
 class CompiledTape:
     """One executable and how its arguments are found.
 
@@ -190,10 +179,9 @@ class CompiledTape:
         used = {number for node in captured.graph.live_nodes(results) for number in references(node)} | set(results)
         donated = written if purpose is Purpose.COMMIT else []
         read = [item for item in captured.lifted if item not in donated and item.value in used]
-        finders = _state_finders(entries)
-        self._donated = [_binding(item, finders) for item in donated]
-        self._held = [] if donated else [_binding(item, finders) for item in written]
-        self._read = [_binding(item, finders) for item in read]
+        held = written if purpose is Purpose.HOLD else []
+        self._donated, self._read = len(donated), len(read)
+        self._bindings = Bindings([*donated, *read, *held], [o for entry in entries for o in entry.optimizers])
         self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
         self._seeds = [entry for entry, _ in captured.seeds]
         self._numbers = [source for source, _ in captured.numbers]
@@ -216,9 +204,9 @@ class CompiledTape:
         program = StepProgram(
             name=name,
             function=step,
-            state=tuple(_spec(f"state {i}", b.shape, b.dtype, "parameter") for i, b in enumerate(self._donated)),
+            state=tuple(_spec(f"state {i}", t.shape, t.dtype, "parameter") for i, t in enumerate(_tensors(donated))),
             inputs=(
-                *(_spec(f"constant {i}", b.shape, b.dtype, "constant") for i, b in enumerate(self._read)),
+                *(_spec(f"constant {i}", t.shape, t.dtype, "constant") for i, t in enumerate(_tensors(read))),
                 *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
                 *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
@@ -256,17 +244,24 @@ class CompiledTape:
                 self._dropped.add(id(item))
                 self._consumed.append(item.gradient_of)
 
-    def binds(self) -> bool:
-        """Whether everything the program was captured for is still there."""
-        return all(binding.tensor() is not None for binding in (*self._donated, *self._held, *self._read)) and all(
-            tensor_hooks.stored_gradient(p()) is None for p in self._without_gradient
-        )
+    def bound(self) -> list[torch.Tensor] | None:
+        """The tensors that the program reads and writes; None if it was captured for others."""
+        if any(tensor_hooks.stored_gradient(parameter()) is not None for parameter in self._without_gradient):
+            return None
+        return self._bindings.tensors()
 
-    def run(self, entries: list[Entry]) -> "Held | None":
-        """Runs the program on what the entries hold, and gives their slots values."""
-        cells = [self.cache.cells.cell(binding.tensor()) for binding in self._donated]
+    def run(self, entries: list[Entry], tensors: list[torch.Tensor]) -> "Held | None":
+        """Runs the program on what the entries hold, and gives their slots values.
+
+        Args:
+            entries: Of the signature that the program was compiled for.
+            tensors: What `bound` has returned.
+        """
+        cell = self.cache.cells.cell
+        cells = [cell(tensor) for tensor in tensors[: self._donated]]
         state = tuple(cell.array() for cell in cells)
-        inputs: list[Any] = [self.cache.cells.cell(binding.tensor()).array() for binding in self._read]
+        read = tensors[self._donated : self._donated + self._read]
+        inputs: list[Any] = [cell(tensor).array() for tensor in read]
         for entry, place in self._leaves:
             leaf = entries[entry].leaves[place]
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
@@ -275,24 +270,25 @@ class CompiledTape:
         with jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
         jax.block_until_ready((new_state, outputs))
-        for cell, array in zip(cells, new_state, strict=True):
-            cell.update(array)
+        for updated, array in zip(cells, new_state, strict=True):
+            updated.update(array)
+        torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
             slots[index].value = tensor_of(array)
-        held = Held(self, outputs[len(self._exports) :])
+        held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
 
-    def apply(self, arrays: tuple) -> None:
-        """Stores gradients, and the state that was computed beside the old one."""
+    def apply(self, arrays: tuple, tensors: list[torch.Tensor]) -> None:
+        """Stores gradients, and the state that was computed beside the old one, into `tensors`."""
         gradients, held = arrays[: len(self._new_gradients)], arrays[len(self._new_gradients) :]
         for (parameter, _), array in zip(self._new_gradients, gradients, strict=True):
             tensor = parameter()
             tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
-        for binding, array in zip(self._held, held, strict=True):
-            binding.tensor().copy_(tensor_of(array))
+        for tensor, array in zip(tensors, held, strict=True):
+            tensor.copy_(tensor_of(array))
         for parameter in self._cleared + self._consumed:
             tensor_hooks.store_gradient(parameter(), None)
         self.cache.book.consume(self._consumed)
@@ -304,47 +300,15 @@ class Held:
 
     program: CompiledTape
     arrays: tuple
+    tensors: list[torch.Tensor]
 
     def apply(self) -> None:
         """Makes it so."""
-        self.program.apply(self.arrays)
+        self.program.apply(self.arrays, self.tensors)
 
 
-def _binding(item: Lifted, finders: dict[int, Callable]) -> _Binding:
-    tensor = item.tensor()
-    assert tensor is not None
-    find: Callable[[], torch.Tensor | None]
-    if item.gradient_of is not None:
-        owner = item.gradient_of
-
-        def find():
-            parameter = owner()
-            return None if parameter is None else tensor_hooks.stored_gradient(parameter)
-    else:
-        find = finders.get(id(tensor), item.tensor)
-    return _Binding(find, tensor.shape, tensor.dtype)
-
-
-def _state_finders(entries: list[Entry]) -> dict[int, Callable]:
-    """How to find each tensor of the optimizers' state: `load_state_dict` replaces them."""
-    finders: dict[int, Callable] = {}
-    for entry in entries:
-        for optimizer in entry.optimizers:
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    if isinstance(value, torch.Tensor):
-                        finders[id(value)] = _state_finder(weakref.ref(optimizer), weakref.ref(parameter), name)
-    return finders
-
-
-def _state_finder(optimizer: weakref.ref, parameter: weakref.ref, name: str) -> Callable[[], torch.Tensor | None]:
-    def find():
-        owner, key = optimizer(), parameter()
-        if owner is None or key is None:
-            return None
-        return owner.state[key].get(name) if key in owner.state else None
-
-    return find
+def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
+    return [item.tensor() for item in lifted]
 
 
 def _number(entries: list[Entry], source: NumberSource) -> float:

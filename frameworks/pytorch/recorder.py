@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
@@ -158,7 +158,8 @@ class Recorder(TorchDispatchMode):
     def _literal(self, func, tensor):
         fake = func(tensor)
         value = self._new_value()
-        self.graph.constants[value] = tensor.clone()
+        with _disable_current_modes():
+            self.graph.constants[value] = tensor.clone()
         self._adopt(fake, value)
         return fake
 

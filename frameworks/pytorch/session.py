@@ -22,7 +22,7 @@ from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
+from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE, hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -66,6 +66,7 @@ class Session:
         self._plans: dict[tuple, Plan] = {}
         self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
         self._fallbacks = 0
+        self._clippings: set[Callable] = set()
         self._said: set[tuple] = set()
         self._gradients_are_ours = False  # the last backward ran as a program: its gradients lie in its buffers
         self._called_since_backward: set[int] = set()
@@ -113,11 +114,12 @@ class Session:
         closure = args[0] if args else kwargs.get("closure")
         reason = self._reason_to_step_eagerly(optimizer, closure)
         if reason is None:
+            self._cut(optimizer)
             self._append(original, (optimizer,), {}, optimizers=(optimizer,))
             return self._end_step(optimizer)
         if self.tape:
             self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
-        self.book.check_unconsumed()
+        self.book.check_unconsumed(parameters_of(optimizer))
         with undeferred():
             result = original(optimizer, *args, **kwargs)
         self.book.stepped(optimizer, "eager")
@@ -126,9 +128,26 @@ class Session:
     def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
         if closure is not None:
             return "optimizer.step() was given a closure"
+        if hooks_of(optimizer):
+            return f"{type(optimizer).__name__} has a step hook"
         if not self.deferring or id(optimizer) in self._eager or not self.book.habits(optimizer).steps:
             return f"{type(optimizer).__name__} steps eagerly"
         return None if self.tape or self._gradients_are_ours else "the gradients were computed eagerly"
+
+    def _cut(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives up gradients that the step is about to make impossible.
+
+        A result that was computed with parameters which the step changes cannot be differentiated afterwards: torch
+        refuses it, because they were modified in place. A validation loss outside of `no_grad` is the usual case.
+        """
+        updated = set(map(id, parameters_of(optimizer)))
+        for slot in self.tape.live_slots():
+            if slot.meta.requires_grad and not slot.freed:
+                for function in self.tape.functions_behind(slot):
+                    if isinstance(function, nn.Module):
+                        parameters = self.calls.modules.fingerprint(function).parameters
+                        if any(id(parameter) in updated for parameter in parameters):
+                            slot.freed = True
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
         fallbacks = self._fallbacks
@@ -151,6 +170,7 @@ class Session:
                 return original(*args, **kwargs)
         parameters = args[0] if args else kwargs.pop("parameters")
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        self._clippings.add(original)
         return self._record(original, (parameters, *args[1:]), kwargs, gradients_exist=True)
 
     def read_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -183,7 +203,7 @@ class Session:
         """What `zero_grad` has to do before torch's own runs: nothing is left that only the tape knows."""
         if self._unwatched():
             return
-        if self._has_backward():
+        if self._has_backward() and not self._drop_backward({id(parameter) for parameter in parameters}):
             self.commit()
         self.book.note_zeroed(parameters, set_to_none)
 
@@ -257,14 +277,15 @@ class Session:
 
     def _record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
+        if slot is not None and slot.freed:
+            raise RuntimeError(
+                "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
+                "backward() (pass retain_graph=True to that one), or its parameters have been updated since by "
+                "optimizer.step()."
+            )
         if slot is None or slot.committed or create_graph:
             self.run_eagerly(CaptureError(reason="backward() keeps or crosses a graph", where=user_line()))
             return torch.Tensor.backward(self._real(tensor), gradient, retain_graph, create_graph, inputs)
-        if slot.freed:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the graph behind this tensor was freed by an "
-                "earlier backward(). Pass retain_graph=True to that one if both are wanted."
-            )
         try:
             entry = self._append(
                 torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
@@ -311,8 +332,23 @@ class Session:
         slot.wrapper = weakref.ref(total)
         return total
 
+    def _drop_backward(self, cleared: set[int]) -> bool:
+        """Takes back a backward, as an aborted step leaves behind, if all its gradients are being cleared."""
+        leaves = [leaf for entry in self.tape.entries for leaf in entry.leaves if isinstance(leaf, torch.Tensor)]
+        for entry in self.tape.entries:
+            if isinstance(entry.function, nn.Module):
+                leaves += self.calls.modules.fingerprint(entry.function).parameters
+            elif entry.optimizers or entry.function in self._clippings:
+                return False
+        if any(leaf.requires_grad and id(leaf) not in cleared for leaf in leaves):
+            return False
+        self.tape.entries = [entry for entry in self.tape.entries if entry.function is not torch.Tensor.backward]
+        self._called_since_backward = set()
+        return True
+
     def finish(self) -> None:
-        """Computes everything that has been asked for."""
+        """Computes everything that has been asked for; a step that was aborted half-way stays undone."""
+        self.tape.entries = [entry for entry in self.tape.entries if entry.function is not torch.Tensor.backward]
         self.commit()
         for slot in self.tape.live_slots():
             self.value(slot)
@@ -354,8 +390,12 @@ class Session:
         self._speculation.forget()
 
     def _check_gradients(self, entries: list[Entry]) -> None:
-        if any(entry.optimizers or entry.function is torch.Tensor.backward for entry in entries):
-            self.book.check_unconsumed()
+        has_backward = any(entry.function is torch.Tensor.backward for entry in entries)
+        for entry in entries:
+            for optimizer in entry.optimizers:
+                self.book.check_unconsumed(parameters_of(optimizer))
+            if has_backward and isinstance(entry.function, nn.Module):
+                self.book.check_unconsumed(self.calls.modules.fingerprint(entry.function).parameters)
 
     def _peek(self, slot: Slot) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed."""

@@ -13,81 +13,110 @@ from trainingcompiler.buffers import address, owned_array, snapshot
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of, tensor_over
 
 
+class _Buffer:
+    """One piece of memory that XLA owns; every torch view of it keeps it alive.
+
+    Attributes:
+        array: The newest array that lives in it.
+        address: Where it lies.
+    """
+
+    __slots__ = ("address", "array")
+
+    def __init__(self, array: jax.Array):
+        self.array = array
+        self.address = address(array)
+
+    def update(self, array: jax.Array) -> None:
+        """Takes over the array that a step has left in the memory."""
+        # Views of the old memory that the user holds would be lost; the compiler demands the identity alias map.
+        assert not array.size or address(array) == self.address, "XLA moved a donated state buffer"
+        self.array = array
+
+
 class Cell:
     """One tensor that the compiled step reads or writes.
 
+    Tensors that share their memory with others have to stay where they are: their values are copied into and out of
+    every step. All others are moved into a buffer of their own on first use.
+
     Attributes:
         tensor: A weak reference to the torch tensor.
-        shared: Whether other tensors see the same memory, so that it has to stay where it is: its values are copied
-            into and out of every step.
     """
 
-    __slots__ = ("__weakref__", "_address", "_array", "shared", "tensor")
+    __slots__ = ("__weakref__", "_buffer", "_pointer", "tensor")
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = weakref.ref(tensor)
-        self._array: jax.Array | None = None
-        self._address = -1
-        self.shared = _is_shared(tensor)
+        self._buffer: _Buffer | None = None
+        self._pointer = -1
+
+    @classmethod
+    def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["Cell", torch.Tensor]:
+        """A cell, and its new tensor, over an array that a step has returned."""
+        buffer = _Buffer(array)
+        tensor = tensor_over(array, buffer, dtype)
+        cell = cls(tensor)
+        cell._buffer, cell._pointer = buffer, tensor.data_ptr()
+        return cell, tensor
 
     def array(self) -> jax.Array:
-        """The buffer to pass to the step. A tensor whose memory was replaced (`p.data = ...`) is adopted again."""
+        """The array to pass to the step. A tensor whose memory was replaced (`p.data = ...`) is moved again."""
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
-        if self.shared:
-            return owned_array(numpy_view(tensor.contiguous()))
-        if self._array is None or tensor.data_ptr() != self._address:
-            self._adopt(tensor)
-        assert self._array is not None
-        return self._array
+        if self._buffer is None or tensor.data_ptr() != self._pointer:
+            self._buffer = None
+            values = owned_array(numpy_view(tensor.contiguous()))
+            if _is_shared(tensor):
+                return values
+            self._move(tensor, _Buffer(values))
+        assert self._buffer is not None
+        return self._buffer.array
 
     def update(self, array: jax.Array) -> None:
-        """Takes over what the step has made of the buffer."""
+        """Takes over what the step has made of the array."""
         tensor = self.tensor()
         assert tensor is not None
-        if self.shared:
+        if self._buffer is None:
             tensor.detach().copy_(tensor_of(array))
-            return
-        self._array = array
-        if array.size and address(array) != self._address:
-            # Views of the old memory that the user holds would be lost; the compiler demands the identity alias map.
-            raise AssertionError("XLA moved a donated state buffer")
+        else:
+            self._buffer.update(array)
 
-    def _adopt(self, tensor: torch.Tensor) -> None:
-        self._array = owned_array(numpy_view(tensor.contiguous()))
-        view = tensor_over(self._array, self, tensor.dtype)
+    def _move(self, tensor: torch.Tensor, buffer: _Buffer) -> None:
         version = tensor._version
-        tensor.data = view
+        tensor.data = tensor_over(buffer.array, buffer, tensor.dtype)
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-        self._address = tensor.data_ptr()
+        self._buffer, self._pointer = buffer, tensor.data_ptr()
 
 
 class CellRegistry:
     """The cell of each tensor, found by identity."""
 
     def __init__(self):
-        self._cells: dict[int, tuple[weakref.ref, Cell]] = {}
+        self._cells: dict[int, Cell] = {}
 
     def cell(self, tensor: torch.Tensor) -> Cell:
         """The tensor's cell, made on first use."""
         found = self._cells.get(id(tensor))
-        if found is not None and found[0]() is tensor:
-            return found[1]
-        cell = Cell(tensor)
-        self._register(tensor, cell)
-        return cell
+        if found is None or found.tensor() is not tensor:
+            found = Cell(tensor)
+            self._register(tensor, found)
+        return found
 
     def tensor_for(self, array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
-        """A new tensor over an array that a step has returned, adopted as it is."""
-        cell = Cell.__new__(Cell)
-        tensor = tensor_over(array, cell, dtype)
-        cell.tensor, cell.shared, cell._array, cell._address = weakref.ref(tensor), False, array, tensor.data_ptr()
+        """A new tensor over an array that a step has returned."""
+        cell, tensor = Cell.over(array, dtype)
         self._register(tensor, cell)
         return tensor
 
     def _register(self, tensor: torch.Tensor, cell: Cell) -> None:
         key = id(tensor)
-        self._cells[key] = (weakref.ref(tensor, lambda _: self._cells.pop(key, None)), cell)
+        self._cells[key] = cell
+        weakref.finalize(tensor, self._forget, key, cell).atexit = False
+
+    def _forget(self, key: int, cell: Cell) -> None:
+        if self._cells.get(key) is cell:
+            del self._cells[key]
 
 
 def input_array(tensor: torch.Tensor) -> jax.Array:

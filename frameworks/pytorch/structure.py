@@ -52,7 +52,7 @@ class Structure:
     kind: Any = None
     keys: tuple = ()
     children: tuple["Structure", ...] = ()
-    original: Any = None  # compares equal always: only a template for rebuilding
+    template: Any = None  # an object of the kind, emptied, to rebuild from; compares equal always
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -96,7 +96,7 @@ def unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
         return dict(zip(structure.keys, items, strict=True))
     if issubclass(kind, tuple):
         return kind(*items)
-    rebuilt = copy.copy(structure.original)
+    rebuilt = copy.copy(structure.template)
     if isinstance(rebuilt, dict):
         for key, item in zip(structure.keys, items, strict=True):
             rebuilt[key] = item
@@ -120,13 +120,30 @@ def _flatten(value: Any, leaves: list[Any]) -> Structure:
         leaves.append(value)
         return _LEAF
     if kind is tuple or kind is list or isinstance(value, tuple | list):
-        return Structure(kind, (), tuple(_flatten(item, leaves) for item in value), value)
+        return Structure(kind, (), tuple(_flatten(item, leaves) for item in value), _template(value))
     if isinstance(value, dict):
-        return Structure(kind, tuple(value), tuple(_flatten(item, leaves) for item in value.values()), value)
+        return Structure(kind, tuple(value), tuple(_flatten(item, leaves) for item in value.values()), _template(value))
     if kind is slice:
         return Structure(kind, (), tuple(_flatten(item, leaves) for item in (value.start, value.stop, value.step)))
     if hasattr(value, "__dict__"):
         attributes = value.__dict__
-        return Structure(kind, tuple(attributes), tuple(_flatten(item, leaves) for item in attributes.values()), value)
+        children = tuple(_flatten(item, leaves) for item in attributes.values())
+        return Structure(kind, tuple(attributes), children, _template(value))
     leaves.append(value)
     return _LEAF
+
+
+def _template(value: Any) -> Any:
+    """What `unflatten` copies. It holds none of the leaves: structures live on as keys, and a result that something
+    holds counts as one that the loop still needs."""
+    if type(value) in (tuple, list, dict) or isinstance(value, tuple):
+        return None
+    template = copy.copy(value)
+    if isinstance(template, dict):
+        for key in template:
+            template[key] = None
+    elif isinstance(template, list):
+        template.clear()
+    else:
+        template.__dict__.update(dict.fromkeys(template.__dict__))
+    return template

@@ -151,6 +151,10 @@ class Tape:
         indices = self._ancestors(slots, stop_at_values=True)
         return [self.entries[index] for index in sorted(indices)]
 
+    def functions_behind(self, slot: Slot) -> list[Callable]:
+        """What was called to compute a slot."""
+        return [self.entries[index].function for index in self._ancestors([slot])]
+
     def free(self, slot: Slot) -> None:
         """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
         ancestors = self._ancestors([slot])

@@ -42,10 +42,11 @@ def test_statistics_count_steps_by_engine():
     for engine, now_s in [("eager", 12.0), ("xla", 12.5), ("xla", 12.6), ("xla", 12.7)]:
         run.step_finished(engine, now_s)
     assert (run.steps, run.eager_steps, run.compiled_steps) == (4, 1, 3)
-    assert run.time_to_first_step_s == 2.0
+    assert (run.time_to_first_step_s, run.time_to_compiled_step_s) == (2.0, 2.5)
     assert run.step_time_s == pytest.approx(0.1)
     assert run.summary() == (
-        "4 steps (3 compiled, 1 eager), 100.0 ms/step (median), 0 compiles in 0.0 s, first step after 2.0 s"
+        "4 steps (3 compiled, 1 eager), 100.0 ms/step (median), 0 compiles in 0.0 s, first step after 2.0 s, "
+        "first compiled step after 2.5 s"
     )
 
 

@@ -2,17 +2,21 @@
 
 import math
 
+import parity
 import pytest
 import torch
 from models import JOBS, NOISY_JOBS, VAE, Job, pixels, rate
 from parity import assert_same_training, train
 
 STEPS = 20
+BOTH = (torch.float64, torch.float32)
+# These compute norms, softmax or the loss in float32 whatever their parameters are: 6e-8 an operation, amplified over
+# 20 steps. Measured: 3e-7.
+PARTLY_FLOAT32 = {"gpt2", "t5", "llama"}
+PARTLY_FLOAT32_TOLERANCE = 1e-5
 OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(
-        parameters, lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3
-    ),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=2e-2),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.05),
 }
 
@@ -47,25 +51,29 @@ def looper(job: Job, clip: float | None = None):
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer", "clip"),
+    ("name", "optimizer", "clip", "dtypes"),
     [
-        ("mlp", "adam", None),
-        ("resnet", "sgd", None),
-        ("unet", "adamw", 1.0),
-        ("lstm", "sgd", 0.25),
-        ("gru", "adam", 0.25),
-        ("vae", "adam", None),
-        ("recommender", "sgd", None),
-        ("gpt2", "adamw", 1.0),
-        ("bert", "adamw", None),
-        ("t5", "adam", 1.0),
-        ("vit", "sgd", 1.0),
-        ("llama", "adamw", 1.0),
+        ("mlp", "adam", None, BOTH),
+        ("resnet", "sgd", None, BOTH),
+        ("unet", "adamw", 1.0, BOTH),
+        ("lstm", "sgd", 0.25, BOTH),
+        ("gru", "adam", 0.25, BOTH),
+        ("vae", "adam", None, BOTH),
+        ("recommender", "sgd", None, BOTH),
+        ("gpt2", "adamw", 1.0, BOTH),
+        ("bert", "adamw", None, BOTH),
+        ("t5", "adamw", 1.0, (torch.float64,)),
+        ("vit", "sgd", 1.0, (torch.float64,)),
+        ("llama", "adamw", 1.0, (torch.float64,)),
     ],
 )
-def test_trains_like_eager_in_one_program(name, optimizer, clip):
+def test_trains_like_eager_in_one_program(name, optimizer, clip, dtypes, monkeypatch):
     job = JOBS[name]
-    run = assert_same_training(maker(job, optimizer), looper(job, clip), job.batches(STEPS), max_compiles=1)
+    if name in PARTLY_FLOAT32:
+        monkeypatch.setattr(parity, "FLOAT64_TOLERANCE", PARTLY_FLOAT32_TOLERANCE)
+    run = assert_same_training(
+        maker(job, optimizer), looper(job, clip), job.batches(STEPS), max_compiles=1, dtypes=dtypes
+    )
     assert run.statistics.eager_steps == 1  # the first, which creates the optimizer's state
 
 

@@ -89,7 +89,9 @@ def scalar_tensor(s: Number, *, dtype: torch.dtype | None = None, **placement) -
 def _arange(start: Number, end: Number, step: Number, dtype: torch.dtype | None) -> Array:
     whole = all(isinstance(value, int) for value in (start, end, step))
     target = jax_dtype(dtype) if dtype else INT64 if whole else _default(None)
-    count = -(-(end - start) // step) if whole else math.ceil((end - start) / step)
+    if target == INT64:  # torch drops the fractions before it counts, for this dtype alone.
+        start, end, step = int(start), int(end), int(step)
+    count = math.ceil((end - start) / step) if isinstance(end - start + step, float) else -(-(end - start) // step)
     if not is_float(target):
         start, step, working = int(start), int(step), INT64
     else:
@@ -118,7 +120,8 @@ def linspace(
 ) -> Array:
     target = _default(dtype)
     working = target if is_float(target) else jnp.dtype("float64")
-    return cast(in_opmath(lambda low, high: _ramp(low, high, steps), working, start, end), target)
+    low, high = (bound if is_float(target) else cast(bound, target) for bound in (start, end))
+    return cast(in_opmath(lambda low, high: _ramp(low, high, steps), working, low, high), target)
 
 
 @lowers(*(f"aten.logspace.{kind}" for kind in ("default", "Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")))
@@ -132,7 +135,7 @@ def logspace(
     **placement,
 ) -> Array:
     target, working = _default(dtype), jnp.dtype("float64")
-    low, high = cast(start, working), cast(end, working)
+    low, high = (cast(bound if is_float(target) else cast(bound, target), working) for bound in (start, end))
     return cast(lax.pow(constant(base, working), _ramp(low, high, steps)), target)
 
 

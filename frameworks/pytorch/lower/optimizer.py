@@ -80,7 +80,9 @@ def _denominator(square: Array, eps: float, correction: Hyper = 1.0) -> Array:
 
 
 def _unscaled(grads: Arrays, grad_scale: Array | None) -> list[Array]:
-    return list(grads) if grad_scale is None else [_rounded(lax.div, grad, grad_scale) for grad in grads]
+    if grad_scale is None:
+        return list(grads)
+    return [_rounded(lax.div, grad, lax.reshape(grad_scale, ())) for grad in grads]
 
 
 def _unless(found_inf: Array | None, updated: tuple[Arrays, ...], before: tuple[Arrays, ...]) -> tuple[Arrays, ...]:

@@ -164,25 +164,38 @@ def ldexp(self: Array, other: Array) -> Array:
     return multiply(self, power(2.0, other))
 
 
+# Optimizers are made of the next three, a node of each for every parameter, so they stay on lax.
+
+
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
 def lerp(self: Array, end: Array, weight: Operand) -> Array:
-    def compute(start, end, weight):
-        difference = end - start
-        return select(abs(weight) < 0.5, start + weight * difference, end - difference * (1 - weight))
+    def near(start, end, weight):
+        return lax.add(start, lax.mul(weight, lax.sub(end, start)))
 
+    def far(start, end, weight):
+        return lax.sub(end, lax.mul(lax.sub(end, start), lax.sub(constant(1, start.dtype), weight)))
+
+    def either(start, end, weight):
+        return select(abs(weight) < 0.5, near(start, end, weight), far(start, end, weight))
+
+    compute = either if not is_number(weight) else near if abs(weight) < 0.5 else far
     return in_opmath(compute, self.dtype, self, end, weight)
 
 
 @lowers("aten.addcmul.default")
 def addcmul(self: Array, tensor1: Array, tensor2: Array, value: Number = 1) -> Array:
-    dtype = result_dtype(self, tensor1, tensor2)
-    return in_opmath(lambda x, a, b, scale: x + scale * a * b, dtype, self, tensor1, tensor2, value)
+    def compute(x, a, b, scale):
+        return lax.add(x, lax.mul(lax.mul(scale, a), b))
+
+    return in_opmath(compute, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2, value)
 
 
 @lowers("aten.addcdiv.default")
 def addcdiv(self: Array, tensor1: Array, tensor2: Array, value: Number = 1) -> Array:
-    dtype = result_dtype(self, tensor1, tensor2)
-    return in_opmath(lambda x, a, b, scale: x + scale * a / b, dtype, self, tensor1, tensor2, value)
+    def compute(x, a, b, scale):
+        return lax.add(x, lax.div(lax.mul(scale, a), b))
+
+    return in_opmath(compute, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2, value)
 
 
 def truncate(x: Array) -> Array:

@@ -48,11 +48,6 @@ def _reduce(function: Callable[..., Array], array: Array, dims: Dims, keepdim: b
     return _kept(function(array, dims), array.shape, dims, keepdim) if dims else array
 
 
-def spread_back(reduced: Array, shape: Sequence[int], dims: Sequence[int], keepdim: bool = False) -> Array:
-    """A reduction's result or gradient, broadcast again over the reduced dimensions."""
-    return expand(reduced if keepdim else lax.reshape(reduced, reduced_shape(shape, dims)), shape)
-
-
 def _sum_dtype(self: Array, dtype: torch.dtype | None) -> jnp.dtype:
     if dtype is not None:
         return jax_dtype(dtype)
@@ -187,12 +182,9 @@ def value_selecting_reduction_backward(
     if not sizes:
         return grad
     dim = wrap(dim, len(sizes))
-    if not keepdim:
-        grad, indices = (lax.reshape(x, (*x.shape[:dim], 1, *x.shape[dim:])) for x in (grad, indices))
-    shape = [indices.shape[d] if d == dim else extent for d, extent in enumerate(sizes)]
-    assert shape[dim] == 1
-    chosen = lax.eq(iota(sizes, dim), expand(indices, sizes))
-    return select(chosen, expand(grad, sizes), 0)
+    row = reduced_shape(sizes, (dim,))
+    chosen = lax.eq(iota(sizes, dim), expand(lax.reshape(indices, row), sizes))
+    return select(chosen, expand(lax.reshape(grad, row), sizes), 0)
 
 
 @lowers("aten.evenly_distribute_backward.default")
@@ -289,10 +281,9 @@ def renorm(self: Array, p: Number, dim: int, maxnorm: Number) -> Array:
 # --- softmax ---
 
 
-def _exponentials(x: Array, dims: Sequence[int]) -> tuple[Array, Array]:
-    """`x` less its maximum, and that maximum."""
-    highest = _reduce(lax.reduce_max, x, dims, True)
-    return lax.sub(x, expand(highest, x.shape)), highest
+def _shifted(x: Array, dim: int) -> Array:
+    """`x` less its maximum."""
+    return lax.sub(x, expand(_reduce(lax.reduce_max, x, dim, True), x.shape))
 
 
 @lowers("aten._softmax.default")
@@ -301,8 +292,7 @@ def softmax(self: Array, dim: int, half_to_float: bool) -> Array:
     x = cast(self, opmath(self.dtype))
     if x.ndim == 0:
         return full((), 1, target)
-    shifted, _ = _exponentials(x, [dim])
-    exponentials = lax.exp(shifted)
+    exponentials = lax.exp(_shifted(x, dim))
     total = _reduce(lax.reduce_sum, exponentials, dim, True)
     return cast(lax.div(exponentials, expand(total, x.shape)), target)
 
@@ -313,7 +303,7 @@ def log_softmax(self: Array, dim: int, half_to_float: bool) -> Array:
     x = cast(self, opmath(self.dtype))
     if x.ndim == 0:
         return full((), 0, target)
-    shifted, _ = _exponentials(x, [dim])
+    shifted = _shifted(x, dim)
     total = _reduce(lax.reduce_sum, lax.exp(shifted), dim, True)
     return cast(lax.sub(shifted, expand(lax.log(total), x.shape)), target)
 

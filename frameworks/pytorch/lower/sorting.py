@@ -1,5 +1,7 @@
 """Orders: sort, topk, and the order statistics. NaN counts as the largest value, as in torch."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -61,7 +63,7 @@ def topk(self: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool 
     return values, indices
 
 
-def _order_statistic(self: Array, dim: int, keepdim: bool, rank) -> tuple[Array, Array]:
+def _order_statistic(self: Array, dim: int, keepdim: bool, rank: Callable[[Array], Array]) -> tuple[Array, Array]:
     """The value at position `rank(number of NaNs)` of the ascending order, and where it stood."""
     if self.ndim == 0:
         return self, full((), 0, INT64)
@@ -71,7 +73,7 @@ def _order_statistic(self: Array, dim: int, keepdim: bool, rank) -> tuple[Array,
     ranks = jnp.expand_dims(rank(nans), dim)
     chosen = lax.eq(iota(self.shape, dim), expand(ranks, self.shape))
     shape = reduced_shape(self.shape, (dim,), keepdim)
-    # Exactly one position is chosen in each row, so a maximum over the others' lowest value reads it.
+    # One position is chosen in each row, and the others are masked below it, so the maximum reads it.
     position = lax.reduce_max(select(chosen, indices, -1), (dim,))
     value = jnp.take_along_axis(self, jnp.expand_dims(position, dim), dim, mode="promise_in_bounds")
     return lax.reshape(value, shape), lax.reshape(position, shape)

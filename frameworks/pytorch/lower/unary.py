@@ -75,7 +75,7 @@ _FLOAT_UNARY: dict[str, Callable[[Array], Array]] = {
     "sinc": _sinc,
     "deg2rad": _scaled(lambda x: x, math.pi / 180),
     "rad2deg": _scaled(lambda x: x, 180 / math.pi),
-    "angle": lambda x: select(x < 0, math.pi, x * 0),
+    "angle": lambda x: select(x < 0, math.pi, select(x != x, x, 0)),
     "i0": _bessel(lax.bessel_i0e),
     "special_i0e": lax.bessel_i0e,
     "special_i1": _bessel(lax.bessel_i1e),

@@ -10,7 +10,7 @@ import torch
 from jax import lax
 
 from .dtypes import jax_dtype
-from .operands import BOOL, INT64, Array, expand, full, iota, select, wrap
+from .operands import BOOL, INT64, Array, cast, expand, full, iota, select, wrap
 from .registry import inverts_view, lowers
 
 
@@ -77,7 +77,7 @@ def view_dtype(self: Array, dtype: torch.dtype) -> Array:
 def _bitcast(array: Array, dtype: jnp.dtype) -> Array:
     ratio = array.dtype.itemsize / dtype.itemsize
     if BOOL in (array.dtype, dtype) and array.dtype != dtype:
-        return _bitcast(lax.convert_element_type(array, jnp.uint8), dtype) if array.dtype == BOOL else lax.ne(array, 0)
+        return _bitcast(cast(array, jnp.uint8), dtype) if array.dtype == BOOL else cast(array, BOOL)
     if ratio < 1:
         array = lax.reshape(array, (*array.shape[:-1], int(array.shape[-1] * ratio), int(1 / ratio)))
     result = lax.bitcast_convert_type(array, dtype)

@@ -1,12 +1,14 @@
 """Tensors made from numbers, against torch."""
 
+import jax.numpy as jnp
 import pytest
 import torch
 
 from tests.pytorch.lower.harness import assert_lowering_matches, check_operators
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
 
-FILLED = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor zero_".split()
-RANGES = "arange linspace linspace:tensor_overload logspace logspace:tensor_overload eye tril triu".split()
+FILLED = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor zero_"
+RANGES = "arange linspace linspace:tensor_overload logspace logspace:tensor_overload eye tril triu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -38,14 +40,10 @@ def test_triangle_indices(name, arguments):
 
 @pytest.mark.parametrize("name", ["empty.memory_format", "empty_strided.default", "new_empty.default"])
 def test_empty_has_torch_shape_and_dtype(name):
-    import jax
-
-    from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
-
     lowering = LOWERINGS[f"aten.{name}"]
     if name.startswith("new"):
-        result = lowering(jax.numpy.ones(2), [2, 3], dtype=torch.bfloat16)
+        result = lowering(jnp.ones(2), [2, 3], dtype=torch.bfloat16)
     else:
         result = lowering([2, 3], [3, 1], dtype=torch.bfloat16, device="cpu")
     assert result.shape == (2, 3)
-    assert result.dtype == jax.numpy.bfloat16
+    assert result.dtype == jnp.bfloat16

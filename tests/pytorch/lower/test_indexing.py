@@ -1,5 +1,6 @@
 """Reads and writes at computed positions, joins and padding against torch, forward and backward."""
 
+import jax
 import pytest
 import torch
 
@@ -8,37 +9,54 @@ from tests.pytorch.lower.harness import (
     assert_program_matches,
     check_operator,
     check_operators,
+    to_numpy,
+    to_torch,
 )
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
 
 POSITIONS = """
     index_select index_add index_copy gather scatter scatter_add take take_along_dim masked_scatter put nonzero_static
     bucketize searchsorted
-""".split()
-REDUCING = [f"scatter_reduce:{kind}" for kind in ("sum", "prod", "mean", "amin", "amax")] + [
-    f"index_reduce:{kind}" for kind in ("mean", "prod", "amin", "amax")
-]
+"""
+REDUCING = """
+    scatter_reduce:sum scatter_reduce:prod scatter_reduce:mean scatter_reduce:amin scatter_reduce:amax
+    index_reduce:mean index_reduce:prod index_reduce:amin index_reduce:amax
+"""
 JOINS = """
-    cat stack hstack vstack dstack column_stack block_diag roll flip fliplr flipud rot90 repeat tile meshgrid:list_of_tensors
-""".split()
+    cat stack hstack vstack dstack column_stack block_diag roll flip fliplr flipud rot90 repeat tile
+    meshgrid:list_of_tensors
+"""
 PADDING = """
     constant_pad_nd nn.functional.pad:constant nn.functional.pad:reflect nn.functional.pad:replicate
     nn.functional.pad:replicate_negative nn.functional.pad:circular
-""".split()
-SCATTERS = "select_scatter slice_scatter diagonal_scatter as_strided_scatter".split()
+"""
+SCATTERS = "select_scatter slice_scatter diagonal_scatter as_strided_scatter"
 
 
-@pytest.mark.parametrize("names", [POSITIONS, REDUCING, JOINS, PADDING, SCATTERS])
+BETA = "ignore:index_reduce"
+DEPRECATED = "ignore:The reduce argument of torch.scatter"
+SLOW = "ignore:torch.searchsorted"
+
+
+@pytest.mark.filterwarnings(DEPRECATED, SLOW)
+@pytest.mark.parametrize("names", [POSITIONS, JOINS, PADDING, SCATTERS])
 def test_float32(names):
-    check_operators(names, torch.float32, samples=6)
+    check_operators(names, torch.float32, samples=5)
 
 
+@pytest.mark.filterwarnings(BETA)
+def test_reducing_scatters():
+    check_operators(REDUCING, torch.float32, samples=2)
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_integers(dtype):
-    check_operators("index_select index_add gather scatter scatter_add cat stack take".split(), dtype)
+    check_operators("index_select index_add gather scatter scatter_add cat stack take", dtype)
 
 
 def test_bfloat16():
-    check_operators(["index_select", "gather", "scatter", "cat", "nn.functional.pad:reflect"], torch.bfloat16)
+    check_operators("index_select gather scatter cat nn.functional.pad:reflect", torch.bfloat16)
 
 
 def test_data_dependent_shapes_are_the_only_ones_left_out():
@@ -52,12 +70,21 @@ def test_repeat_interleave_of_known_size():
 
 
 X = torch.arange(120.0).reshape(2, 3, 4, 5)
-I, J = torch.tensor([[0, -1], [1, 1]]), torch.tensor([2, -3])
+PAIRS, PAIR = torch.tensor([[0, -1], [1, 1]]), torch.tensor([2, -3])
 
 
 @pytest.mark.parametrize(
     "indices",
-    [[I], [None, I], [I, J], [None, I, J], [I, None, J], [None, None, None, J], [I, None, None, J], [J.new_empty(0)]],
+    [
+        [PAIRS],
+        [None, PAIRS],
+        [PAIRS, PAIR],
+        [None, PAIRS, PAIR],
+        [PAIRS, None, PAIR],
+        [None, None, None, PAIR],
+        [PAIRS, None, None, PAIR],
+        [PAIR.new_empty(0)],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -91,15 +118,12 @@ def test_mask_with_values_of_its_own_number_is_refused():
 
 
 def test_accumulation_in_bfloat16_does_not_saturate():
-    # Added up one by one in bfloat16, ones stop at 256.
+    # Added up one by one in bfloat16, ones stop at 256; torch's own scatter_add does, so it is no reference here.
+    program = jax.jit(lambda *arrays: LOWERINGS["aten.scatter_add.default"](arrays[0], 0, *arrays[1:]))
     ones = torch.ones(1000, dtype=torch.bfloat16)
-    assert_lowering_matches("aten.sum.default", ones)
-
-    def program():
-        zeros = torch.zeros(1, dtype=torch.float32)
-        zeros.scatter_add(0, torch.zeros(1000, dtype=torch.int64), torch.ones(1000))
-
-    assert_program_matches(program)
+    with jax.enable_x64(True):
+        result = program(*map(to_numpy, (ones[:1] - 1, torch.zeros(1000, dtype=torch.int64), ones)))
+    assert to_torch(result)[0] == 1000
 
 
 def test_smaller_index_touches_a_corner():

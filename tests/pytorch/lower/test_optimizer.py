@@ -29,7 +29,7 @@ def train(optimizer, options, dtype, state, **hyper):
     """
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
-    ours = [to_numpy(param) for param in params]
+    ours = [to_numpy(param.detach().clone()) for param in params]
     theirs = optimizer(params, **options, foreach=False, fused=False)
     kept = None
     for step in range(1, STEPS + 1):
@@ -163,7 +163,8 @@ def test_unscaling_finds_what_is_not_finite():
 @pytest.mark.parametrize("tracker", [0, 1])
 def test_scale_grows_and_backs_off(found, tracker):
     scale, growth, overflow = torch.tensor([8.0]), torch.tensor([tracker], dtype=torch.int32), torch.tensor([found])
-    ours = lowered("aten._amp_update_scale.default", *(to_numpy(t) for t in (scale, growth, overflow)), 2.0, 0.5, 2)
+    hyper = {"scale_growth_factor": 2.0, "scale_backoff_factor": 0.5, "growth_interval": 2}
+    ours = lowered("aten._amp_update_scale.default", *(to_numpy(t.clone()) for t in (scale, growth, overflow)), **hyper)
     torch._amp_update_scale_(scale, growth, overflow, 2.0, 0.5, 2)
     np.testing.assert_array_equal(ours[0], scale)
     np.testing.assert_array_equal(ours[1], growth)

@@ -11,52 +11,53 @@ ARITHMETIC = """
     __radd__ __rdiv__ __rmod__ __rmul__ __rsub__ add clamp clamp_max clamp_min div:floor_rounding div:no_rounding_mode
     div:trunc_rounding floor_divide fmax fmin fmod max:binary maximum min:binary minimum mul remainder rsub sub
     true_divide
-""".split()
-FLOAT_ARITHMETIC = "__rpow__ addcdiv addcmul float_power ldexp lerp pow".split()
+"""
+FLOAT_ARITHMETIC = "__rpow__ addcdiv addcmul float_power ldexp lerp pow"
 COMPARISON = """
     eq fill ge gt heaviside isclose isfinite isin isinf isnan isneginf isposinf le logical_and logical_not logical_or
     logical_xor lt masked_fill nan_to_num ne to where
-""".split()
-INTEGER = "bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor gcd lcm pow".split()
-BINARY = "atan2 copysign hypot igamma igammac logaddexp logaddexp2 nextafter special.xlog1py special.zeta xlogy".split()
+"""
+INTEGER = """
+    abs neg sign round sqrt exp bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor
+    gcd lcm pow
+"""
+BINARY = "atan2 copysign hypot igamma igammac logaddexp logaddexp2 nextafter special.xlog1py special.zeta xlogy"
 UNARY = """
     abs acos acosh angle asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac
     lgamma log log10 log1p log2 logit mvlgamma:mvlgamma_p_3 neg rad2deg reciprocal round round:decimals_3
     round:decimals_neg_3 rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc
-""".split()
-SPECIAL_FUNCTIONS = """
-    i0 special.entr special.i0e special.i1 special.i1e special.log_ndtr special.ndtr special.ndtri
-""".split()
-ACTIVATIONS = [
-    f"nn.functional.{name}"
-    for name in """
-        celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish prelu relu relu6 selu silu
-        softplus softshrink softsign tanhshrink threshold
-    """.split()
-]
+"""
+SPECIAL_FUNCTIONS = "i0 special.entr special.i0e special.i1 special.i1e special.log_ndtr special.ndtr special.ndtri"
+ACTIVATIONS = """
+    nn.functional.celu nn.functional.elu nn.functional.gelu nn.functional.glu nn.functional.hardshrink
+    nn.functional.hardsigmoid nn.functional.hardswish nn.functional.hardtanh nn.functional.leaky_relu
+    nn.functional.logsigmoid nn.functional.mish nn.functional.prelu nn.functional.relu nn.functional.relu6
+    nn.functional.selu nn.functional.silu nn.functional.softplus nn.functional.softshrink nn.functional.softsign
+    nn.functional.tanhshrink nn.functional.threshold
+"""
 
 
 @pytest.mark.parametrize(
-    "names", [ARITHMETIC, FLOAT_ARITHMETIC, COMPARISON, BINARY, UNARY[:24], UNARY[24:], SPECIAL_FUNCTIONS, ACTIVATIONS]
+    "names", [ARITHMETIC, FLOAT_ARITHMETIC, COMPARISON, BINARY, UNARY, SPECIAL_FUNCTIONS, ACTIVATIONS]
 )
 def test_float32(names):
-    check_operators(names, torch.float32, samples=5)
+    check_operators(names, torch.float32, samples=4)
 
 
-@pytest.mark.parametrize("names", [ARITHMETIC, COMPARISON, INTEGER, ["abs", "neg", "sign", "round", "sqrt", "exp"]])
+@pytest.mark.parametrize("names", [ARITHMETIC, COMPARISON, INTEGER])
 def test_int64(names):
     check_operators(names, torch.int64)
 
 
 def test_uint8():
-    check_operators(["add", "sub", "mul", "div:floor_rounding", "remainder", "abs", "clamp"], torch.uint8)
+    check_operators("add sub mul div:floor_rounding remainder abs clamp", torch.uint8)
 
 
 def test_bool():
-    check_operators(["add", "mul", "eq", "lt", "where", "logical_and", "bitwise_and", "maximum", "sgn"], torch.bool)
+    check_operators("add mul eq lt where logical_and bitwise_and maximum sgn", torch.bool)
 
 
-@pytest.mark.parametrize("names", [ARITHMETIC, FLOAT_ARITHMETIC, ["exp", "sqrt", "tanh", *ACTIVATIONS]])
+@pytest.mark.parametrize("names", [ARITHMETIC, FLOAT_ARITHMETIC, "exp sqrt tanh", ACTIVATIONS])
 def test_bfloat16(names):
     check_operators(names, torch.bfloat16)
 
@@ -64,21 +65,25 @@ def test_bfloat16(names):
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 3.5, math.inf, -math.inf, math.nan]
 
 
-@pytest.mark.parametrize(
-    "name",
-    """sign sgn signbit round trunc frac nan_to_num relu isnan isfinite logical_not hardtanh hardsigmoid softplus
-    log_sigmoid_forward sinc abs sigmoid softshrink hardshrink angle""".split(),
-)
+UNARY_OVERLOADS = """
+    abs angle frac hardshrink hardsigmoid hardtanh isfinite isnan log_sigmoid_forward logical_not nan_to_num relu round
+    sgn sigmoid sign signbit sinc softplus softshrink trunc
+"""
+
+
+@pytest.mark.parametrize("name", UNARY_OVERLOADS.split())
 def test_special_values(name):
     assert_lowering_matches(f"aten.{name}.default", torch.tensor(SPECIAL))
 
 
-@pytest.mark.parametrize(
-    "name",
-    """maximum.default minimum.default fmax.default fmin.default remainder.Tensor fmod.Tensor floor_divide.default
-    copysign.Tensor hypot.default logaddexp.default xlogy.Tensor atan2.default heaviside.default pow.Tensor_Tensor
-    clamp_min.Tensor eq.Tensor lt.Tensor""".split(),
-)
+BINARY_OVERLOADS = """
+    atan2.default clamp_min.Tensor copysign.Tensor eq.Tensor floor_divide.default fmax.default fmin.default fmod.Tensor
+    heaviside.default hypot.default logaddexp.default lt.Tensor maximum.default minimum.default pow.Tensor_Tensor
+    remainder.Tensor xlogy.Tensor
+"""
+
+
+@pytest.mark.parametrize("name", BINARY_OVERLOADS.split())
 def test_pairs_of_special_values(name):
     values = torch.tensor(SPECIAL)
     assert_lowering_matches(f"aten.{name}", values.unsqueeze(1).repeat(1, len(SPECIAL)), values)
@@ -122,3 +127,8 @@ def test_in_place_names():
         values.transpose_(0, 1).copy_(torch.arange(3)).zero_()
 
     assert_program_matches(program)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.9, 0.5, -0.7])
+def test_lerp_of_number(weight):
+    assert_lowering_matches("aten.lerp.Scalar", torch.randn(5), torch.randn(5), weight)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.pytorch.lower.harness import to_numpy
-from trainingcompiler.frameworks.pytorch.lower.random import node_key
 from trainingcompiler.frameworks.pytorch.lower import RANDOM_LOWERINGS
+from trainingcompiler.frameworks.pytorch.lower.random import node_key
 
 COUNT = 100_000
 # A Kolmogorov-Smirnov statistic that one fair draw in 10,000 exceeds; at fixed seeds the outcome never changes.

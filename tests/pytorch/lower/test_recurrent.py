@@ -14,6 +14,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # what torch 2.13 says whenever oneDNN's flags are set
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name):
     layer, x = LAYERS[name](), torch.randn(3, 3, 3, requires_grad=True)

@@ -10,30 +10,30 @@ from tests.pytorch.lower.harness import assert_lowering_matches, assert_program_
 REDUCTIONS = """
     sum nansum mean nanmean prod amax amin aminmax argmax argmin any all count_nonzero max:reduction_no_dim
     max:reduction_with_dim min:reduction_no_dim min:reduction_with_dim logsumexp sum_to_size trace
-""".split()
+"""
 MOMENTS = """
     var std var_mean std_mean var:unbiased std_mean:unbiased linalg.vector_norm norm norm:inf renorm dist cov
     nn.functional.normalize
-""".split()
+"""
 SOFTMAX = """
     softmax softmax:with_dtype log_softmax log_softmax:with_dtype nn.functional.softmin _softmax_backward_data
-""".split()
-RUNNING = "cumsum cumprod logcumsumexp cummax cummin cumulative_trapezoid diff".split()
-ORDERS = "sort argsort msort topk kthvalue median nanmedian quantile".split()
+"""
+RUNNING = "cumsum cumprod logcumsumexp cummax cummin cumulative_trapezoid diff"
+ORDERS = "sort argsort msort topk kthvalue median nanmedian quantile"
 
 
 @pytest.mark.parametrize("names", [REDUCTIONS, MOMENTS, SOFTMAX, RUNNING, ORDERS])
 def test_float32(names):
-    check_operators(names, torch.float32, samples=6)
+    check_operators(names, torch.float32, samples=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_integers(dtype):
-    check_operators("sum prod any all amax amin argmax count_nonzero cumsum cummax".split(), dtype)
+    check_operators("sum prod any all amax amin count_nonzero cumsum cummax", dtype)
 
 
 def test_bfloat16():
-    check_operators("sum mean prod amax var softmax logsumexp linalg.vector_norm cumsum".split(), torch.bfloat16)
+    check_operators("sum mean prod amax var softmax logsumexp linalg.vector_norm cumsum", torch.bfloat16)
 
 
 def test_log_softmax_in_bfloat16():

@@ -1,0 +1,156 @@
+"""The choice between the engines: by the user's word, or by the time of the script's own first steps."""
+
+import types
+
+import pytest
+import torch
+from parity import assert_same, assert_same_training, train
+from small import batches, sgd, train_on
+
+from trainingcompiler.events import EngineChosen, subscribe
+from trainingcompiler.frameworks.pytorch import engine as engine_module
+from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.statistics import current as statistics
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now_s = 100.0
+        monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: self.now_s))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def chosen():
+    events = []
+    unsubscribe = subscribe(lambda event: events.append(event) if isinstance(event, EngineChosen) else None)
+    yield events
+    unsubscribe()
+
+
+def optimizer():
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
+def run_steps(choice, clock, seconds, steps=60, of=None):
+    """Takes steps of the given lengths until the choice is made; returns who ran each."""
+    of = of or optimizer()
+    engines = []
+    for _ in range(steps):
+        if choice.chosen is not None:
+            break
+        engine = "xla" if choice.defers else "eager"
+        clock.now_s += seconds[engine]
+        choice.stepped(of, engine)
+        engines.append(engine)
+    return engines
+
+
+@pytest.mark.parametrize(
+    ("eager_s", "xla_s", "winner"),
+    [(0.010, 0.005, "xla"), (0.005, 0.010, "eager"), (1.0, 0.5, "xla"), (0.5, 1.0, "eager"), (0.1, 0.104, "xla")],
+)
+def test_the_faster_engine_wins(clock, chosen, eager_s, xla_s, winner):
+    choice = EngineChoice("auto")
+    engines = run_steps(choice, clock, {"eager": eager_s, "xla": xla_s})
+    assert choice.chosen == winner and choice.defers == (winner == "xla")
+    (event,) = chosen
+    assert event.engine == winner
+    assert event.eager_ms == pytest.approx(eager_s * 1000) and event.xla_ms == pytest.approx(xla_s * 1000)
+    assert all(one != two for one, two in zip(engines, engines[1:], strict=False))  # by turns: drift hits both
+
+
+def test_short_steps_are_timed_more_often(clock):
+    short, long = EngineChoice("auto"), EngineChoice("auto")
+    counts = [len(run_steps(short, clock, {"eager": 0.001, "xla": 0.001}))]
+    counts.append(len(run_steps(long, clock, {"eager": 2.0, "xla": 2.0})))
+    assert counts[0] > 2 * counts[1] and counts[1] <= 8
+
+
+def test_steps_that_compile_are_not_timed(clock, chosen, monkeypatch):
+    choice, of = EngineChoice("auto"), optimizer()
+    choice.stepped(of, "eager")
+    compiles = statistics().compiles
+    monkeypatch.setattr(statistics(), "compiles", compiles + 1)
+    clock.now_s += 50.0  # a step that compiled
+    choice.stepped(of, "xla")
+    run_steps(choice, clock, {"eager": 0.2, "xla": 0.1}, of=of)
+    assert choice.chosen == "xla" and chosen[0].xla_ms == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("engine", ["xla", "eager"])
+def test_the_users_word_is_not_measured(engine, clock, chosen):
+    choice = EngineChoice(engine)
+    choice.stepped(optimizer(), engine)
+    assert choice.chosen == engine and choice.defers == (engine == "xla") and not chosen
+
+
+def test_another_optimizers_steps_are_not_timed(clock):
+    choice, first, second = EngineChoice("auto"), optimizer(), optimizer()
+    choice.stepped(first, "eager")
+    for _ in range(20):
+        clock.now_s += 0.1
+        choice.stepped(second, "eager")
+    assert choice.chosen is None
+
+
+def test_nothing_compiled_ends_the_choice(clock, chosen):
+    """A loop that always falls back runs eagerly whoever is chosen; there is nothing to time."""
+    choice, of = EngineChoice("auto"), optimizer()
+    for _ in range(30):
+        clock.now_s += 0.1
+        choice.stepped(of, "eager")
+    assert choice.chosen == "xla" and not chosen
+
+
+def test_auto_skips_and_repeats_no_batch():
+    def loop(objects, data):
+        seen = []
+        for index, (x, y) in enumerate(data):
+            seen += [index, *train_on(objects["model"], objects["optimizer"], [(x, y)])]
+        return seen
+
+    run = assert_same_training(sgd(), loop, batches(40), may_fall_back=True, max_compiles=1, engine="auto")
+    assert run.statistics.steps == 40
+    assert run.statistics.compiled_steps >= 10 and run.statistics.eager_steps >= 10
+    (event,) = [event for event in run.events if isinstance(event, EngineChosen)]
+    assert event.engine in ("xla", "eager") and event.eager_ms > 0 and event.xla_ms > 0
+
+
+@pytest.mark.parametrize("winner", ["eager", "xla"])
+def test_what_has_won_runs_the_rest(winner, monkeypatch):
+    """The clock favours one engine; the training is the same."""
+    times = {"eager": 0.3, "xla": 0.3, winner: 0.1}
+    now_s = 0.0
+    stepped = EngineChoice.stepped
+
+    def timed(self, of, engine):
+        nonlocal now_s
+        now_s += times[engine]
+        stepped(self, of, engine)
+
+    monkeypatch.setattr(EngineChoice, "stepped", timed)
+    monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now_s))
+
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    eager = train(sgd(), loop, batches(30), compiled=False)
+    run = train(sgd(), loop, batches(30), compiled=True, engine="auto")
+    assert_same(eager, run, eager)
+    others = run.statistics.compiled_steps if winner == "eager" else run.statistics.eager_steps
+    assert others <= 6 and run.statistics.steps == 30
+
+
+def test_eager_compiles_nothing():
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    run = train(sgd(), loop, batches(20), compiled=True, engine="eager")
+    assert run.statistics.compiles == 0 and run.statistics.eager_steps == 20

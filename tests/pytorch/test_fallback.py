@@ -1,0 +1,292 @@
+"""Loops that capture cannot speak for run eagerly, correctly, and one line says why and where."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from parity import assert_same_training, train
+from small import batches, made, mlp, sgd, train_on
+from torch import nn
+from torch.nn import functional as F
+
+from trainingcompiler import FallbackError
+
+
+@torch.library.custom_op("trainingcompiler_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """An operator that nobody has a lowering for."""
+    return x * 2
+
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+twice.register_autograd(lambda ctx, gradient: gradient * 2)
+
+
+class WithUnknownOperator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return twice(self.net(x))
+
+
+class WithCounter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) * (1 + 0.01 * self.calls)
+
+
+class WithNumpyNoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x) * float(np.random.rand())
+
+
+class WithPythonNoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+
+    def forward(self, x):
+        return random.choice(self.net)(x)
+
+
+class WithHostData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x) + torch.from_numpy(np.random.rand(4)).to(x.dtype)
+
+
+class WithDataDependentBranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        out = self.net(x)
+        return out * 2 if out.sum() > 0 else out
+
+
+def hooked():
+    model = mlp()
+    model.seen = []
+    model[1].register_forward_hook(lambda module, args, output: model.seen.append(output.mean().item()))
+    return model
+
+
+CASES = {
+    "operator": (WithUnknownOperator, "trainingcompiler_tests.twice.default"),
+    "counter": (WithCounter, "WithCounter.calls"),
+    "numpy": (WithNumpyNoise, "random numbers from Python's or NumPy's"),
+    "python": (WithPythonNoise, "random numbers from Python's or NumPy's"),
+    "host data": (WithHostData, "random numbers from Python's or NumPy's"),
+    "branch": (WithDataDependentBranch, ""),
+    "hook": (hooked, "hook"),
+}
+
+
+def seeded_loop(objects, data):
+    np.random.seed(3)
+    random.seed(3)
+    seen = train_on(objects["model"], objects["optimizer"], data)
+    return [*seen, float(getattr(objects["model"], "calls", 0)), *getattr(objects["model"], "seen", ())]
+
+
+@pytest.mark.parametrize(("model", "reason"), CASES.values(), ids=CASES)
+def test_runs_eagerly_and_says_why_and_where(model, reason, capsys):
+    run = assert_same_training(
+        made(model, torch.optim.SGD, lr=0.1, momentum=0.9), seeded_loop, batches(), may_fall_back=True
+    )
+    (fallback,) = run.fallbacks()  # said once, not at every step
+    assert reason in fallback.reason and "\n" not in fallback.reason
+    # The line is the one at fault where there is one, and the call of the model otherwise.
+    assert fallback.where.startswith(("test_fallback.py:", "small.py:"))
+    assert run.statistics.compiles == 0 and run.statistics.eager_steps == 24
+    assert fallback.reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "reason"), CASES.values(), ids=CASES)
+def test_fallback_error(model, reason):
+    with pytest.raises(FallbackError) as raised:
+        train(made(model, torch.optim.SGD, lr=0.1), seeded_loop, batches(), compiled=True, fallback="error")
+    message = str(raised.value)
+    assert reason in message and "--fallback=eager" in message
+    assert raised.value.where is not None and raised.value.where in message
+
+
+def test_fallback_error_names_the_operator():
+    with pytest.raises(FallbackError) as raised:
+        train(
+            made(WithUnknownOperator, torch.optim.SGD, lr=0.1),
+            seeded_loop,
+            batches(),
+            compiled=True,
+            fallback="error",
+        )
+    assert raised.value.operator == "trainingcompiler_tests.twice.default"
+    assert raised.value.where.startswith("test_fallback.py:")
+
+
+def test_lbfgs_closure():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+
+            def closure(x=x, y=y):
+                objects["optimizer"].zero_grad()
+                loss = F.cross_entropy(objects["model"](x), y)
+                loss.backward()
+                return loss
+
+            losses.append(objects["optimizer"].step(closure).item())
+        return losses
+
+    # LBFGS amplifies rounding without bound once it has converged: float64 only.
+    make = made(mlp, torch.optim.LBFGS, lr=0.1, max_iter=4)
+    run = assert_same_training(make, loop, batches(20), may_fall_back=True, dtypes=(torch.float64,))
+    assert any("closure" in fallback.reason for fallback in run.fallbacks())
+
+
+def test_closure_of_an_ordinary_optimizer():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+
+            def closure(x=x, y=y):
+                objects["optimizer"].zero_grad()
+                loss = F.cross_entropy(objects["model"](x), y)
+                loss.backward()
+                return loss
+
+            losses.append(objects["optimizer"].step(closure).item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), may_fall_back=True)
+
+
+def test_double_backward():
+    def loop(objects, data):
+        losses = []
+        for x, _ in data:
+            x.requires_grad_()
+            objects["optimizer"].zero_grad()
+            out = objects["model"](x)
+            (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+            loss = (gradient.norm(2, dim=1) - 1).pow(2).mean() + out.mean()
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), may_fall_back=True)
+
+
+def test_a_hook_added_in_mid_run_runs():
+    def loop(objects, data):
+        losses = train_on(objects["model"], objects["optimizer"], data[:10])
+        seen = []
+        handle = objects["model"][0].register_forward_hook(lambda *args: seen.append(args[2].sum().item()))
+        losses += train_on(objects["model"], objects["optimizer"], data[10:16])
+        handle.remove()
+        losses += train_on(objects["model"], objects["optimizer"], data[16:])
+        assert len(seen) == 6
+        return losses + seen
+
+    assert_same_training(sgd(), loop, batches(), may_fall_back=True)
+
+
+class Fragile(nn.Module):
+    """Raises when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    def forward(self, x, fails=False):
+        out = self.net(x)
+        if fails:
+            raise ArithmeticError("as told")
+        return out
+
+
+def raises_in_forward(objects, x, y):
+    objects["model"](x, fails=True)
+
+
+def raises_for_a_shape(objects, x, y):
+    objects["model"](x[:, :5])
+
+
+def raises_in_the_loss(objects, x, y):
+    F.cross_entropy(objects["model"](x), y[:3])
+
+
+def raises_between_backward_and_step(objects, x, y):
+    F.cross_entropy(objects["model"](x), y).backward()
+    raise ArithmeticError("as told")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [raises_in_forward, raises_for_a_shape, raises_in_the_loss, raises_between_backward_and_step],
+    ids=lambda failure: failure.__name__,
+)
+def test_an_exception_in_mid_step_leaves_the_model_as_it_was(failure):
+    def loop(objects, data):
+        losses, caught = [], 0
+        for step, (x, y) in enumerate(data):
+            if step % 8 == 7:
+                before = [p.detach().clone() for p in objects["model"].parameters()]
+                try:
+                    failure(objects, x, y)
+                except (ArithmeticError, RuntimeError, ValueError):
+                    caught += 1
+                for p, old in zip(objects["model"].parameters(), before, strict=True):
+                    assert torch.equal(p, old)
+            losses += train_on(objects["model"], objects["optimizer"], [(x, y)])
+        return [*losses, caught]
+
+    run = assert_same_training(made(Fragile, torch.optim.SGD, lr=0.1), loop, batches(), may_fall_back=True)
+    assert run.observed[-1] == 3
+
+
+def test_an_exception_that_ends_the_script_is_torchs_own():
+    def loop(objects, data):
+        train_on(objects["model"], objects["optimizer"], data)
+        objects["model"](data[0][0][:, :5])
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(sgd(), loop, batches(), compiled=True)
+
+
+def test_an_index_out_of_range_is_an_error():
+    def loop(objects, data):
+        for step, tokens in enumerate(data):
+            objects["optimizer"].zero_grad()
+            if step == 10:
+                tokens[0] = 99
+            loss = objects["model"](tokens).pow(2).mean()
+            loss.backward()
+            objects["optimizer"].step()
+            loss.item()
+
+    make = made(lambda: nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 2)), torch.optim.SGD, lr=0.1)
+    with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+        train(make, loop, [torch.arange(12) for _ in range(20)], compiled=True)
