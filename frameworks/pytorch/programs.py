@@ -114,7 +114,7 @@ class ProgramCache:
             running.detail += f"  {len(captured.graph.nodes):,} ops"
         compiled = CompiledTape(self, name, entries, captured, exports, purpose)
         self._explain(entries, where, time.perf_counter() - start_s)
-        statistics().compiles += 1
+        statistics().compiles += not compiled.is_empty
         statistics().compile_time_s += time.perf_counter() - start_s
         return compiled
 
@@ -213,7 +213,8 @@ class CompiledTape:
             ),
             outputs=(),
         )
-        self._executable = compiler.compile(program)
+        # Calls whose results nobody holds, of modules without buffers, leave nothing to do.
+        self._executable = compiler.compile(program) if results else None
 
     def _plan_gradients(self, entries, captured: CapturedStep) -> None:
         """Decides which gradients are stored, which are dropped and which become None."""
@@ -244,6 +245,11 @@ class CompiledTape:
                 self._dropped.add(id(item))
                 self._consumed.append(item.gradient_of)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self._executable is None
+
     def bound(self) -> list[torch.Tensor] | None:
         """The tensors that the program reads and writes; None if it was captured for others."""
         if any(tensor_hooks.stored_gradient(parameter()) is not None for parameter in self._without_gradient):
@@ -257,6 +263,8 @@ class CompiledTape:
             entries: Of the signature that the program was compiled for.
             tensors: What `bound` has returned.
         """
+        if self._executable is None:
+            return None
         cell = self.cache.cells.cell
         cells = [cell(tensor) for tensor in tensors[: self._donated]]
         state = tuple(cell.array() for cell in cells)

@@ -81,6 +81,7 @@ class Session:
         if not self._is_deferrable(module, args, kwargs):
             with undeferred():
                 return original(module, *self._real(args), **self._real(kwargs))
+        self._sweep()
         if not torch.is_grad_enabled() and not self.tape:
             return self._run_at_once(module, args, kwargs)
         if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
@@ -376,6 +377,11 @@ class Session:
             return None
         self._committed(entries, rest)
         return None
+
+    def _sweep(self) -> None:
+        """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
+        if self.tape and not self._has_backward() and not self.tape.live_slots():
+            self.commit()
 
     def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
         self._gradients_are_ours = bool(self._called_since_backward)
