@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -70,6 +71,8 @@ def session() -> Session | None:
 
 
 def _prepare(config: TrainingCompilerConfig) -> None:
+    # JAX warns on every fork once it has started. Forked children (`DataLoader` workers) run plain torch only.
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     target = Target.local()
     versions = {

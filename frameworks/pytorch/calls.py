@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,10 @@ from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
+
+
+class HistoryMet(CaptureError):
+    """A call got a tensor with a gradient history of torch's own, so that torch has to go on with it."""
 
 
 class CallBook:
@@ -50,10 +55,13 @@ class CallBook:
             fingerprint = self.modules.fingerprint(function)
             if fingerprint.hooked:
                 raise CaptureError(reason=f"module {fingerprint.hooked} has a hook", where=where)
+            if fingerprint.unsteady:
+                reason = f"{fingerprint.unsteady} is another number at every step: pass it to forward, or as a tensor"
+                raise CaptureError(reason=reason, where=where)
             function_key = (id(function), fingerprint)
         kinds = tuple(_kind(leaf) for leaf in encoded)
         numbers: tuple[int, ...] = ()
-        if float in kinds and not isinstance(function, nn.Module):  # a module's Python would read the number unseen
+        if float in kinds:
             history = self._numbers.setdefault((function_key, structure, ambient, kinds), _Numbers())
             numbers = history.changing(encoded)
         constants = tuple(
@@ -82,11 +90,13 @@ def encode(leaf: Any) -> Any:
     """
     if isinstance(leaf, DeferredTensor):
         return slot_input(leaf.slot) if leaf.slot.committed else leaf.slot
+    if isinstance(leaf, float | np.floating):
+        return float(leaf)  # numpy's too
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if leaf.grad_fn is not None:
-        raise CaptureError(
-            reason=f"the loop computed a tensor from parameters outside of any module ({leaf.grad_fn.name()})",
+        raise HistoryMet(
+            reason=f"the loop uses a tensor that torch has computed from parameters ({leaf.grad_fn.name()})",
             where=user_line(),
         )
     if leaf.requires_grad or isinstance(leaf, nn.Parameter):

@@ -131,6 +131,10 @@ def capture(entries: list[Entry]) -> CapturedStep:
     with contextlib.ExitStack() as stack:
         stack.enter_context(unchanged_host(entries))
         for index, entry in enumerate(entries):
+            for place, (tensor, snapshot) in enumerate(entry.closure):
+                fake = twins.fake_like(snapshot.shape, snapshot.dtype)
+                twins.stand_in(tensor, fake)
+                leaves.append((index, len(entry.leaves) + place, recorder.value_of(fake)))
             with twins.recording():
                 if entry.seed is not None:
                     seed = twins.fake_like((), torch.int64)
@@ -143,6 +147,8 @@ def capture(entries: list[Entry]) -> CapturedStep:
                     prepared.enter_context(twins.numbers_in_steps())
                     result = replay(entry, resolve_in(index, entry))
                 recorder.seed_with(None)
+            for tensor, _ in entry.closure:
+                twins.stand_in(tensor, None)
             results = tensors_in(result)
             if entry.outputs is None:
                 _find_outputs(entry, result, results)

@@ -14,6 +14,7 @@ _INTERNAL = frozenset(
     "_forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks "
     "_load_state_dict_post_hooks".split()
 )
+_STEADY = 2  # as many values of one float attribute are compiled as constants
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
@@ -30,6 +31,8 @@ class ModuleWatch:
         self.changes = 0
         self._originals: dict[str, Any] = {}
         self._taken: dict[int, tuple[nn.Module, tuple, _Fingerprint]] = {}
+        self._known: dict[_Fingerprint, _Fingerprint] = {}
+        self._values: dict[tuple[int, str], set[float]] = {}
 
     def start(self) -> None:
         """Begins counting."""
@@ -44,14 +47,23 @@ class ModuleWatch:
 
     def fingerprint(self, module: nn.Module, fresh: bool = False) -> "_Fingerprint":
         """The module's fingerprint as of now; taken anew if `fresh`, or if anything has changed."""
-        if fresh:
-            return _Fingerprint(module)
         moment = (self.changes, RemovableHandle.next_id)
         taken = self._taken.get(id(module))
-        if taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
-            taken = (module, moment, _Fingerprint(module))
-            self._taken[id(module)] = taken
+        if fresh or taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
+            fingerprint = _Fingerprint(module)
+            fingerprint.unsteady = self._unsteady(fingerprint)
+            # Equal ones are one object, so that comparing signatures does not compare attributes.
+            fingerprint = self._known.setdefault(fingerprint, fingerprint)
+            taken = self._taken[id(module)] = (module, moment, fingerprint)
         return taken[2]
+
+    def _unsteady(self, fingerprint: "_Fingerprint") -> str | None:
+        for (part, attribute), value in fingerprint.numbers.items():
+            values = self._values.setdefault((id(part), attribute), set())
+            values.add(value)
+            if len(values) > _STEADY:
+                return f"{type(part).__name__}.{attribute}"
+        return None
 
     def _counting(self, original):
         def changed(module, *args, **kwargs):
@@ -70,6 +82,8 @@ class _Fingerprint:
     Attributes:
         key: Hashable; equal keys compute the same function of equal tensors.
         hooked: The name of a submodule with hooks, which compiled code cannot run.
+        unsteady: An attribute that has been a different number too often to compile each value.
+        numbers: The float attributes of submodules.
         parameters: The module's parameters.
     """
 
@@ -78,6 +92,8 @@ class _Fingerprint:
         self._frozen = tuple(parameter.requires_grad for parameter in self.parameters)
         self._mutable: list[tuple[Any, Any]] = []
         self.hooked: str | None = None
+        self.unsteady: str | None = None
+        self.numbers: dict[tuple[nn.Module, str], float] = {}
         parts: list[Any] = [self._frozen, tuple(map(id, self.parameters)), tuple(map(id, module.buffers()))]
         for name, part in module.named_modules():
             if self.hooked is None and any(getattr(part, hooks) for hooks in _HOOKS):
@@ -85,6 +101,8 @@ class _Fingerprint:
             for attribute, value in attributes_of(part).items():
                 if type(value) in (list, dict, set):
                     self._mutable.append((value, _frozen(value)))
+                if type(value) is float:
+                    self.numbers[part, attribute] = value
                 parts.append((id(part), attribute, _frozen(value)))
         self.key = tuple(parts)
         self.hash = hash(self.key)

@@ -83,6 +83,9 @@ class TracedNumber(float):
     def __abs__(self) -> "TracedNumber":
         return TracedNumber(float.__abs__(self), self.tensor.abs())
 
+    def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
+        raise NumberUsed(self.source)
+
     __hash__ = float.__hash__
 
 

@@ -1,9 +1,11 @@
 """What one call will return, found once by running it on stand-ins."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainingcompiler.frameworks.pytorch.capture import unchanged_host
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten
@@ -21,6 +23,7 @@ class Plan:
         metas: A fake tensor for each distinct tensor that the call makes.
         writes: Positions of the leaves that the call writes to.
         random: Whether the call draws random numbers.
+        closure: Refers to the tensors, other than state, that the call reads without being given them.
     """
 
     structure: Structure
@@ -28,6 +31,7 @@ class Plan:
     metas: tuple[torch.Tensor, ...]
     writes: tuple[int, ...]
     random: bool
+    closure: tuple[weakref.ref, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
     with unchanged_host([entry]), twins.recording():
         twins.recorder.seed_with(twins.fake_like((), torch.int64))
         result = replay(entry, resolve)
-        versions = {position: fake._version for position, fake in arguments.items()}
+        written = tuple(position for position, fake in arguments.items() if twins.recorder.was_written(fake))
     leaves, structure = flatten(result)
     positions = {id(fake): position for position, fake in arguments.items()}
     metas: dict[int, tuple[int, torch.Tensor]] = {}
@@ -95,8 +99,21 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
         structure=structure,
         leaves=tuple(planned),
         metas=tuple(_cut(twins, meta) for _, meta in metas.values()),
-        writes=tuple(position for position, version in versions.items() if version > 0),
+        writes=written,
         random=any(node.seed is not None for node in twins.recorder.graph.nodes),
+        closure=_closure(entry, twins),
+    )
+
+
+def _closure(entry: Entry, twins: Twins) -> tuple[weakref.ref, ...]:
+    buffers = set(map(id, entry.function.buffers())) if isinstance(entry.function, nn.Module) else set()
+    return tuple(
+        weakref.ref(real)
+        for real in twins.lifted
+        if not real.requires_grad
+        and not isinstance(real, nn.Parameter)
+        and id(real) not in buffers
+        and not twins.recorder.was_written(twins.twin(real))
     )
 
 

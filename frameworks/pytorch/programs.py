@@ -23,6 +23,7 @@ from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.state import CellRegistry, input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.program import StepProgram, TensorSpec
@@ -108,7 +109,12 @@ class ProgramCache:
         start_s = time.perf_counter()
         with phase("capture", f"{name} at {where}" if where else name) as running:
             unknown = entries[-1].outputs is None
-            captured = capture(entries)
+            try:
+                captured = capture(entries)
+            except (CaptureError, NumberUsed):
+                raise
+            except Exception as error:  # an error of the script's, most likely: torch will say which
+                raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], where) from error
             if unknown:
                 exports = entries[-1].outputs or []
             running.detail += f"  {len(captured.graph.nodes):,} ops"
@@ -199,7 +205,7 @@ class CompiledTape:
             results = function(values)
             return tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
 
-        leaves = [entries[entry].leaves[place] for entry, place in self._leaves]
+        leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
         arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
         program = StepProgram(
             name=name,
@@ -271,7 +277,7 @@ class CompiledTape:
         read = tensors[self._donated : self._donated + self._read]
         inputs: list[Any] = [cell(tensor).array() for tensor in read]
         for entry, place in self._leaves:
-            leaf = entries[entry].leaves[place]
+            leaf = entries[entry].leaf(place)
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
         inputs += [entries[entry].seed.array for entry in self._seeds]
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))

@@ -123,7 +123,13 @@ class Recorder(TorchDispatchMode):
 
     # -- dispatch -----------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or torch wraps every dispatch in a guard: a fifth of the time of a capture
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # most dispatches of a capture are this question
+            return args[0].fake_device
         kwargs = kwargs or {}
         name = str(func)
         if name == "aten.lift_fresh.default" and not _is_fake(args[0]):

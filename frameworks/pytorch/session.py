@@ -18,7 +18,7 @@ from trainingcompiler.errors import CaptureError, FallbackError, GradientNotKept
 from trainingcompiler.events import FellBack, emit
 from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
-from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
+from trainingcompiler.frameworks.pytorch.calls import CallBook, HistoryMet, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
@@ -47,6 +47,9 @@ _READS = frozenset(
 )
 
 
+_HISTORIES = 8  # as often may a tensor of torch's own turn up before its loop is left to torch: engines take turns
+
+
 class Session:
     """Everything that is known about the training loops of this process.
 
@@ -66,9 +69,9 @@ class Session:
         self._plans: dict[tuple, Plan] = {}
         self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
         self._fallbacks = 0
+        self._histories_met = 0
         self._clippings: set[Callable] = set()
         self._said: set[tuple] = set()
-        self._gradients_are_ours = False  # the last backward ran as a program: its gradients lie in its buffers
         self._called_since_backward: set[int] = set()
         self._speculation = Speculation(self.programs, self.calls)
 
@@ -120,6 +123,10 @@ class Session:
             return self._end_step(optimizer)
         if self.tape:
             self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
+        elif self.deferring and (closure is not None or hooks_of(optimizer)):
+            if self.config.fallback == "error":
+                raise FallbackError(reason, user_line())
+            self._say(CaptureError(reason=reason, where=user_line()))
         self.book.check_unconsumed(parameters_of(optimizer))
         with undeferred():
             result = original(optimizer, *args, **kwargs)
@@ -133,7 +140,11 @@ class Session:
             return f"{type(optimizer).__name__} has a step hook"
         if not self.deferring or id(optimizer) in self._eager or not self.book.habits(optimizer).steps:
             return f"{type(optimizer).__name__} steps eagerly"
-        return None if self.tape or self._gradients_are_ours else "the gradients were computed eagerly"
+        gradient = next(
+            (g for p in parameters_of(optimizer) if (g := tensor_hooks.stored_gradient(p)) is not None), None
+        )
+        from_program = gradient is not None and self.programs.cells.owns(gradient)
+        return None if self.tape or from_program else "the gradients were computed eagerly"
 
     def _cut(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives up gradients that the step is about to make impossible.
@@ -161,7 +172,6 @@ class Session:
                     where=user_line(),
                 )
             )
-        self._gradients_are_ours = False
         self.book.stepped(optimizer, "xla" if fallbacks == self._fallbacks else "eager")
 
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
@@ -227,7 +237,8 @@ class Session:
     def _record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         name = getattr(function, "__name__", "")
         target = kwargs.get("out", args[0] if args and _is_in_place(name) else None)
-        if isinstance(target, torch.Tensor) and not isinstance(target, DeferredTensor):
+        is_pending = isinstance(target, DeferredTensor) and not target.slot.committed
+        if isinstance(target, torch.Tensor) and not is_pending:
             return self._write_real(function, args, kwargs)
         try:
             entry = self._append(function, args, kwargs)
@@ -246,29 +257,32 @@ class Session:
                 self.tape.entries.pop()
                 failure = CaptureError(reason=f"{type(error).__name__}: {error}".split("\n")[0], where=entry.where)
                 return self._record_nothing(function, args, kwargs, failure)
-        return self._results(entry, planned)
+        return self._results(entry, planned, args, kwargs)
 
     def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
         entry = self.calls.entry(function, args, kwargs, optimizers)
         self.tape.entries.append(entry)
         return entry
 
-    def _results(self, entry: Entry, planned: Plan) -> Any:
+    def _results(self, entry: Entry, planned: Plan, args: tuple, kwargs: dict) -> Any:
         if planned.random:
             entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
+        closure = [tensor for reference in planned.closure if (tensor := reference()) is not None]
+        entry.closure = tuple((t, Input(input_array(t), tuple(t.shape), t.dtype)) for t in closure)
         entry.outputs = [Slot(meta) for meta in planned.metas]
+        if any(slot.freed for slot in entry.slots()):
+            for slot in entry.outputs:
+                slot.freed = True
         wrappers = [DeferredTensor(slot, self) for slot in entry.outputs]
         if planned.writes:
             self._forget_peeked()
+        arguments, _ = flatten((args, kwargs))
         leaves: list[Any] = []
         for leaf in planned.leaves:
             if isinstance(leaf, Output):
                 leaves.append(wrappers[leaf.index])
-            elif isinstance(leaf, Argument):
-                argument = entry.leaves[leaf.position]
-                leaves.append(argument.wrapper() if isinstance(argument, Slot) else argument)
             else:
-                leaves.append(leaf)
+                leaves.append(arguments[leaf.position] if isinstance(leaf, Argument) else leaf)
         return unflatten(planned.structure, iter(leaves))
 
     def _forget_peeked(self) -> None:
@@ -313,11 +327,11 @@ class Session:
             return function(*self._real(args), **self._real(kwargs))
 
     def _write_real(self, function, args, kwargs) -> Any:
-        """An in-place call on a real tensor with a deferred operand: `total += loss`."""
+        """An in-place call on a tensor that is no result of the tape, with a deferred operand: `total += loss`."""
         total = args[0]
         functional = getattr(torch.Tensor, _functional_name(function.__name__), None)
         simple = (
-            type(total) is torch.Tensor
+            type(total) in (torch.Tensor, DeferredTensor)
             and functional is not None
             and "out" not in kwargs
             and not total.requires_grad
@@ -328,8 +342,11 @@ class Session:
         if not isinstance(result, DeferredTensor) or (result.dtype, result.shape) != (total.dtype, total.shape):
             return function(*self._real(args), **self._real(kwargs))
         slot = result.slot
-        slot.wrapper = None  # a tensor with weak references cannot be swapped
-        torch.utils.swap_tensors(total, result)
+        if isinstance(total, DeferredTensor):
+            total.slot = slot
+        else:
+            slot.wrapper = None  # a tensor with weak references cannot be swapped
+            torch.utils.swap_tensors(total, result)
         slot.wrapper = weakref.ref(total)
         return total
 
@@ -384,7 +401,6 @@ class Session:
             self.commit()
 
     def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
-        self._gradients_are_ours = bool(self._called_since_backward)
         for entry in entries:
             for slot in entry.outputs or ():
                 slot.committed = True
@@ -431,14 +447,12 @@ class Session:
             FallbackError: The user wants no fallback.
         """
         self._fallbacks += 1
-        if error.reason != NEW_STATE:
+        self._histories_met += isinstance(error, HistoryMet)
+        if error.reason != NEW_STATE and not (isinstance(error, HistoryMet) and self._histories_met <= _HISTORIES):
             if self.config.fallback == "error":
                 self.tape.entries.clear()
                 raise FallbackError(error.reason, error.where, error.operator) from None
-            if (error.reason, error.where) not in self._said:
-                self._said.add((error.reason, error.where))
-                emit(FellBack(reason=error.reason, where=error.where, permanent=True))
-            statistics().fallbacks += 1
+            self._say(error)
             for entry in self.tape.entries:
                 for item in (entry.function, *entry.optimizers):
                     if isinstance(item, nn.Module | torch.optim.Optimizer):
@@ -452,6 +466,12 @@ class Session:
         with undeferred():
             for entry in entries:
                 self._replay_eagerly(entry)
+
+    def _say(self, error: CaptureError) -> None:
+        statistics().fallbacks += 1
+        if (error.reason, error.where) not in self._said:
+            self._said.add((error.reason, error.where))
+            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
 
     def _replay_eagerly(self, entry: Entry) -> None:
         def resolve(leaf: Any, _: int) -> Any:

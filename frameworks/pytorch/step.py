@@ -19,6 +19,7 @@ from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
@@ -119,7 +120,16 @@ class CompiledStep:
         prints = tuple(self._watch.fingerprint(module, fresh=True) for module in self._modules)
         ambient = Ambient.now()
         key = ((self._function, prints), structure, kinds, ambient)
-        entry = Entry(self._function, structure, encoded, ambient, key, None, optimizers=tuple(self._optimizers))
+        entry = Entry(
+            self._function,
+            structure,
+            encoded,
+            ambient,
+            key,
+            outputs=None,
+            where=user_line(),
+            optimizers=tuple(self._optimizers),
+        )
         entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
         known = self._results.get(key)
         if known is not None:

@@ -97,6 +97,7 @@ class Entry:
         key: Everything that decides what the entry computes, but for which slots it reads.
         outputs: The slots of its tensor results; None until a capture has found them.
         result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
+        closure: Tensors that the function reads without being given them, with snapshots of their values.
         seed: A snapshot of the seed of its random numbers, if it draws any.
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
         frees: The slots whose graph the entry frees.
@@ -111,10 +112,16 @@ class Entry:
     key: tuple
     outputs: list[Slot] | None = field(default_factory=list)
     result: tuple[Structure, list[Any]] | None = None
+    closure: tuple[tuple[torch.Tensor, Input], ...] = ()
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
     where: str | None = None
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
+    def leaf(self, position: int) -> Any:
+        """The leaf at a position; those of the closure come after the arguments'."""
+        count = len(self.leaves)
+        return self.leaves[position] if position < count else self.closure[position - count][1]
 
     def slots(self) -> list[Slot]:
         """The slots that the entry reads."""

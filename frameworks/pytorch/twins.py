@@ -116,6 +116,13 @@ class Twins(TorchFunctionMode):
                 fake.grad = twin
         return fake
 
+    def stand_in(self, real: torch.Tensor, fake: torch.Tensor | None) -> None:
+        """Makes `fake` the twin of a real tensor for a while; None ends it."""
+        if fake is None:
+            del self._fakes[id(real)]
+        else:
+            self._fakes[id(real)] = fake
+
     def first_value(self, real: torch.Tensor) -> int:
         """The number of the graph input that a real tensor became."""
         return self._first_values[id(real)]

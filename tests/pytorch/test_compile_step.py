@@ -27,18 +27,6 @@ def plain_step(objects):
     return train_step
 
 
-def compiling_loop(make_step, config=CONFIG):
-    """A loop over a step that is compiled where the run is; `disabled` tells the eager run."""
-
-    def loop(objects, data):
-        step = make_step(objects)
-        if objects["compiles"]:
-            step = tc.compile(step, config)
-        return [float(step(x, y)) for x, y in data]
-
-    return loop
-
-
 def assert_same_step(make, make_step, data, *, max_compiles=None, may_fall_back=False, config=CONFIG):
     """As `assert_same_training`, for a loop over a compiled function; returns the compiled run."""
 
@@ -49,7 +37,7 @@ def assert_same_step(make, make_step, data, *, max_compiles=None, may_fall_back=
         if pytorch.session() is not None:  # the run that is to be judged: `train` has enabled it
             pytorch.disable()
             step = tc.compile(step, config)
-        return [float(step(*batch)) for batch in data]
+        return [step(*batch).item() for batch in data]
 
     return assert_same_training(make, loop, data, max_compiles=max_compiles, may_fall_back=may_fall_back)
 
@@ -137,7 +125,7 @@ def test_hyperparameters_are_read_at_every_step(name):
         if pytorch.session() is not None:
             pytorch.disable()
             scheduled.step = tc.compile(scheduled.step, CONFIG)
-        return [float(scheduled(x, y)) for x, y in data]
+        return [scheduled(x, y).item() for x, y in data]
 
     assert_same_training(sgd(), loop, batches(), max_compiles=1)
 
@@ -160,7 +148,7 @@ def test_the_structure_of_what_the_step_returns():
         result = step({"x": x, "y": y}, name="n")
         assert list(result) == ["loss", "more"] and result["more"][1] == ("n", None, 3)
         assert result["loss"].shape == () and result["more"][0].dtype is torch.int64
-        assert result["more"][0].shape == (16,) and 0 < float(result["loss"]) < 3
+        assert result["more"][0].shape == (16,) and 0 < result["loss"].item() < 3
 
 
 def test_the_model_between_steps():
@@ -175,14 +163,14 @@ def test_the_model_between_steps():
             step = tc.compile(step, CONFIG)
         seen = []
         for index, (x, y) in enumerate(data):
-            seen.append(float(step(x, y)))
+            seen.append(step(x, y).item())
             with torch.no_grad():
                 seen.append(objects["model"](x).sum().item())
                 objects["model"][0].weight.mul_(0.99)
             if index == 10:
                 saved = {name: value.clone() for name, value in objects["model"].state_dict().items()}
         objects["model"].load_state_dict(saved)
-        return [*seen, *(float(step(x, y)) for x, y in data[:3])]
+        return [*seen, *(step(x, y).item() for x, y in data[:3])]
 
     assert_same_training(sgd(), loop, batches(), max_compiles=1)
 
@@ -194,7 +182,7 @@ def test_dropout_follows_the_seed():
         objects = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
         step = tc.compile(plain_step(objects), CONFIG)
         torch.manual_seed(seed)
-        return [float(step(x, y)) for x, y in batches(20)]
+        return [step(x, y).item() for x, y in batches(20)]
 
     assert run(1) == run(1) != run(2)
 
@@ -245,7 +233,7 @@ def test_switched_off_it_is_the_function_itself():
 def test_eager_engine_compiles_nothing():
     def loop(objects, data):
         step = tc.compile(plain_step(objects), tc.TrainingCompilerConfig(engine="eager", quiet=True))
-        return [float(step(x, y)) for x, y in data]
+        return [step(x, y).item() for x, y in data]
 
     run = train(sgd(), loop, batches(20), compiled=True, engine="eager")
     assert run.statistics.compiles == 0 and run.statistics.eager_steps >= 20

@@ -118,7 +118,7 @@ def test_auto_skips_and_repeats_no_batch():
 
     run = assert_same_training(sgd(), loop, batches(40), may_fall_back=True, max_compiles=1, engine="auto")
     assert run.statistics.steps == 40
-    assert run.statistics.compiled_steps >= 10 and run.statistics.eager_steps >= 10
+    assert run.statistics.compiled_steps >= 4 and run.statistics.eager_steps >= 4  # three timed, and a first one
     (event,) = [event for event in run.events if isinstance(event, EngineChosen)]
     assert event.engine in ("xla", "eager") and event.eager_ms > 0 and event.xla_ms > 0
 

@@ -110,7 +110,7 @@ def seeded_loop(objects, data):
 
 
 @pytest.mark.parametrize(("model", "reason"), CASES.values(), ids=CASES)
-def test_runs_eagerly_and_says_why_and_where(model, reason, capsys):
+def test_runs_eagerly_and_says_why_and_where(model, reason):
     run = assert_same_training(
         made(model, torch.optim.SGD, lr=0.1, momentum=0.9), seeded_loop, batches(), may_fall_back=True
     )
@@ -119,7 +119,6 @@ def test_runs_eagerly_and_says_why_and_where(model, reason, capsys):
     # The line is the one at fault where there is one, and the call of the model otherwise.
     assert fallback.where.startswith(("test_fallback.py:", "small.py:"))
     assert run.statistics.compiles == 0 and run.statistics.eager_steps == 24
-    assert fallback.reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "reason"), CASES.values(), ids=CASES)

@@ -90,7 +90,7 @@ def test_loss_printed_every_few_steps(place, capsys):
         model, optimizer = objects["model"], objects["optimizer"]
         losses = []
 
-        def show(here):
+        def show(here, step, loss):
             if here == place and step % 5 == 0:
                 print(f"step {step}: {loss:.4f} {loss.item()}")
                 losses.append(loss.item())
@@ -98,11 +98,11 @@ def test_loss_printed_every_few_steps(place, capsys):
         for step, (x, y) in enumerate(data):
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
-            show("before backward")
+            show("before backward", step, loss)
             loss.backward()
-            show("between backward and step")
+            show("between backward and step", step, loss)
             optimizer.step()
-            show("after step")
+            show("after step", step, loss)
         return losses
 
     # A look in mid-step needs a program for the part before it, one for the rest, and one for the steps without it.

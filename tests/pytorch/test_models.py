@@ -5,13 +5,13 @@ import math
 import parity
 import pytest
 import torch
-from models import JOBS, NOISY_JOBS, VAE, Job, pixels, rate
+from models import JOBS, NOISY_JOBS, Job, pixels, rate
 from parity import assert_same_training, train
 
 STEPS = 20
 BOTH = (torch.float64, torch.float32)
 # These compute norms, softmax or the loss in float32 whatever their parameters are: 6e-8 an operation, amplified over
-# 20 steps. Measured: 3e-7.
+# 20 steps. Measured: 1e-7 to 6e-7.
 PARTLY_FLOAT32 = {"gpt2", "t5", "llama"}
 PARTLY_FLOAT32_TOLERANCE = 1e-5
 OPTIMIZERS = {
@@ -109,7 +109,6 @@ def test_a_vae_draws_new_standard_noise_at_every_step():
 
     run = train(maker(job, "adam"), loop, job.batches(40), compiled=True)
     assert not run.fallbacks()
-    assert isinstance(run.objects["model"], VAE)
     drawn = torch.stack(noises[1:])  # (steps, rows, latents); the first step was eager's own
     assert len({tuple(step.flatten().tolist()) for step in drawn}) == len(drawn)
     # 1,872 draws: the standard error of the mean is 0.023, that of the standard deviation 0.016; five of each.

@@ -1,11 +1,13 @@
 """Random numbers: torch's own generators govern them, and shuffling sees what eager sees."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from parity import assert_same_training, train
 from small import adamw, batches, sgd, train_on
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -176,21 +178,40 @@ def test_noise_drawn_by_the_loop_is_eagers():
     assert_same_training(sgd(), loop, batches(), max_compiles=1)
 
 
+@pytest.mark.filterwarnings(r"ignore:os\.fork:RuntimeWarning")  # in the eager run, JAX has started for earlier tests
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("epochs", [2])
-def test_shuffling_is_eagers(workers, epochs):
+def test_shuffling_is_eagers(workers):
     def loop(objects, data):
         x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
         loader = DataLoader(TensorDataset(x, y, torch.arange(len(x))), 16, shuffle=True, num_workers=workers)
         seen = []
-        for _ in range(epochs):
+        for _ in range(2):
             for x, y, order in loader:
-                objects["optimizer"].zero_grad()
-                loss = F.cross_entropy(objects["model"](x), y)
-                loss.backward()
-                objects["optimizer"].step()
-                seen += [loss.item(), *order.tolist()]
+                seen += [*train_on(objects["model"], objects["optimizer"], [(x, y)]), *order.tolist()]
         return seen
 
     dtypes = (torch.float64, torch.float32) if workers == 0 else (torch.float32,)
     assert_same_training(sgd(), loop, batches(12), max_compiles=1, dtypes=dtypes)
+
+
+FORKING_SCRIPT = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import trainingcompiler as tc
+
+tc.enable(tc.TrainingCompilerConfig(engine="xla"))
+model = torch.nn.Linear(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+data = TensorDataset(torch.randn(64, 8), torch.randint(0, 4, (64,)))
+for epoch in range(2):
+    for x, y in DataLoader(data, 16, shuffle=True, num_workers=2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+"""
+
+
+def test_workers_fork_without_a_warning():
+    result = subprocess.run([sys.executable, "-c", FORKING_SCRIPT], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "fork" not in result.stderr and "Warning" not in result.stderr, result.stderr

@@ -8,7 +8,21 @@ import torch
 from jax import lax
 
 from .dtypes import jax_dtype
-from .operands import BOOL, INT64, Array, Number, cast, constant, expand, full, in_opmath, iota, is_float, select
+from .operands import (
+    BOOL,
+    FLOAT32,
+    INT64,
+    Array,
+    Number,
+    cast,
+    constant,
+    expand,
+    full,
+    in_opmath,
+    iota,
+    is_float,
+    select,
+)
 from .registry import lowers
 
 
@@ -92,12 +106,9 @@ def _arange(start: Number, end: Number, step: Number, dtype: torch.dtype | None)
     if target == INT64:  # torch drops the fractions before it counts, for this dtype alone.
         start, end, step = int(start), int(end), int(step)
     count = math.ceil((end - start) / step) if isinstance(end - start + step, float) else -(-(end - start) // step)
-    if not is_float(target):
-        start, step, working = int(start), int(step), INT64
-    else:
-        # torch computes a range in double precision, and so does this, unless float32 is exact.
-        small = all(float(value).is_integer() and abs(value) < 2**24 for value in (start, step, start + count * step))
-        working = jnp.dtype("float32") if small else jnp.dtype("float64")
+    # torch computes a range in double precision, and so does this, unless float32 is exact.
+    exact = all(float(value).is_integer() and abs(value) < 2**24 for value in (start, step, start + count * step))
+    working: jnp.dtype = INT64 if not is_float(target) else FLOAT32 if exact else jnp.dtype("float64")
     position = lax.iota(working, count)
     return cast(lax.add(lax.mul(position, constant(step, working)), constant(start, working)), target)
 
@@ -163,20 +174,19 @@ def eye_rectangle(n: int, m: int, *, dtype: torch.dtype | None = None, **placeme
     return _eye(n, m, dtype)
 
 
-def _distance(rows: int, columns: int, diagonal: int) -> Array:
+def _distance(shape: Sequence[int], diagonal: int) -> Array:
     """How far each element lies right of the diagonal."""
-    shape = (rows, columns)
     return lax.sub(lax.sub(iota(shape, 1), iota(shape, 0)), INT64.type(diagonal))
 
 
 @lowers("aten.tril.default")
 def tril(self: Array, diagonal: int = 0) -> Array:
-    return select(expand(_distance(*self.shape[-2:], diagonal) <= 0, self.shape), self, 0)
+    return select(expand(_distance(self.shape[-2:], diagonal) <= 0, self.shape), self, 0)
 
 
 @lowers("aten.triu.default")
 def triu(self: Array, diagonal: int = 0) -> Array:
-    return select(expand(_distance(*self.shape[-2:], diagonal) >= 0, self.shape), self, 0)
+    return select(expand(_distance(self.shape[-2:], diagonal) >= 0, self.shape), self, 0)
 
 
 @lowers("aten.tril_indices.default")

@@ -3,6 +3,8 @@
 An index out of range takes the nearest row, as XLA's gathers do.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -137,11 +139,12 @@ def _bag_maxima(rows: Array, indices: Array, bags: Array, counted: Array, sizes:
 
 @lowers("aten._embedding_bag_forward_only.default")
 def embedding_bag_forward_only(
-    weight: Array, indices: Array, offsets: Array, *options: object, **named_options: object
+    weight: Array, indices: Array, offsets: Array, *options: Any, **named_options: Any
 ) -> tuple[Array, Array, Array, Array]:
-    result, bags, sizes, max_indices = embedding_bag(weight, indices, offsets, *options, **named_options)
-    missing = offsets.shape[0] - sizes.shape[0]
-    return result, bags, lax.pad(sizes, constant(0, sizes.dtype), [(0, missing, 0)]), max_indices
+    bagged: Any = embedding_bag(weight, indices, offsets, *options, **named_options)
+    sizes = bagged[2]
+    missing = offsets.shape[0] - sizes.shape[0]  # torch gives one size for each offset here, the last one included
+    return bagged[0], bagged[1], lax.pad(sizes, constant(0, sizes.dtype), [(0, missing, 0)]), bagged[3]
 
 
 @lowers("aten._embedding_bag_backward.default")

@@ -1,6 +1,7 @@
 """Operators on lists of tensors: the single-tensor lowering, once for each tensor."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jax import lax
@@ -39,14 +40,14 @@ _SINGLE = {
 
 def _lower_each(name: str, single: str) -> None:
     @lowers(f"aten._foreach_{name}")
-    def each(*operands: object, **options: object) -> list[Array]:
+    def each(*operands: Any, **options: Any) -> list[Array]:
         count = next(len(operand) for operand in operands if isinstance(operand, list | tuple))
         apply = LOWERINGS[f"aten.{single}"]
         options.pop("memory_format", None)
         return [apply(*row, **options) for row in zip(*(_each(operand, count) for operand in operands), strict=True)]
 
 
-def _each(operand: object, count: int) -> Sequence[object]:
+def _each(operand: Any, count: int) -> Sequence[Any]:
     """The operand of each tensor: its own of a list or a 1-d tensor of numbers, or one for all."""
     if isinstance(operand, list | tuple):
         return operand

@@ -350,10 +350,8 @@ def searchsorted(
     side: str | None = None,
     sorter: Array | None = None,
 ) -> Array:
-    if sorter is not None:
-        sorted_sequence = gather(sorted_sequence, -1, sorter)
     values = cast(self, result_dtype(sorted_sequence, self))
-    sequence = cast(sorted_sequence, values.dtype)
+    sequence = cast(sorted_sequence if sorter is None else gather(sorted_sequence, -1, sorter), values.dtype)
     search = jnp.vectorize(
         lambda row, value: jnp.searchsorted(row, value, side="right" if right or side == "right" else "left"),
         signature="(n),(m)->(m)",

@@ -33,7 +33,8 @@ def product(left: Array, right: Array, contract: tuple[Axes, Axes], batch: tuple
     """A contraction of two arrays, left in the dtype it was accumulated in (float32 for 16-bit floats).
 
     Args:
-        left, right: Arrays of one dtype.
+        left: An array.
+        right: Another of the same dtype.
         contract: `(axes of left, axes of right)` to sum over.
         batch: `(axes of left, axes of right)` to keep together, first in the result.
 

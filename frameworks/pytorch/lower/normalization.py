@@ -241,8 +241,8 @@ def group_norm_backward(
 ) -> tuple[Array | None, ...]:
     x, grad, scale = _wide(input, grad_out, weight)
     grouped = (N, group, C // group, HxW)
-    statistics = [lax.expand_dims(statistic, (2, 3)) for statistic in (mean, rstd)]
-    normalized, rstd = _normalized(lax.reshape(x, grouped), *statistics, weight, (2, 3))
+    mean, rstd = lax.expand_dims(mean, (2, 3)), lax.expand_dims(rstd, (2, 3))
+    normalized, rstd = _normalized(lax.reshape(x, grouped), mean, rstd, weight, (2, 3))
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         scaled = grad if scale is None else grad * _channels(scale, x.ndim)

@@ -8,6 +8,7 @@ different from 0.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -148,12 +149,12 @@ def _adam(
 
 
 @lowers("aten._fused_adam.default", "aten._fused_adam.tensor_lr")
-def fused_adam(*state: Arrays, **options: object) -> tuple[Arrays, ...]:
+def fused_adam(*state: Arrays, **options: Any) -> tuple[Arrays, ...]:
     return _adam(*state, **options, decoupled=False)
 
 
 @lowers("aten._fused_adamw.default", "aten._fused_adamw.tensor_lr")
-def fused_adamw(*state: Arrays, **options: object) -> tuple[Arrays, ...]:
+def fused_adamw(*state: Arrays, **options: Any) -> tuple[Arrays, ...]:
     return _adam(*state, **options, decoupled=True)
 
 
@@ -189,7 +190,7 @@ def fused_sgd(
     return _unless(found_inf, updated, before)
 
 
-@lowers("aten._fused_adagrad.default", "aten._fused_adagrad.tensor_lr")
+@lowers("aten._fused_adagrad.default")
 def fused_adagrad(
     params: Arrays,
     grads: Arrays,
@@ -215,6 +216,11 @@ def fused_adagrad(
         updated[0].append(_addcdiv(param, grad, _denominator(total, eps), -rate))
         updated[2].append(total)
     return _unless(found_inf, updated, before)
+
+
+@lowers("aten._fused_adagrad.tensor_lr")
+def fused_adagrad_tensor_lr(*state: Arrays, **options: Any) -> tuple[Arrays, ...]:
+    return fused_adagrad(*state, **options)[:3]  # This overload does not say that it returns the step counts.
 
 
 # --- gradient scaling ---

@@ -358,9 +358,10 @@ for _name in ("and", "or", "xor"):
     lowers(f"aten.logical_{_name}.default")(_logical(_function))
     lowers(*(f"aten.bitwise_{_name}.{kind}" for kind in ("Tensor", "Scalar", "Scalar_Tensor")))(_bitwise(_function))
 for _name, _function in (("left", lax.shift_left), ("right", _shift_right)):
-    _names = [f"aten.bitwise_{_name}_shift.{kind}" for kind in ("Tensor", "Tensor_Scalar", "Scalar_Tensor")]
-    _names += [f"aten.__{_name[0]}shift__.{kind}" for kind in ("Tensor", "Scalar")]
-    lowers(*_names)(_bitwise(_function))
+    lowers(
+        *(f"aten.bitwise_{_name}_shift.{kind}" for kind in ("Tensor", "Tensor_Scalar", "Scalar_Tensor")),
+        *(f"aten.__{_name[0]}shift__.{kind}" for kind in ("Tensor", "Scalar")),
+    )(_bitwise(_function))
 
 
 @lowers("aten.isclose.default")

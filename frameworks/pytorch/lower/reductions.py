@@ -11,7 +11,6 @@ from .dtypes import jax_dtype, result_dtype
 from .operands import (
     BOOL,
     FLOAT32,
-    INT32,
     INT64,
     Array,
     Number,
@@ -185,13 +184,6 @@ def value_selecting_reduction_backward(
     row = reduced_shape(sizes, (dim,))
     chosen = lax.eq(iota(sizes, dim), expand(lax.reshape(indices, row), sizes))
     return select(chosen, expand(lax.reshape(grad, row), sizes), 0)
-
-
-@lowers("aten.evenly_distribute_backward.default")
-def evenly_distribute_backward(grad: Array, input: Array, value: Array) -> Array:  # noqa: A002 - schema's names
-    chosen = lax.eq(input, expand(value, input.shape)) | (lax.ne(input, input) & lax.ne(value, value))
-    count = lax.reduce_sum(cast(chosen, INT32), tuple(range(input.ndim))) if input.ndim else cast(chosen, INT32)
-    return select(chosen, lax.div(grad, cast(count, grad.dtype)), 0)
 
 
 # --- variance ---

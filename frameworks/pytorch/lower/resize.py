@@ -1,4 +1,4 @@
-"""Interpolation and sliding blocks."""
+"""Interpolation, pixel shuffling and sliding blocks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -161,6 +161,34 @@ _lower_interpolation("upsample_trilinear3d", 3, _interpolation, _tent, 1)
 _lower_interpolation("upsample_bicubic2d", 2, _interpolation, _cubic(-0.75), 2)
 _lower_interpolation("_upsample_bilinear2d_aa", 2, _antialiased, _tent, 1)
 _lower_interpolation("_upsample_bicubic2d_aa", 2, _antialiased, _cubic(-0.5), 2)
+
+
+# --- pixels and channels ---
+
+
+@lowers("aten.pixel_shuffle.default")
+def pixel_shuffle(self: Array, upscale_factor: int) -> Array:
+    *batch, channels, height, width = self.shape
+    r, n = upscale_factor, len(batch)
+    split = lax.reshape(self, (*batch, channels // (r * r), r, r, height, width))
+    woven = lax.transpose(split, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+    return lax.reshape(woven, (*batch, channels // (r * r), height * r, width * r))
+
+
+@lowers("aten.pixel_unshuffle.default")
+def pixel_unshuffle(self: Array, downscale_factor: int) -> Array:
+    *batch, channels, height, width = self.shape
+    r, n = downscale_factor, len(batch)
+    split = lax.reshape(self, (*batch, channels, height // r, r, width // r, r))
+    unwoven = lax.transpose(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
+    return lax.reshape(unwoven, (*batch, channels * r * r, height // r, width // r))
+
+
+@lowers("aten.channel_shuffle.default")
+def channel_shuffle(self: Array, groups: int) -> Array:
+    batch, channels, *rest = self.shape
+    split = lax.reshape(self, (batch, groups, channels // groups, *rest))
+    return lax.reshape(lax.transpose(split, (0, 2, 1, *range(3, split.ndim))), self.shape)
 
 
 # --- sliding blocks ---

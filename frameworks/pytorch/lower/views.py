@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import torch
 from jax import lax
@@ -20,12 +19,15 @@ def _view(*names: str) -> Callable[[Callable[..., object]], Callable[..., object
     return lowers(*(f"aten.{name}{copy}.{overload}" for name, overload in pairs for copy in ("", "_copy")))
 
 
+def _without_unknown(count: int, size: Sequence[int]) -> tuple[int, ...]:
+    """`size`, an entry of -1 replaced so that `count` elements fit."""
+    known = math.prod(extent for extent in size if extent != -1)
+    return tuple(count // max(known, 1) if extent == -1 else extent for extent in size)
+
+
 def reshape(array: Array, size: Sequence[int]) -> Array:
     """`array` with another shape; one entry of `size` may be -1."""
-    size = tuple(size)
-    if -1 in size:
-        known = math.prod(extent for extent in size if extent != -1)
-        size = tuple(array.size // max(known, 1) if extent == -1 else extent for extent in size)
+    size = _without_unknown(array.size, size) if -1 in size else tuple(size)
     return array if array.shape == size else lax.reshape(array, size)
 
 
@@ -60,8 +62,7 @@ def flatten(self: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
 @lowers("aten.unflatten.int")
 def unflatten(self: Array, dim: int, sizes: Sequence[int]) -> Array:
     dim = wrap(dim, self.ndim)
-    sizes = reshape(jax.ShapeDtypeStruct(self.shape[dim : dim + 1], self.dtype), sizes)
-    return reshape(self, (*self.shape[:dim], *sizes.shape, *self.shape[dim + 1 :]))
+    return reshape(self, (*self.shape[:dim], *_without_unknown(self.shape[dim], sizes), *self.shape[dim + 1 :]))
 
 
 @_view("alias.default", "detach.default", "lift_fresh.default")
@@ -288,8 +289,7 @@ def split(self: Array, split_size: int, dim: int = 0) -> tuple[Array, ...]:
     return split_with_sizes(self, sizes, dim)
 
 
-@_view("chunk.default")
-@lowers("aten.unsafe_chunk.default")
+@lowers("aten.chunk.default", "aten.unsafe_chunk.default")
 def chunk(self: Array, chunks: int, dim: int = 0) -> tuple[Array, ...]:
     size = -(-self.shape[dim] // chunks)
     return split(self, size, dim) if size else split_with_sizes(self, [0] * chunks, dim)

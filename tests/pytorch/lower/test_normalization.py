@@ -19,10 +19,10 @@ from tests.pytorch.lower.harness import (
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
 
 
-# A layer of one element has a gradient of 0, of which torch leaves 2.4e-5.
+# A layer of one element has a gradient of 0; of roundings that its inverse deviation, 316, magnifies 5e-5 are left.
 @pytest.mark.parametrize("name", ["layer_norm", "group_norm", "local_response_norm", "rms_norm"])
 def test_operator(name):
-    check_operator(f"nn.functional.{name}", samples=6, tolerance={"rtol": 1.3e-5, "atol": 4e-5})
+    check_operator(f"nn.functional.{name}", samples=6, tolerance={"rtol": 1.3e-5, "atol": 1e-4})
 
 
 # Both round one float32 result; the gradients of weights, sums of up to 25 such, differ by an ulp of their terms.

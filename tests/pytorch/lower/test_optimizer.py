@@ -8,7 +8,7 @@ import torch
 from tests.pytorch.lower.harness import to_numpy, to_torch
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
 
-STEPS = 4
+STEPS = 3
 SHAPES = ((3,), (4, 5))
 # Same operations in the same order: what remains are single roundings that XLA:CPU saves by fused multiply-adds.
 TOLERANCES = {
@@ -18,26 +18,29 @@ TOLERANCES = {
 }
 
 
-def train(optimizer, options, dtype, state, **hyper):
+def train(optimizer, options, dtype, step):
     """Steps a torch optimizer and a fused lowering side by side on the same gradients.
 
     Args:
         optimizer: torch's class.
         options: its arguments.
         dtype: of the parameters.
-        state: `(name, params, grads, state of the last step, step count) -> (results, state)`, calling the lowering.
+        step: `(params, grads, state or None, step count) -> (params, state)`, calling the lowering.
+
+    Returns:
+        torch's optimizer and the lowering's last state.
     """
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
     ours = [to_numpy(param.detach().clone()) for param in params]
     theirs = optimizer(params, **options, foreach=False, fused=False)
     kept = None
-    for step in range(1, STEPS + 1):
+    for count in range(1, STEPS + 1):
         grads = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.clone()
         theirs.step()
-        ours, kept = state(ours, [to_numpy(grad) for grad in grads], kept, np.float32(step), **hyper)
+        ours, kept = step(ours, [to_numpy(grad) for grad in grads], kept, np.float32(count))
         for mine, param in zip(ours, params, strict=True):
             torch.testing.assert_close(to_torch(mine), param.detach(), **TOLERANCES[dtype])
     return theirs, kept

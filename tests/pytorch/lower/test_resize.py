@@ -34,3 +34,8 @@ def test_sliding_blocks():
     fold = torch.nn.Fold((5, 6), (2, 2), padding=1, stride=(3, 2), dilation=2)
     blocks = torch.nn.Unfold((2, 2), padding=1, stride=(3, 2), dilation=2)(torch.randn(2, 3, 5, 6))
     assert_program_matches(lambda x: fold(x).square().sum().backward(), columns[..., :1].expand(*blocks.shape))
+
+
+@pytest.mark.parametrize("name", ["pixel_shuffle", "pixel_unshuffle", "channel_shuffle"])
+def test_shuffling(name):
+    check_operator(f"nn.functional.{name}", samples=4)

@@ -1,0 +1,103 @@
+"""Parameters that the loop edits between steps, in every way torch offers."""
+
+import copy
+
+import pytest
+import torch
+from parity import assert_same_training
+from small import batches, sgd, train_on
+from torch import nn
+
+
+def moving_average(model, extra):
+    average = extra.setdefault("average", copy.deepcopy(model).requires_grad_(False))
+    with torch.no_grad():
+        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+
+
+def clamp(model, extra):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.3, 0.3)
+
+
+def decay_data(model, extra):
+    for p in model.parameters():
+        p.data.mul_(0.99)
+
+
+def replace_data(model, extra):
+    for p in model.parameters():
+        p.data = p.data * 0.9 + 0.01
+
+
+def copy_in(model, extra):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p / (1 + p.norm()))
+
+
+def one_element(model, extra):
+    with torch.no_grad():
+        model[0].weight[1, 2] = 0.25
+
+
+def one_element_through_data(model, extra):
+    model[0].bias.data[0] += 0.1
+
+
+def reset_a_layer(model, extra):
+    if len(extra) == 0:
+        nn.init.zeros_(model[3].weight)
+    extra["reset"] = True
+
+
+def as_a_vector(model, extra):
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector * 0.95, model.parameters())
+
+
+def through_numpy(model, extra):
+    model[3].bias.detach().numpy()[:] *= 0.5
+
+
+def swap_and_back(model, extra):
+    saved = [p.data for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.sign()
+    with torch.no_grad():
+        extra["outside"] = model(torch.ones(2, 8)).sum().item()
+    for p, data in zip(model.parameters(), saved, strict=True):
+        p.data = data
+
+
+EDITS = (
+    moving_average,
+    clamp,
+    decay_data,
+    replace_data,
+    copy_in,
+    one_element,
+    one_element_through_data,
+    reset_a_layer,
+    as_a_vector,
+    through_numpy,
+    swap_and_back,
+)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("every", [1, 5])
+def test_parameters_edited_between_steps(edit, every):
+    def loop(objects, data):
+        extra, seen = {}, []
+        for step, (x, y) in enumerate(data):
+            seen += train_on(objects["model"], objects["optimizer"], [(x, y)])
+            if step % every == every - 1:
+                edit(objects["model"], extra)
+        if "average" in extra:
+            objects["average"] = extra["average"]
+        return seen
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=3)

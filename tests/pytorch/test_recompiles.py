@@ -1,0 +1,104 @@
+"""What makes a loop compile again, and what must not: changing numbers, shapes, and the line that explains it."""
+
+import pytest
+import torch
+from parity import assert_same_training, train
+from small import batches, made, mlp, sgd, train_on
+from torch import nn
+from torch.nn import functional as F
+
+from trainingcompiler.events import Recompiled
+
+
+def in_the_loop(objects, x, y, number):
+    return F.cross_entropy(objects["model"](x), y) * number
+
+
+def mixed_up(objects, x, y, number):
+    mixed = number * x + (1 - number) * x.flip(0)
+    outputs = objects["model"](mixed)
+    return number * F.cross_entropy(outputs, y) + (1 - number) * F.cross_entropy(outputs, y.flip(0))
+
+
+def as_an_argument(objects, x, y, number):
+    return F.cross_entropy(objects["model"](x, number), y)
+
+
+def as_an_attribute(objects, x, y, number):
+    objects["model"].alpha = number
+    return F.cross_entropy(objects["model"](x), y)
+
+
+def added(objects, x, y, number):
+    outputs = objects["model"](x)
+    return F.cross_entropy(outputs, y) + torch.mul(outputs.pow(2).mean(), number) - number
+
+
+class Blended(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.alpha = 1.0
+
+    def forward(self, x, weight=1.0):
+        return self.net(x) * weight * self.alpha
+
+
+@pytest.mark.parametrize(
+    "use", [in_the_loop, mixed_up, as_an_argument, as_an_attribute, added], ids=lambda use: use.__name__
+)
+def test_a_number_that_changes_every_step(use):
+    def loop(objects, data):
+        losses = []
+        for step, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            loss = use(objects, x, y, (step + 1) / (len(data) + 1))
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    # What the Python of a module reads can become an input or run eagerly, never a program for each value.
+    in_python = use in (as_an_argument, as_an_attribute)
+    make = made(Blended, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(), max_compiles=2, may_fall_back=in_python)
+
+
+def test_a_last_smaller_batch_is_one_more_compile_and_explained():
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    epoch = [*batches(10), tuple(tensor[:7] for tensor in batches(1)[0])]
+    run = assert_same_training(sgd(), loop, epoch * 2, max_compiles=2)
+    assert run.statistics.compiles == 2
+    (recompiled,) = [event for event in run.events if isinstance(event, Recompiled)]
+    assert "float32[16, 8] -> float32[7, 8]" in recompiled.changed
+    assert "input" in recompiled.changed  # what the forward of `nn.Sequential` calls it
+    assert recompiled.where.startswith("small.py:") and recompiled.count == 2
+    assert "drop_last" in recompiled.cure and "\n" not in recompiled.changed
+
+
+def test_a_new_shape_in_one_argument_is_named():
+    def make():
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(8, 4)
+
+            def forward(self, features, *, weights):
+                return self.linear(features) * weights.sum()
+
+        model = Named()
+        return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+
+    def loop(objects, data):
+        for step, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x, weights=torch.ones(3 if step < 12 else 5)), y)
+            loss.backward()
+            objects["optimizer"].step()
+        return []
+
+    run = train(make, loop, batches(), compiled=True)
+    (recompiled,) = [event for event in run.events if isinstance(event, Recompiled)]
+    assert "weights" in recompiled.changed and "float32[3] -> float32[5]" in recompiled.changed
