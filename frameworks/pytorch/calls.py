@@ -69,7 +69,18 @@ class CallBook:
             for place, (kind, leaf) in enumerate(zip(kinds, encoded, strict=True))
         )
         key = (function_key, structure, constants, ambient)
-        return Entry(function, structure, encoded, ambient, key, numbers=numbers, where=where, optimizers=optimizers)
+        modules = (function,) if isinstance(function, nn.Module) else ()
+        return Entry(
+            function,
+            structure,
+            encoded,
+            ambient,
+            key,
+            numbers=numbers,
+            where=where,
+            optimizers=optimizers,
+            modules=modules,
+        )
 
     def fix_number(self, entry: Entry, source: NumberSource) -> None:
         """Makes a number a constant of the entry, and of every later one like it."""

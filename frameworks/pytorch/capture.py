@@ -208,7 +208,7 @@ def unchanged_host(entries: list[Entry]) -> Iterator[None]:
     Raises:
         CaptureError: A module's attribute, an optimizer's state or a random generator of the host has changed.
     """
-    roots = [entry.function for entry in entries if isinstance(entry.function, torch.nn.Module)]
+    roots = [module for entry in entries for module in entry.modules]
     before = [(module, attributes_of(module)) for root in roots for module in root.modules()]
     contents = [(value, copy.copy(value)) for _, old in before for value in old.values() if type(value) in _CONTAINERS]
     stateful = [optimizer for entry in entries for optimizer in entry.optimizers]

@@ -119,7 +119,7 @@ class OptimizerBook:
         return bool(self._consumed) and id(parameter) in self._consumed
 
     def check_unconsumed(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Fails before anything is added to gradients that were not stored, or steps by them.
+        """Fails before a step is made by gradients that were not stored.
 
         Args:
             parameters: Whose gradients are about to be used.
@@ -129,7 +129,7 @@ class OptimizerBook:
         """
         if self._consumed and any(id(parameter) in self._consumed for parameter in parameters):
             raise GradientNotKeptError(
-                "backward() or step() would use gradients of an earlier step that the compiled step did not keep, "
+                "optimizer.step() would use gradients of an earlier step that the compiled step did not keep, "
                 "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, "
                 "or TrainingCompilerConfig(keep_gradients=True)."
             )

@@ -104,7 +104,7 @@ class _Fingerprint:
                 if type(value) is float:
                     self.numbers[part, attribute] = value
                 parts.append((id(part), attribute, _frozen(value)))
-        self.key = tuple(parts)
+        self.key = (self.hooked, *parts)
         self.hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.capture import unchanged_host
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay
@@ -106,13 +107,14 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
 
 
 def _closure(entry: Entry, twins: Twins) -> tuple[weakref.ref, ...]:
-    buffers = set(map(id, entry.function.buffers())) if isinstance(entry.function, nn.Module) else set()
+    state = set(map(id, entry.function.buffers())) if isinstance(entry.function, nn.Module) else set()
+    state |= {id(tensor_hooks.real_gradient(real)) for real in twins.lifted if real.is_leaf}
     return tuple(
         weakref.ref(real)
         for real in twins.lifted
         if not real.requires_grad
         and not isinstance(real, nn.Parameter)
-        and id(real) not in buffers
+        and id(real) not in state
         and not twins.recorder.was_written(twins.twin(real))
     )
 

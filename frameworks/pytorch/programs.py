@@ -300,7 +300,10 @@ class CompiledTape:
         gradients, held = arrays[: len(self._new_gradients)], arrays[len(self._new_gradients) :]
         for (parameter, _), array in zip(self._new_gradients, gradients, strict=True):
             tensor = parameter()
-            tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
+            # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
+            # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
+            if not self.cache.book.is_consumed(tensor):
+                tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
         for tensor, array in zip(tensors, held, strict=True):
             tensor.copy_(tensor_of(array))
         for parameter in self._cleared + self._consumed:

@@ -70,6 +70,7 @@ class Session:
         self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
         self._fallbacks = 0
         self._histories_met = 0
+        self._backward_compiled = False  # whether the last backward ran as a program
         self._clippings: set[Callable] = set()
         self._said: set[tuple] = set()
         self._called_since_backward: set[int] = set()
@@ -82,6 +83,7 @@ class Session:
         if self._unwatched():
             return original(module, *args, **kwargs)
         if not self._is_deferrable(module, args, kwargs):
+            self._backward_compiled &= not torch.is_grad_enabled()
             with undeferred():
                 return original(module, *self._real(args), **self._real(kwargs))
         self._sweep()
@@ -270,13 +272,13 @@ class Session:
         closure = [tensor for reference in planned.closure if (tensor := reference()) is not None]
         entry.closure = tuple((t, Input(input_array(t), tuple(t.shape), t.dtype)) for t in closure)
         entry.outputs = [Slot(meta) for meta in planned.metas]
-        if any(slot.freed for slot in entry.slots()):
+        arguments, _ = flatten((args, kwargs))
+        if any(isinstance(leaf, DeferredTensor) and leaf.slot.is_cut for leaf in arguments):
             for slot in entry.outputs:
                 slot.freed = True
         wrappers = [DeferredTensor(slot, self) for slot in entry.outputs]
         if planned.writes:
             self._forget_peeked()
-        arguments, _ = flatten((args, kwargs))
         leaves: list[Any] = []
         for leaf in planned.leaves:
             if isinstance(leaf, Output):
@@ -401,6 +403,7 @@ class Session:
             self.commit()
 
     def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
+        self._backward_compiled |= self._has_backward()
         for entry in entries:
             for slot in entry.outputs or ():
                 slot.committed = True
@@ -412,12 +415,9 @@ class Session:
         self._speculation.forget()
 
     def _check_gradients(self, entries: list[Entry]) -> None:
-        has_backward = any(entry.function is torch.Tensor.backward for entry in entries)
         for entry in entries:
             for optimizer in entry.optimizers:
                 self.book.check_unconsumed(parameters_of(optimizer))
-            if has_backward and isinstance(entry.function, nn.Module):
-                self.book.check_unconsumed(self.calls.modules.fingerprint(entry.function).parameters)
 
     def _peek(self, slot: Slot) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
@@ -462,6 +462,7 @@ class Session:
         self._check_gradients(self.tape.entries)
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
+        self._backward_compiled = False
         self._speculation.forget()
         with undeferred():
             for entry in entries:

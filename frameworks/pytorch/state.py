@@ -60,11 +60,6 @@ class Cell:
         cell._buffer, cell._pointer = buffer, tensor.data_ptr()
         return cell, tensor
 
-    @property
-    def is_moved(self) -> bool:
-        """Whether the tensor lies in a buffer of its own."""
-        return self._buffer is not None
-
     def array(self) -> jax.Array:
         """The array to pass to the step. A tensor whose memory was replaced (`p.data = ...`) is moved again."""
         tensor = self.tensor()
@@ -107,11 +102,6 @@ class CellRegistry:
             found = Cell(tensor)
             self._register(tensor, found)
         return found
-
-    def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor lies in a buffer of ours."""
-        found = self._cells.get(id(tensor))
-        return found is not None and found.tensor() is tensor and found.is_moved
 
     def tensor_for(self, array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
         """A new tensor over an array that a step has returned."""

@@ -129,6 +129,7 @@ class CompiledStep:
             outputs=None,
             where=user_line(),
             optimizers=tuple(self._optimizers),
+            modules=tuple(self._modules),
         )
         entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
         known = self._results.get(key)

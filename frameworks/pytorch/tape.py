@@ -32,6 +32,11 @@ class Slot:
         self.wrapper: weakref.ref | None = None
 
     @property
+    def is_cut(self) -> bool:
+        """Whether a gradient that should pass the tensor no longer can: torch would raise an error too."""
+        return self.freed or (self.committed and self.meta.requires_grad)
+
+    @property
     def live(self) -> bool:
         """Whether the loop still holds the tensor."""
         return self.wrapper is not None and self.wrapper() is not None
@@ -97,6 +102,7 @@ class Entry:
         key: Everything that decides what the entry computes, but for which slots it reads.
         outputs: The slots of its tensor results; None until a capture has found them.
         result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
+        modules: The modules that it calls, as far as is known.
         closure: Tensors that the function reads without being given them, with snapshots of their values.
         seed: A snapshot of the seed of its random numbers, if it draws any.
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
@@ -112,6 +118,7 @@ class Entry:
     key: tuple
     outputs: list[Slot] | None = field(default_factory=list)
     result: tuple[Structure, list[Any]] | None = None
+    modules: tuple[torch.nn.Module, ...] = ()
     closure: tuple[tuple[torch.Tensor, Input], ...] = ()
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
@@ -148,23 +155,23 @@ class Tape:
 
     def committable(self) -> int:
         """How many entries from the start nothing alive needs a gradient through any more."""
-        needed = self._ancestors([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
+        needed = self._gradient_path([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
         return min(needed, default=len(self.entries))
 
     def slice_for(self, slots: list[Slot]) -> list[Entry]:
         """The entries that the values of `slots` depend on, not going behind slots whose value is known."""
         if self.mutated:
             return list(self.entries)
-        indices = self._ancestors(slots, stop_at_values=True)
+        indices = self._ancestors(slots, lambda read: read.value is None)
         return [self.entries[index] for index in sorted(indices)]
 
     def functions_behind(self, slot: Slot) -> list[Callable]:
-        """What was called to compute a slot."""
-        return [self.entries[index].function for index in self._ancestors([slot])]
+        """What the gradient of a slot passes through."""
+        return [self.entries[index].function for index in self._gradient_path([slot])]
 
     def free(self, slot: Slot) -> None:
         """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
-        ancestors = self._ancestors([slot])
+        ancestors = self._gradient_path([slot])
         for index in ancestors:
             for output in self.entries[index].outputs:
                 output.freed = True
@@ -175,18 +182,21 @@ class Tape:
                     output.freed = True
                     spent.add(output)
 
-    def _ancestors(self, slots: list[Slot], stop_at_values: bool = False) -> set[int]:
+    def _gradient_path(self, slots: list[Slot]) -> set[int]:
+        """The entries that a gradient of any of `slots` passes through: a detached value ends it."""
+        return self._ancestors(slots, lambda read: read.meta.requires_grad)
+
+    def _ancestors(self, slots: list[Slot], follows: Callable[[Slot], bool]) -> set[int]:
         producers = self.producers()
         found: set[int] = set()
         pending = [producers[slot] for slot in slots if slot in producers]
         while pending:
             index = pending.pop()
-            if index in found:
-                continue
-            found.add(index)
-            for read in self.entries[index].slots():
-                if read in producers and not (stop_at_values and read.value is not None):
-                    pending.append(producers[read])
+            if index not in found:
+                found.add(index)
+                pending += [
+                    producers[read] for read in self.entries[index].slots() if read in producers and follows(read)
+                ]
         return found
 
 

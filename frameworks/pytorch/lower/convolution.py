@@ -48,7 +48,9 @@ def convolution(
         result = _spread(input, weight, sizes, stride, padding, dilation, groups)
     else:
         result = _correlate(input, weight, stride, padding, dilation, groups)
-    return result if bias is None else lax.add(result, lax.broadcast_in_dim(bias, result.shape, (1,)))
+    if bias is not None:  # before rounding to 16 bits, as oneDNN does
+        result = lax.add(result, lax.broadcast_in_dim(cast(bias, result.dtype), result.shape, (1,)))
+    return cast(result, input.dtype)
 
 
 @lowers("aten.convolution_backward.default")
@@ -83,7 +85,11 @@ def convolution_backward(
     if output_mask[2]:
         wide = cast(grad_output, opmath(grad_output.dtype))
         grad_bias = cast(lax.reduce_sum(wide, (0, *range(2, wide.ndim))), grad_output.dtype)
-    return grad_input, grad_weight, grad_bias
+    return (
+        None if grad_input is None else cast(grad_input, input.dtype),
+        None if grad_weight is None else cast(grad_weight, weight.dtype),
+        grad_bias,
+    )
 
 
 def _per_axis(values: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -96,6 +102,7 @@ def _convolve(left: Array, right: Array, dimensions: list[Sequence[int]], **geom
         right,
         dimension_numbers=lax.ConvDimensionNumbers(*dimensions),
         precision=convolution_precision(),
+        preferred_element_type=opmath(left.dtype),
         **geometry,
     )
 
@@ -109,14 +116,14 @@ def _is_depthwise(weight: Array, groups: int) -> bool:
 
 
 def _correlate(input: Array, weight: Array, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Array:
-    """(N, C, ...) with (O, C / groups, ...) -> (N, O, ...)."""
+    """(N, C, ...) with (O, C / groups, ...) -> (N, O, ...), in the dtype that sums are formed in."""
     axes = tuple(range(2, input.ndim))
     if _is_pointwise(weight.shape[2:], padding, groups):
         # As a matrix product, which XLA:CPU runs twice as fast as the same convolution.
         matrix = lax.reshape(weight, weight.shape[:2])
         if any(s != 1 for s in stride):
             input = lax.slice(input, (0,) * input.ndim, input.shape, (1, 1, *stride))
-        result = cast(product(input, matrix, ((1,), (1,))), input.dtype)
+        result = cast(product(input, matrix, ((1,), (1,))), opmath(input.dtype))
         return lax.transpose(result, (0, input.ndim - 1, *range(1, input.ndim - 1)))
     edges = [(p, p) for p in padding]
 
@@ -140,7 +147,7 @@ def _correlate(input: Array, weight: Array, stride: Sizes, padding: Sizes, dilat
 def _spread(
     output: Array, weight: Array, sizes: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Array:
-    """The transpose of `_correlate`: (N, O, ...) with (O, C / groups, ...) -> (N, C, *sizes)."""
+    """The transpose of `_correlate`: (N, O, ...) with (O, C / groups, ...) -> (N, C, *sizes), likewise."""
     axes = tuple(range(2, output.ndim))
     kernel = weight.shape[2:]
     edges = []
@@ -180,7 +187,7 @@ def _weight_gradient(
         ends = [(size - 1) * s + 1 for size, s in zip(output.shape[2:], stride, strict=True)]
         input = lax.slice(input, (0,) * input.ndim, (*input.shape[:2], *ends), (1, 1, *stride))
         summed = (0, *axes)
-        matrix = cast(product(output, input, (summed, summed)), input.dtype)
+        matrix = cast(product(output, input, (summed, summed)), opmath(input.dtype))
         return lax.reshape(matrix, matrix.shape + tuple(kernel))
     edges = []
     for size, strided, k, s, p, d in zip(
@@ -233,7 +240,7 @@ def _depthwise(image: Array, weight: Array, *, stride: Sizes, edges: Edges, gaps
     for tap, seen in _taps(cast(image, wide), weight.shape[2:], stride, edges, gaps, dilation):
         factor = cast(weight[(slice(None), 0, *tap)], wide)
         total = total + seen * lax.broadcast_in_dim(factor, seen.shape, (1,))
-    return cast(total, image.dtype)
+    return total
 
 
 def _grouped_weight_gradient(
@@ -247,5 +254,5 @@ def _grouped_weight_gradient(
     for _, seen in _taps(input, kernel, stride, edges, gaps, dilation):
         products = product(output, split(seen), ((3,), (3,)), ((0, 1), (0, 1)))
         sums.append(lax.expand_dims(lax.reduce_sum(products, (0,)), (3,)))
-    stacked = cast(lax.concatenate(sums, 3), input.dtype)
+    stacked = cast(lax.concatenate(sums, 3), opmath(input.dtype))
     return lax.reshape(stacked, (groups * stacked.shape[1], stacked.shape[2], *kernel))
