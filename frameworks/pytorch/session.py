@@ -142,11 +142,7 @@ class Session:
             return f"{type(optimizer).__name__} has a step hook"
         if not self.deferring or id(optimizer) in self._eager or not self.book.habits(optimizer).steps:
             return f"{type(optimizer).__name__} steps eagerly"
-        gradient = next(
-            (g for p in parameters_of(optimizer) if (g := tensor_hooks.stored_gradient(p)) is not None), None
-        )
-        from_program = gradient is not None and self.programs.cells.owns(gradient)
-        return None if self.tape or from_program else "the gradients were computed eagerly"
+        return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
 
     def _cut(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives up gradients that the step is about to make impossible.

@@ -1,3 +1,5 @@
+"""The compilation cache: where it lies, how large it gets, what happens to damage."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The configuration: precedence, sources, mistakes."""
+
 import subprocess
 import sys
 

@@ -1,3 +1,5 @@
+"""What a person sees."""
+
 import io
 import threading
 

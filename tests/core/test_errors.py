@@ -1,3 +1,5 @@
+"""What an error says."""
+
 import pickle
 
 import pytest

@@ -1,3 +1,5 @@
+"""Events and the statistics of a run."""
+
 import pytest
 
 from trainingcompiler import events

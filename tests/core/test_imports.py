@@ -1,3 +1,5 @@
+"""Hooks that run after an import."""
+
 import importlib
 import importlib.util
 import pickle

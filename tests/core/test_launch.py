@@ -1,3 +1,5 @@
+"""The launcher's command line."""
+
 import os
 
 import pytest

@@ -1,3 +1,5 @@
+"""The launcher for one worker on this machine."""
+
 import subprocess
 import sys
 

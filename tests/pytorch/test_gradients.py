@@ -184,7 +184,8 @@ def test_gradients_read_and_edited_between_backward_and_step(edit, to_none):
             optimizer.step()
         return norms
 
-    assert_same_training(sgd(), loop, batches(), max_compiles=4)
+    # A step on gradients that the loop itself has made may be left to torch.
+    assert_same_training(sgd(), loop, batches(), max_compiles=4, may_fall_back=edit is replace)
 
 
 def test_gradients_edited_now_and_then():

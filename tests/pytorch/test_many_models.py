@@ -148,6 +148,32 @@ def test_two_losses_two_backwards(read):
     assert_same_training(sgd(), loop, batches(), max_compiles=3 if read else 1)
 
 
+def test_two_losses_of_disjoint_outputs():
+    """The graphs behind two outputs of one call need not have anything in common."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy, self.value = nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return self.policy(x), self.value(x)
+
+    def loop(objects, data):
+        seen = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            policy, value = objects["model"](x)
+            loss, error = F.cross_entropy(policy, y), (value.squeeze(1) - y).pow(2).mean()
+            loss.backward()
+            error.backward()
+            objects["optimizer"].step()
+            seen += [loss.item(), error.item()]
+        return seen
+
+    assert_same_training(made(Heads, torch.optim.SGD, lr=0.05), loop, batches(), may_fall_back=True)
+
+
 def test_two_losses_of_two_calls_two_backwards():
     def loop(objects, data):
         seen = []

@@ -1,16 +1,16 @@
 """Normalization over batches, groups, layers and weights.
 
 Statistics are computed in two passes (mean, then centred squares) in float32 or wider. Of a 16-bit input with float32
-weights torch saves them in float32, but says 16 bits when traced without data; since what is returned follows the
-trace, the gradients compute those again, which XLA merges with the forward's inside one program.
+weights torch saves them in float32, but says 16 bits when traced without data: here they are what torch computes.
 """
 
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax import lax
 
-from .operands import HALVES, Array, cast, expand, full, opmath
+from .operands import Array, cast, expand, full, opmath
 from .registry import lowers
 
 Mask = Sequence[bool]
@@ -20,9 +20,9 @@ def _wide(*arrays: Array | None) -> list[Array | None]:
     return [None if array is None else cast(array, opmath(array.dtype)) for array in arrays]
 
 
-def _rounded(statistic: Array, weight: Array | None) -> bool:
-    """Whether a saved statistic lost precision that torch, with data, would have kept."""
-    return statistic.dtype in HALVES and weight is not None and weight.dtype not in HALVES
+def _saved_dtype(input: Array, weight: Array | None) -> jnp.dtype:
+    """The dtype torch saves statistics in: that of the weights, which autocast leaves wide (fake tensors say else)."""
+    return input.dtype if weight is None else weight.dtype
 
 
 def _moments(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
@@ -81,14 +81,14 @@ def batch_norm(
     if training:
         mean, var = _moments(x, axes)
         rstd = lax.rsqrt(var + eps)
-        saved = [cast(lax.squeeze(statistic, axes), input.dtype) for statistic in (mean, rstd)]
+        saved = [cast(lax.squeeze(statistic, axes), _saved_dtype(input, weight)) for statistic in (mean, rstd)]
         count = math.prod(x.shape[axis] for axis in axes)
         unbiased = lax.squeeze(var, axes) * (count / max(count - 1, 1))
         running_mean = _moved(running_mean, lax.squeeze(mean, axes), momentum)
         running_var = _moved(running_var, unbiased, momentum)
     else:
         mean, rstd = _running(running_mean, running_var, eps, x)
-        saved = [full((0,), 0, input.dtype)] * 2
+        saved = [full((0,), 0, _saved_dtype(input, weight))] * 2
     factor = rstd if scale is None else rstd * _channels(scale, x.ndim)
     result = (x - mean) * factor
     if shift is not None:
@@ -131,9 +131,6 @@ def batch_norm_backward(
     axes = _batch_axes(x)
     if not train:
         mean, rstd = _running(running_mean, running_var, eps, x)
-    elif _rounded(save_mean, weight):
-        mean, var = _moments(x, axes)
-        rstd = lax.rsqrt(var + eps)
     else:
         mean, rstd = (_channels(cast(statistic, x.dtype), x.ndim) for statistic in (save_mean, save_invstd))
     normalized = (x - mean) * rstd
@@ -165,7 +162,8 @@ def layer_norm(
         result = result * expand(scale, x.shape)
     if shift is not None:
         result = result + expand(shift, x.shape)
-    return cast(result, input.dtype), cast(mean, input.dtype), cast(rstd, input.dtype)
+    saved = _saved_dtype(input, weight)
+    return cast(result, input.dtype), cast(mean, saved), cast(rstd, saved)
 
 
 @lowers("aten.native_layer_norm_backward.default")
@@ -182,7 +180,7 @@ def layer_norm_backward(
     x, grad, scale = _wide(input, grad_out, weight)
     axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
     outer = tuple(range(x.ndim - len(normalized_shape)))
-    normalized, rstd = _normalized(x, mean, rstd, weight, axes)
+    normalized, rstd = _normalized(x, mean, rstd)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         scaled = grad if scale is None else grad * expand(scale, x.shape)
@@ -194,14 +192,8 @@ def layer_norm_backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _normalized(x: Array, mean: Array, rstd: Array, weight: Array | None, axes: Sequence[int]) -> tuple[Array, Array]:
-    """`(x - mean) * rstd` and `rstd`.
-
-    Of two rounded statistics only the mean can be renewed, for the operator does not say which epsilon is in the
-    other; it is also the one whose error grows, with the ratio of mean to deviation.
-    """
-    if _rounded(mean, weight):
-        mean = lax.reshape(lax.reduce_sum(x, axes), mean.shape) / math.prod(x.shape[axis] for axis in axes)
+def _normalized(x: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
+    """`(x - mean) * rstd` and `rstd`."""
     rstd = cast(rstd, x.dtype)
     return (x - cast(mean, x.dtype)) * rstd, rstd
 
@@ -222,7 +214,7 @@ def group_norm(
         result = result * _channels(scale, input.ndim)
     if shift is not None:
         result = result + _channels(shift, input.ndim)
-    saved = [cast(lax.squeeze(statistic, (2, 3)), input.dtype) for statistic in (mean, rstd)]
+    saved = [cast(lax.squeeze(statistic, (2, 3)), _saved_dtype(input, weight)) for statistic in (mean, rstd)]
     return cast(result, input.dtype), *saved
 
 
@@ -242,7 +234,7 @@ def group_norm_backward(
     x, grad, scale = _wide(input, grad_out, weight)
     grouped = (N, group, C // group, HxW)
     mean, rstd = lax.expand_dims(mean, (2, 3)), lax.expand_dims(rstd, (2, 3))
-    normalized, rstd = _normalized(lax.reshape(x, grouped), mean, rstd, weight, (2, 3))
+    normalized, rstd = _normalized(lax.reshape(x, grouped), mean, rstd)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         scaled = grad if scale is None else grad * _channels(scale, x.ndim)
