@@ -1,7 +1,7 @@
 """The engines of the benchmark: who runs the step. Each is a function from a workload to one that runs a step.
 
 A step is finished when its loss has been read as a Python number, for every engine alike.
-What an engine has to import and to start is imported and started here, inside the timed first step.
+What an engine has to import and to start is imported and started here, inside the timed first steps.
 """
 
 from collections.abc import Callable

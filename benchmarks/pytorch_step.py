@@ -95,8 +95,8 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             except WorkerFailed:
                 row["failed"] = True
                 continue
-            row["first_step_cold_s"] = cold.first["first_step_s"]
-            row["first_step_warm_s"] = workers[engine].first["first_step_s"]
+            row["two_steps_cold_s"] = cold.first["two_steps_s"]
+            row["two_steps_warm_s"] = workers[engine].first["two_steps_s"]
             row["peak_rss_mib"] = cold.first["peak_rss_mib"]
         for engine, result in take_turns(workers, rounds).items():
             if "failed" in result:

@@ -16,7 +16,7 @@ from engines import ENGINES
 
 
 def main():
-    """Take the first step, report it, then serve `{"steps": n}` until the input ends."""
+    """Take the first two steps, report them, then serve `{"steps": n}` until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=models.ENTRIES)
     parser.add_argument("engine", choices=ENGINES)
@@ -34,8 +34,9 @@ def main():
     work = models.build(args.model, narrow=args.narrow)
     started = time.perf_counter()
     step = ENGINES[args.engine](work, args.cache)
+    step()  # our engine takes the first one in torch, and compiles at the second; the others compile here
     loss = step()
-    answer(first_step_s=time.perf_counter() - started, loss=loss)
+    answer(two_steps_s=time.perf_counter() - started, loss=loss)
     for line in sys.stdin:
         seconds = []
         for _ in range(json.loads(line)["steps"]):

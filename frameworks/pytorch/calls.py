@@ -10,6 +10,7 @@ from torch import nn
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture import NumberSource
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.guard import versions
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
@@ -69,7 +70,10 @@ class CallBook:
             for place, (kind, leaf) in enumerate(zip(kinds, encoded, strict=True))
         )
         key = (function_key, structure, constants, ambient)
-        modules = (function,) if isinstance(function, nn.Module) else ()
+        modules: tuple[nn.Module, ...] = ()
+        written: tuple[int, ...] = ()
+        if isinstance(function, nn.Module):
+            modules, written = (function,), versions(fingerprint.parameters)
         return Entry(
             function,
             structure,
@@ -80,6 +84,7 @@ class CallBook:
             where=where,
             optimizers=optimizers,
             modules=modules,
+            versions=written,
         )
 
     def fix_number(self, entry: Entry, source: NumberSource) -> None:

@@ -52,7 +52,15 @@ class Hooks:
             with undeferred():
                 return original_zero_grad(module, set_to_none)
 
+        original_state_dict = nn.Module.state_dict
+
+        @functools.wraps(original_state_dict)
+        def state_dict(module, *args, **kwargs):
+            session.settle()
+            return original_state_dict(module, *args, **kwargs)
+
         self._replace(nn.Module, "__call__", call)
+        self._replace(nn.Module, "state_dict", state_dict)
         self._replace(nn.Module, "zero_grad", zero_grad)
 
     def _hook_optimizers(self) -> None:

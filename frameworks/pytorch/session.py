@@ -20,6 +20,7 @@ from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.calls import CallBook, HistoryMet, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.guard import ParameterGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE, hooks_of, parameters_of
@@ -70,6 +71,7 @@ class Session:
         self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
         self._fallbacks = 0
         self._histories_met = 0
+        self._guard = ParameterGuard(self.commit)
         self._backward_compiled = False  # whether the last backward ran as a program
         self._clippings: set[Callable] = set()
         self._said: set[tuple] = set()
@@ -216,6 +218,11 @@ class Session:
             self.commit()
         self.book.note_zeroed(parameters, set_to_none)
 
+    def settle(self) -> None:
+        """Brings the buffers of modules up to date, as far as nothing needs a gradient through the tape."""
+        if not self._unwatched():
+            self.commit()
+
     def value(self, slot: Slot) -> torch.Tensor:
         """The real tensor of a slot, computed now if it has not been."""
         if slot.value is not None:
@@ -290,14 +297,15 @@ class Session:
 
     def _record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
-        if slot is not None and slot.freed:
+        if slot is not None and slot.freed and slot.committed:
             raise RuntimeError(
                 "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
                 "backward() (pass retain_graph=True to that one), or its parameters have been updated since by "
                 "optimizer.step()."
             )
-        if slot is None or slot.committed or create_graph:
-            self.run_eagerly(CaptureError(reason="backward() keeps or crosses a graph", where=user_line()))
+        if slot is None or slot.committed or slot.freed or create_graph:
+            reason = "backward() keeps a graph, or goes through a module that another one has gone through"
+            self.run_eagerly(CaptureError(reason=reason, where=user_line()))
             return torch.Tensor.backward(self._real(tensor), gradient, retain_graph, create_graph, inputs)
         try:
             entry = self._append(
@@ -311,6 +319,7 @@ class Session:
         self._called_since_backward = {
             id(entry.function) for entry in self.tape.entries if isinstance(entry.function, nn.Module)
         }
+        self._guard.watch(True)
         held = self._speculation.backward(self.tape, entry)
         if held is not None and self.tape.committable() == len(self.tape.entries):
             self._check_gradients(self.tape.entries)
@@ -364,6 +373,7 @@ class Session:
 
     def finish(self) -> None:
         """Computes everything that has been asked for; a step that was aborted half-way stays undone."""
+        self._guard.watch(False)
         self.tape.entries = [entry for entry in self.tape.entries if entry.function is not torch.Tensor.backward]
         self.commit()
         for slot in self.tape.live_slots():
@@ -381,6 +391,8 @@ class Session:
         live = [slot for entry in entries for slot in entry.outputs if slot.live]
         needed = {slot for entry in rest for slot in entry.slots()}
         exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot in set(live)]
+        self._guard.watch(False)
+        self._check_parameters(entries)
         self._check_gradients(entries)
         try:
             with undeferred():
@@ -405,10 +417,22 @@ class Session:
                 slot.committed = True
         for entry in rest:
             detached(entry)
+        self._guard.watch(False)
         self.tape.entries = rest
         self.tape.mutated = False
         self._called_since_backward = set()
         self._speculation.forget()
+
+    def _check_parameters(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            for module in entry.modules:
+                if entry.versions != versions(self.calls.modules.fingerprint(module).parameters):
+                    self.tape.entries.clear()
+                    raise RuntimeError(
+                        f"A parameter of {type(module).__name__} was modified in place after the call at {entry.where} "
+                        "and before its backward(), which needs the value that the call saw. Modify it before the "
+                        "call, or after optimizer.step()."
+                    )
 
     def _check_gradients(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -456,6 +480,7 @@ class Session:
             if culprit is not None:
                 self._eager[id(culprit)] = culprit
         self._check_gradients(self.tape.entries)
+        self._guard.watch(False)
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
         self._backward_compiled = False

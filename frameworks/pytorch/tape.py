@@ -103,6 +103,7 @@ class Entry:
         outputs: The slots of its tensor results; None until a capture has found them.
         result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
         modules: The modules that it calls, as far as is known.
+        versions: The in-place writes to the parameters of the module at the call.
         closure: Tensors that the function reads without being given them, with snapshots of their values.
         seed: A snapshot of the seed of its random numbers, if it draws any.
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
@@ -119,6 +120,7 @@ class Entry:
     outputs: list[Slot] | None = field(default_factory=list)
     result: tuple[Structure, list[Any]] | None = None
     modules: tuple[torch.nn.Module, ...] = ()
+    versions: tuple[int, ...] = ()
     closure: tuple[tuple[torch.Tensor, Input], ...] = ()
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
@@ -154,9 +156,20 @@ class Tape:
         return [slot for entry in self.entries for slot in entry.outputs if slot.live]
 
     def committable(self) -> int:
-        """How many entries from the start nothing alive needs a gradient through any more."""
-        needed = self._gradient_path([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
-        return min(needed, default=len(self.entries))
+        """How many entries from the start no gradient needs to pass any more.
+
+        Neither one that a live value may still ask for, nor that of a backward which would stay on the tape.
+        """
+        limit = self._first([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
+        while True:
+            staying = [entry for entry in self.entries[limit:] if entry.function is torch.Tensor.backward]
+            lower = min((self._first(entry.slots()) for entry in staying), default=limit)
+            if lower >= limit:
+                return limit
+            limit = lower
+
+    def _first(self, slots: list[Slot]) -> int:
+        return min(self._gradient_path(slots), default=len(self.entries))
 
     def slice_for(self, slots: list[Slot]) -> list[Entry]:
         """The entries that the values of `slots` depend on, not going behind slots whose value is known."""

@@ -64,6 +64,18 @@ def test_unread_forward_still_updates_buffers():
     assert run.objects["model"][1].num_batches_tracked.item() == 29
 
 
+def test_buffers_read_after_a_forward_that_trains_nothing():
+    def loop(objects, data):
+        model, seen = objects["model"], []
+        for x, y in data:
+            seen += train_on(model, objects["optimizer"], [(x, y)])
+            seen.append(model(x + 1).sum().item())  # in train mode, with gradients on: as a careless script does
+            seen.append(model.state_dict()["1.running_mean"].sum().item())
+        return seen
+
+    assert_same_training(sgd(dropless), loop, batches(), max_compiles=4)
+
+
 def test_state_dict_is_current_and_stays_what_it_was_when_copied():
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
