@@ -273,19 +273,3 @@ def test_an_exception_that_ends_the_script_is_torchs_own():
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train(sgd(), loop, batches(), compiled=True)
-
-
-def test_an_index_out_of_range_is_an_error():
-    def loop(objects, data):
-        for step, tokens in enumerate(data):
-            objects["optimizer"].zero_grad()
-            if step == 10:
-                tokens[0] = 99
-            loss = objects["model"](tokens).pow(2).mean()
-            loss.backward()
-            objects["optimizer"].step()
-            loss.item()
-
-    make = made(lambda: nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 2)), torch.optim.SGD, lr=0.1)
-    with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
-        train(make, loop, [torch.arange(12) for _ in range(20)], compiled=True)
