@@ -1,6 +1,6 @@
 """Sees parameters being touched while their gradients are only on the tape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -40,6 +40,6 @@ class ParameterGuard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def versions(parameters: list[torch.Tensor]) -> tuple[int, ...]:
+def versions(parameters: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """torch's counts of in-place writes to each parameter."""
     return tuple(parameter._version for parameter in parameters)
