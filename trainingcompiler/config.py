@@ -26,7 +26,7 @@ class TrainingCompilerConfig:
 
     Attributes:
         enabled: False leaves the script exactly as it is.
-        debug: Show internal details: full tracebacks of compiler errors, the captured graphs.
+        debug: Show the full traceback of whatever keeps a loop from being compiled.
         engine: Who runs a step: "xla" always compiled, "eager" never, "auto" whichever is measured to be faster.
         fallback: What happens to a step that cannot be compiled: "eager" runs it eagerly and says so, "error" raises
             `FallbackError`.

@@ -39,7 +39,7 @@ OPTIONS = {
     "--cache-dir": Option("FOLDER", "where compiled executables are kept between runs", "cache_dir"),
     "--cache-size-gb": Option("GB", "how much of them, in 10^9 bytes; 0 keeps none", "cache_size_gb"),
     "--quiet": Option("", "say only what changes the run: fallbacks, recompiles, errors", "quiet"),
-    "--debug": Option("", "show internal details", "debug"),
+    "--debug": Option("", "show the full traceback of a fallback", "debug"),
     "--launcher": Option("|".join(_LAUNCHERS), "who starts the worker"),
     "--module": Option("NAME", "run a module instead of a file, as python -m does; also -m"),
     "--print-config": Option("", "print each option's value and where it came from, and exit"),

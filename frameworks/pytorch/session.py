@@ -6,6 +6,7 @@ and computes when the tape ends (`commit`) or somebody looks (`value`).
 
 import contextlib
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, GradientNotKeptError
-from trainingcompiler.events import FellBack, emit
+from trainingcompiler.events import FellBack, Note, emit
 from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.calls import CallBook, HistoryMet, detached
@@ -481,6 +482,9 @@ class Session:
                 self._eager[id(culprit)] = culprit
         self._check_gradients(self.tape.entries)
         self._guard.watch(False)
+        elif (error.reason, error.where) not in self._said:
+            self._said.add((error.reason, error.where))
+            emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
         self._backward_compiled = False
@@ -494,6 +498,8 @@ class Session:
         if (error.reason, error.where) not in self._said:
             self._said.add((error.reason, error.where))
             emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            if self.config.debug:
+                emit(Note(text="".join(traceback.format_exception(error))))
 
     def _replay_eagerly(self, entry: Entry) -> None:
         def resolve(leaf: Any, _: int) -> Any:
