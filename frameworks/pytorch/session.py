@@ -482,7 +482,8 @@ class Session:
                 self._eager[id(culprit)] = culprit
         self._check_gradients(self.tape.entries)
         self._guard.watch(False)
-        elif (error.reason, error.where) not in self._said:
+        is_permanent = (error.reason, error.where) in self._said
+        if not is_permanent:
             self._said.add((error.reason, error.where))
             emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
         entries, self.tape = self.tape.entries, Tape()
