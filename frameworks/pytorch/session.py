@@ -482,8 +482,7 @@ class Session:
                 self._eager[id(culprit)] = culprit
         self._check_gradients(self.tape.entries)
         self._guard.watch(False)
-        is_permanent = (error.reason, error.where) in self._said
-        if not is_permanent:
+        if (error.reason, error.where) not in self._said:  # permanent ones have been said above
             self._said.add((error.reason, error.where))
             emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
         entries, self.tape = self.tape.entries, Tape()
