@@ -52,6 +52,10 @@ class CaptureError(_StepError):
     """A step could not be turned into a program."""
 
 
+class PassingCaptureError(CaptureError):
+    """This one step could not be turned into a program, or the program refused it; the next ones may do."""
+
+
 class FallbackError(_StepError):
     """A step would have run eagerly, and `fallback="error"` forbids it."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainingcompiler.errors import CaptureError
+from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import NumberSource
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.guard import versions
@@ -16,10 +16,6 @@ from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
-
-
-class HistoryMet(CaptureError):
-    """A call got a tensor with a gradient history of torch's own, so that torch has to go on with it."""
 
 
 class CallBook:
@@ -111,7 +107,7 @@ def encode(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if leaf.grad_fn is not None:
-        raise HistoryMet(
+        raise PassingCaptureError(
             reason=f"the loop uses a tensor that torch has computed from parameters ({leaf.grad_fn.name()})",
             where=user_line(),
         )

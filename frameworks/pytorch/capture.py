@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainingcompiler.errors import CaptureError
+from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.graph import Graph
 from trainingcompiler.frameworks.pytorch.modules import attributes_of
@@ -229,7 +229,8 @@ def unchanged_host(entries: list[Entry]) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
     if reasons:
-        raise CaptureError(reason=reasons[0], where=next((entry.where for entry in entries if entry.where), None))
+        kind = PassingCaptureError if reasons[0] == optimizers.NEW_STATE else CaptureError
+        raise kind(reason=reasons[0], where=next((entry.where for entry in entries if entry.where), None))
 
 
 def _changes(before, contents, stateful, python_state, numpy_state) -> list[str]:

@@ -8,8 +8,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks
-from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.session import Session
 
 
@@ -30,7 +28,7 @@ class Hooks:
 
     def uninstall(self) -> None:
         """Leaves torch as it was."""
-        tensor_hooks.unwatch_gradients()
+        tensor_hooks.unwatch_gradients(self.session)
         self.session.calls.modules.stop()
         for owner, name, original in reversed(self._replaced):
             setattr(owner, name, original)
@@ -42,17 +40,10 @@ class Hooks:
 
     def _hook_modules(self) -> None:
         session = self.session
-        original_call, original_zero_grad = nn.Module.__call__, nn.Module.zero_grad
+        original_call, original_state_dict = nn.Module.__call__, nn.Module.state_dict
 
         def call(module, *args, **kwargs):
             return session.call_module(original_call, module, args, kwargs)
-
-        def zero_grad(module, set_to_none=True):
-            session.clear_gradients(list(module.parameters()), set_to_none)
-            with undeferred():
-                return original_zero_grad(module, set_to_none)
-
-        original_state_dict = nn.Module.state_dict
 
         @functools.wraps(original_state_dict)
         def state_dict(module, *args, **kwargs):
@@ -61,17 +52,10 @@ class Hooks:
 
         self._replace(nn.Module, "__call__", call)
         self._replace(nn.Module, "state_dict", state_dict)
-        self._replace(nn.Module, "zero_grad", zero_grad)
 
     def _hook_optimizers(self) -> None:
         session = self.session
-        original_zero_grad, original_add = Optimizer.zero_grad, Optimizer.add_param_group
-        original_patch = Optimizer._patch_step_function
-
-        def zero_grad(optimizer, set_to_none=True):
-            session.clear_gradients(parameters_of(optimizer), set_to_none)
-            with undeferred():
-                return original_zero_grad(optimizer, set_to_none)
+        original_add, original_patch = Optimizer.add_param_group, Optimizer._patch_step_function
 
         def add_param_group(optimizer, param_group):
             original_add(optimizer, param_group)
@@ -81,7 +65,6 @@ class Hooks:
             original_patch(optimizer)
             self._hook_step(type(optimizer))
 
-        self._replace(Optimizer, "zero_grad", zero_grad)
         self._replace(Optimizer, "add_param_group", add_param_group)
         self._replace(Optimizer, "_patch_step_function", patch_step_function)
         for kind in _subclasses(Optimizer):

@@ -134,7 +134,7 @@ class OptimizerBook:
                 "or TrainingCompilerConfig(keep_gradients=True)."
             )
 
-    def note_zeroed(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
         """Notes a `zero_grad`."""
         self._after_step = False
         for owner in {id(o): o for p in parameters if (o := self.owner(p)) is not None}.values():
@@ -145,20 +145,29 @@ class OptimizerBook:
             if self._consumed.pop(id(parameter), None) is not None and not set_to_none:
                 tensor_hooks.store_gradient(parameter, torch.zeros_like(parameter))
 
-    def note_cleared(self, parameter: torch.Tensor) -> None:
-        """Notes `p.grad = None`."""
+    def writes_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Notes `p.grad = gradient`."""
         self._consumed.pop(id(parameter), None)
         owner = self.owner(parameter)
-        if owner is not None:
+        if owner is not None and gradient is None:
             self.habits(owner).clears = True
+        return gradient
 
-    def note_read(self, parameter: torch.Tensor) -> None:
-        """Notes a look at `p.grad`; one after the step means that steps have to store it."""
-        if not self._after_step:
-            return
-        owner = self.owner(parameter)
+    def reads_gradient(self, parameter: torch.Tensor) -> None:
+        """Notes a look at `p.grad`; one after the step means that steps have to store it.
+
+        Raises:
+            GradientNotKeptError: The step has not.
+        """
+        owner = self.owner(parameter) if self._after_step else None
         if owner is not None:
             self.habits(owner).reads = True
+        if self.is_consumed(parameter):
+            raise GradientNotKeptError(
+                "p.grad was read after optimizer.step(), but the compiled step kept the gradients to itself. "
+                "Pass --keep-gradients to the launcher, or TrainingCompilerConfig(keep_gradients=True), to have "
+                "them stored after every step."
+            )
 
     def _update_owners(self) -> None:
         if self._owned_at == self._changes:

@@ -1,5 +1,7 @@
 """What a module's compiled forward depends on besides tensors: its fingerprint, and when to take it again."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,36 +22,64 @@ _APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
 
 
-class ModuleWatch:
-    """Counts the changes that anyone makes to any module, so that fingerprints are taken only when needed.
-
-    Attributes:
-        changes: How many changes have been seen.
-    """
+class _Changes:
+    """Counts the changes that anyone makes to any module, while somebody watches."""
 
     def __init__(self):
-        self.changes = 0
+        self.count = 0
+        self._watchers = 0
         self._originals: dict[str, Any] = {}
+
+    def watch(self) -> None:
+        self._watchers += 1
+        if self._watchers == 1:
+            for name in _CHANGES:
+                self._originals[name] = getattr(nn.Module, name)
+                setattr(nn.Module, name, self._counting(self._originals[name]))
+
+    def unwatch(self) -> None:
+        self._watchers -= 1
+        if self._watchers == 0:
+            for name, original in self._originals.items():
+                setattr(nn.Module, name, original)
+
+    def _counting(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def changed(module, *args, **kwargs):
+            self.count += 1
+            if original is not _APPLY:
+                return original(module, *args, **kwargs)
+            with undeferred():  # it moves gradients, if there are any, and asks for each
+                return original(module, *args, **kwargs)
+
+        return changed
+
+
+_changes = _Changes()
+
+
+class ModuleWatch:
+    """Takes the fingerprints of modules, anew only when somebody has changed a module."""
+
+    def __init__(self):
         self._taken: dict[int, tuple[nn.Module, tuple, _Fingerprint]] = {}
         self._known: dict[_Fingerprint, _Fingerprint] = {}
         self._values: dict[tuple[int, str], set[float]] = {}
 
     def start(self) -> None:
-        """Begins counting."""
-        for name in _CHANGES:
-            self._originals[name] = getattr(nn.Module, name)
-            setattr(nn.Module, name, self._counting(self._originals[name]))
+        """Begins to notice changes; fingerprints taken before are not to be trusted."""
+        self._taken.clear()
+        _changes.watch()
 
     def stop(self) -> None:
-        """Puts `nn.Module` back as it was."""
-        for name, original in self._originals.items():
-            setattr(nn.Module, name, original)
+        """Leaves `nn.Module` as it was, unless others watch too."""
+        _changes.unwatch()
 
-    def fingerprint(self, module: nn.Module, fresh: bool = False) -> "_Fingerprint":
-        """The module's fingerprint as of now; taken anew if `fresh`, or if anything has changed."""
-        moment = (self.changes, RemovableHandle.next_id)
+    def fingerprint(self, module: nn.Module) -> "_Fingerprint":
+        """The module's fingerprint as of now."""
+        moment = (_changes.count, RemovableHandle.next_id)
         taken = self._taken.get(id(module))
-        if fresh or taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
+        if taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
             fingerprint = _Fingerprint(module)
             fingerprint.unsteady = self._unsteady(fingerprint)
             # Equal ones are one object, so that comparing signatures does not compare attributes.
@@ -64,16 +94,6 @@ class ModuleWatch:
             if len(values) > _STEADY:
                 return f"{type(part).__name__}.{attribute}"
         return None
-
-    def _counting(self, original):
-        def changed(module, *args, **kwargs):
-            self.changes += 1
-            if original is not _APPLY:
-                return original(module, *args, **kwargs)
-            with undeferred():  # it moves gradients, if there are any, and asks for each
-                return original(module, *args, **kwargs)
-
-        return changed
 
 
 class _Fingerprint:

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jax import lax
 from torch import nn
 
 from trainingcompiler import compiler
-from trainingcompiler.errors import CaptureError
+from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
@@ -21,6 +22,7 @@ from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
 from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
@@ -29,6 +31,7 @@ from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
 
+_REFUSED = "a value is out of range, such as an index: torch is to say which"
 _MOST_PROGRAMS = 32  # for one loop; beyond, its shapes or constants change too often for compiling to pay
 
 
@@ -81,7 +84,8 @@ class ProgramCache:
             What is to be applied later, for `Purpose.HOLD`.
 
         Raises:
-            CaptureError, NumberUsed: The entries cannot be compiled; nothing has changed.
+            CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
+                changed.
         """
         key, numbering = self.signature(entries)
         wanted = {numbering[slot] for slot in exports}
@@ -171,6 +175,7 @@ class CompiledTape:
         self.exported = {slots.index(slot) for slot in exports}
         self._exports = sorted(self.exported)
         self._purpose = purpose
+        self._where = next((entry.where for entry in entries if entry.where), None)
         self._plan_gradients(entries, captured)
         output_values = [captured.outputs[slots[index]] for index in self._exports]
         output_values += [value for _, value in self._new_gradients]
@@ -202,8 +207,18 @@ class CompiledTape:
             values = dict(zip(state_values, state, strict=True))
             values.update(zip(input_values, arrays, strict=True))
             values.update({value: numbers[index] for index, value in enumerate(number_values)})
-            results = function(values)
-            return tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
+            with checks.collecting() as conditions:
+                results = function(values)
+            new_state, outputs = tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
+            self._is_checked = bool(conditions)
+            if not conditions:
+                return new_state, outputs
+            # The selection is fused into the update, which reads the old value anyway.
+            holds = checks.all_hold(conditions)
+            kept = (
+                lax.select(lax.broadcast(holds, old.shape), new, old) for new, old in zip(new_state, state, strict=True)
+            )
+            return tuple(kept), (*outputs, holds)
 
         leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
         arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
@@ -219,6 +234,7 @@ class CompiledTape:
             ),
             outputs=(),
         )
+        self._is_checked = False
         # Calls whose results nobody holds, of modules without buffers, leave nothing to do.
         self._executable = compiler.compile(program) if results else None
 
@@ -233,9 +249,12 @@ class CompiledTape:
         if self._purpose is Purpose.PEEK:
             return
         book = self.cache.book
+        cleared = _cleared_inside(captured) if not book.keep_gradients else set()
 
         def keeps(parameter) -> bool:
-            return id(book.owner(parameter)) not in stepped or book.keeps_gradient(parameter)
+            if id(book.owner(parameter)) not in stepped:
+                return True
+            return book.keeps_gradient(parameter) and id(parameter) not in cleared
 
         for parameter, value in captured.gradients:
             if value is None:
@@ -286,6 +305,10 @@ class CompiledTape:
         jax.block_until_ready((new_state, outputs))
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
+        if self._is_checked:
+            *outputs, holds = outputs
+            if not holds:
+                raise PassingCaptureError(reason=_REFUSED, where=self._where)
         torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
@@ -326,6 +349,14 @@ class Held:
 
 def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
     return [item.tensor() for item in lifted]
+
+
+def _cleared_inside(captured: CapturedStep) -> set[int]:
+    """The parameters whose gradients the step replaces without adding to the old ones: by `zero_grad`, first of all."""
+    new = [value for _, value in captured.gradients if value is not None]
+    used = {number for node in captured.graph.live_nodes(new) for number in references(node)}
+    replaced = {id(item.gradient_of()) for item in captured.lifted if item.gradient_of and item.value not in used}
+    return replaced & {id(parameter()) for parameter, value in captured.gradients if value is not None}
 
 
 def _number(entries: list[Entry], source: NumberSource) -> float:

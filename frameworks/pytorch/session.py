@@ -6,7 +6,6 @@ and computes when the tape ends (`commit`) or somebody looks (`value`).
 
 import contextlib
 import threading
-import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +14,14 @@ import torch
 from torch import nn
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, FallbackError, GradientNotKeptError
-from trainingcompiler.events import FellBack, Note, emit
-from trainingcompiler.frameworks.pytorch import tensor_hooks
-from trainingcompiler.frameworks.pytorch.arrays import tensor_of
-from trainingcompiler.frameworks.pytorch.calls import CallBook, HistoryMet, detached
+from trainingcompiler.errors import CaptureError, FallbackError
+from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.fallback import Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import ParameterGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE, hooks_of, parameters_of
+from trainingcompiler.frameworks.pytorch.optimizers import hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -32,8 +29,7 @@ from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferr
 from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, replay, tensors_in
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
 
 _META = frozenset(
     "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
@@ -47,9 +43,6 @@ _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
     "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
 )
-
-
-_HISTORIES = 8  # as often may a tensor of torch's own turn up before its loop is left to torch: engines take turns
 
 
 class Session:
@@ -69,13 +62,10 @@ class Session:
         self.tape = Tape()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
-        self._eager: dict[int, nn.Module | torch.optim.Optimizer] = {}
-        self._fallbacks = 0
-        self._histories_met = 0
+        self._fallbacks = Fallbacks(config)
         self._guard = ParameterGuard(self.commit)
         self._backward_compiled = False  # whether the last backward ran as a program
         self._clippings: set[Callable] = set()
-        self._said: set[tuple] = set()
         self._called_since_backward: set[int] = set()
         self._speculation = Speculation(self.programs, self.calls)
 
@@ -129,9 +119,7 @@ class Session:
         if self.tape:
             self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
         elif self.deferring and (closure is not None or hooks_of(optimizer)):
-            if self.config.fallback == "error":
-                raise FallbackError(reason, user_line())
-            self._say(CaptureError(reason=reason, where=user_line()))
+            self._fallbacks.say(CaptureError(reason=reason, where=user_line()))
         self.book.check_unconsumed(parameters_of(optimizer))
         with undeferred():
             result = original(optimizer, *args, **kwargs)
@@ -143,7 +131,7 @@ class Session:
             return "optimizer.step() was given a closure"
         if hooks_of(optimizer):
             return f"{type(optimizer).__name__} has a step hook"
-        if not self.deferring or id(optimizer) in self._eager or not self.book.habits(optimizer).steps:
+        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.habits(optimizer).steps:
             return f"{type(optimizer).__name__} steps eagerly"
         return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
 
@@ -163,7 +151,7 @@ class Session:
                             slot.freed = True
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
-        fallbacks = self._fallbacks
+        fallbacks = self._fallbacks.count
         if self.tape.committable() == len(self.tape.entries):
             self.commit()
         elif sum(len(entry.optimizers) for entry in self.tape.entries) > 2 * len(self.book.optimizers()):
@@ -173,7 +161,7 @@ class Session:
                     where=user_line(),
                 )
             )
-        self.book.stepped(optimizer, "xla" if fallbacks == self._fallbacks else "eager")
+        self.book.stepped(optimizer, "xla" if fallbacks == self._fallbacks.count else "eager")
 
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
@@ -185,39 +173,30 @@ class Session:
         self._clippings.add(original)
         return self._record(original, (parameters, *args[1:]), kwargs, gradients_exist=True)
 
-    def read_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What `tensor.grad` is."""
+    def reads_gradient(self, tensor: torch.Tensor) -> None:
+        """What has to happen before `tensor.grad` is read."""
         if self._unwatched():
-            return tensor_hooks.stored_gradient(tensor)
+            return
         if self._has_backward():
             self.commit()
-        if self.book.is_consumed(tensor):
-            self.book.note_read(tensor)
-            raise GradientNotKeptError(
-                "p.grad was read after optimizer.step(), but the compiled step kept the gradients to itself. "
-                "Pass --keep-gradients to the launcher, or TrainingCompilerConfig(keep_gradients=True), to have "
-                "them stored after every step."
-            )
-        return tensor_hooks.stored_gradient(tensor)
+        self.book.reads_gradient(tensor)
 
-    def write_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        """Does `tensor.grad = gradient`."""
-        if not self._unwatched():
-            if self._has_backward():
-                self.commit()
-            if gradient is None:
-                self.book.note_cleared(tensor)
-            elif isinstance(gradient, DeferredTensor):
-                gradient = self.value(gradient.slot)
-        tensor_hooks.store_gradient(tensor, gradient)
+    def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """What to store for `tensor.grad = gradient`."""
+        if self._unwatched():
+            return gradient
+        if self._has_backward():
+            self.commit()
+        self.book.writes_gradient(tensor, gradient)
+        return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
 
-    def clear_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
-        """What `zero_grad` has to do before torch's own runs: nothing is left that only the tape knows."""
+    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
         if self._unwatched():
             return
         if self._has_backward() and not self._drop_backward({id(parameter) for parameter in parameters}):
             self.commit()
-        self.book.note_zeroed(parameters, set_to_none)
+        self.book.clears_gradients(parameters, set_to_none)
 
     def settle(self) -> None:
         """Brings the buffers of modules up to date, as far as nothing needs a gradient through the tape."""
@@ -461,62 +440,28 @@ class Session:
         """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.
 
         Args:
-            error: Why. An optimizer that has yet to create state for new parameters is a reason for one step only.
+            error: Why. A `PassingCaptureError` is a reason for one step only.
             culprit: A module or optimizer, not on the tape, that is left to torch too.
 
         Raises:
             FallbackError: The user wants no fallback.
         """
-        self._fallbacks += 1
-        self._histories_met += isinstance(error, HistoryMet)
-        if error.reason != NEW_STATE and not (isinstance(error, HistoryMet) and self._histories_met <= _HISTORIES):
-            if self.config.fallback == "error":
-                self.tape.entries.clear()
-                raise FallbackError(error.reason, error.where, error.operator) from None
-            self._say(error)
-            for entry in self.tape.entries:
-                for item in (entry.function, *entry.optimizers):
-                    if isinstance(item, nn.Module | torch.optim.Optimizer):
-                        self._eager[id(item)] = item
-            if culprit is not None:
-                self._eager[id(culprit)] = culprit
+        items = [item for entry in self.tape.entries for item in (entry.function, *entry.optimizers)]
+        items = [item for item in (*items, culprit) if isinstance(item, nn.Module | torch.optim.Optimizer)]
+        try:
+            self._fallbacks.leave(error, items)
+        except FallbackError:
+            self.tape.entries.clear()
+            raise
         self._check_gradients(self.tape.entries)
         self._guard.watch(False)
-        if (error.reason, error.where) not in self._said:  # permanent ones have been said above
-            self._said.add((error.reason, error.where))
-            emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
         self._backward_compiled = False
         self._speculation.forget()
         with undeferred():
             for entry in entries:
-                self._replay_eagerly(entry)
-
-    def _say(self, error: CaptureError) -> None:
-        statistics().fallbacks += 1
-        if (error.reason, error.where) not in self._said:
-            self._said.add((error.reason, error.where))
-            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
-            if self.config.debug:
-                emit(Note(text="".join(traceback.format_exception(error))))
-
-    def _replay_eagerly(self, entry: Entry) -> None:
-        def resolve(leaf: Any, _: int) -> Any:
-            if isinstance(leaf, Slot):
-                return leaf.value
-            if isinstance(leaf, Input):
-                return tensor_of(leaf.array).clone()
-            return leaf
-
-        with contextlib.ExitStack() as stack:
-            if entry.seed is not None:
-                stack.enter_context(torch.random.fork_rng(devices=[]))
-                torch.manual_seed(int(entry.seed.array))
-            results = tensors_in(replay(entry, resolve))
-        for slot, tensor in zip(entry.outputs, results, strict=False):
-            slot.value = tensor
-            slot.committed = True
+                run_in_torch(entry)
 
     def _run_at_once(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call that needs no gradient: one program, run now."""
@@ -530,7 +475,7 @@ class Session:
         return is_replaying() or threading.get_ident() != self._thread
 
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        if not self.deferring or id(module) in self._eager:
+        if not self.deferring or self._fallbacks.covers(module):
             return False
         if self.book.trains(module, self.calls.modules):
             return True

@@ -2,6 +2,7 @@
 
 import functools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, FallbackError, UsageError
-from trainingcompiler.events import FellBack, emit
+from trainingcompiler.errors import CaptureError, UsageError
+from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.fallback import Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
@@ -37,10 +38,10 @@ class CompiledStep:
     def __init__(self, train_step: Callable, config: TrainingCompilerConfig):
         functools.update_wrapper(self, train_step)
         self._function = train_step
-        self._config = config
         self._book = OptimizerBook(config.keep_gradients)
         self._programs = ProgramCache(self._book)
         self._watch = ModuleWatch()
+        self._fallbacks = Fallbacks(config)
         self._choice = EngineChoice(config.engine)
         self._modules: list[nn.Module] = []
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -94,7 +95,12 @@ class CompiledStep:
                 f"tc.compile({name}): {name} has called optimizer.step(), but no parameter had a gradient, so nothing "
                 "was trained. Call loss.backward() inside the function."
             )
-        self._modules = list(modules.values())
+        parts = {id(part) for module in modules.values() for part in module.modules() if part is not module}
+        self._modules = [module for key, module in modules.items() if key not in parts]
+        self._watch.start()
+        weakref.finalize(self, self._watch.stop).atexit = False
+        tensor_hooks.watch_gradients(self._book)  # the step stores none that it clears itself at its next call
+        weakref.finalize(self, tensor_hooks.unwatch_gradients, self._book).atexit = False
         self._optimizers = optimizers
         for optimizer in optimizers:
             self._book.register(optimizer)
@@ -117,7 +123,7 @@ class CompiledStep:
         leaves, structure = flatten((args, kwargs))
         encoded = [_encode(leaf) for leaf in leaves]
         kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Input) else _constant(leaf) for leaf in encoded)
-        prints = tuple(self._watch.fingerprint(module, fresh=True) for module in self._modules)
+        prints = tuple(self._watch.fingerprint(module) for module in self._modules)
         ambient = Ambient.now()
         key = ((self._function, prints), structure, kinds, ambient)
         entry = Entry(
@@ -164,12 +170,8 @@ class CompiledStep:
         )
 
     def _fall_back(self, error: CaptureError, args: tuple, kwargs: dict) -> Any:
-        if error.reason != NEW_STATE:
-            if self._config.fallback == "error":
-                raise FallbackError(error.reason, error.where, error.operator) from None
-            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
-            statistics().fallbacks += 1
-            self._is_eager = True
+        self._fallbacks.leave(error, [self])
+        self._is_eager = self._fallbacks.covers(self)
         with undeferred():
             result = self._function(*args, **kwargs)
         self._finished("eager")

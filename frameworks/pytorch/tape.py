@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, unflatten
 
 
@@ -83,11 +84,22 @@ class Ambient:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Sets the modes for a replay."""
-        with (
-            torch.set_grad_enabled(self.grad),
-            torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
-        ):
-            yield
+        outside = Ambient.now()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        try:
+            self._set(warns)
+            with (
+                torch.set_grad_enabled(self.grad),
+                torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
+            ):
+                yield
+        finally:
+            outside._set(warns)
+
+    def _set(self, warns: bool) -> None:
+        torch.set_default_dtype(self.default_dtype)
+        torch.set_float32_matmul_precision(self.precision)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=warns)
 
 
 @dataclass(eq=False, slots=True)
@@ -234,3 +246,23 @@ def tensors_in(result: Any) -> list[torch.Tensor]:
     leaves, _ = flatten(result)
     distinct = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return list(distinct.values())
+
+
+def run_in_torch(entry: Entry) -> None:
+    """Runs an entry as torch would have, gradient history included, and gives its slots their values."""
+
+    def resolve(leaf: Any, _: int) -> Any:
+        if isinstance(leaf, Slot):
+            return leaf.value
+        if isinstance(leaf, Input):
+            return tensor_of(leaf.array).clone()
+        return leaf
+
+    with contextlib.ExitStack() as stack:
+        if entry.seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(int(entry.seed.array))
+        results = tensors_in(replay(entry, resolve))
+    for slot, tensor in zip(entry.outputs or (), results, strict=False):
+        slot.value = tensor
+        slot.committed = True

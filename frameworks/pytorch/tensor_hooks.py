@@ -1,24 +1,36 @@
-"""`Tensor.grad`, watched: one property in the place of torch's own, so that whoever reads or sets a gradient is seen.
+"""Gradients, watched: one property in the place of torch's `Tensor.grad`, so that whoever reads or sets one is seen.
 
 Functions are imported by name before anyone can replace them (`from torch.nn.utils import clip_grad_norm_`); the
 attribute they all use cannot be.
 """
 
+import functools
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
+from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 
 _STORED: Any = torch.Tensor.grad  # torch's own property
 
 
 class GradientWatcher(Protocol):
-    """Who answers for gradients while a tape is pending."""
+    """Who has to know of every look at a gradient."""
 
-    def read_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What `tensor.grad` is."""
+    def reads_gradient(self, tensor: torch.Tensor) -> None:
+        """Is called before `tensor.grad` is read; raises an error if it is not there to be read."""
 
-    def write_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        """Does `tensor.grad = gradient`."""
+    def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Is called for `tensor.grad = gradient`; returns what to store."""
+
+    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """Is called before the `zero_grad` of an optimizer or a module."""
+
+
+_watchers: list[GradientWatcher] = []
+_ZERO_GRADS = {owner: owner.zero_grad for owner in (nn.Module, torch.optim.Optimizer)}
 
 
 def stored_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -38,15 +50,52 @@ def store_gradient(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
 
 
 def watch_gradients(watcher: GradientWatcher) -> None:
-    """Sends every read and write of `.grad` through `watcher`."""
-
-    def delete(tensor):
-        watcher.write_gradient(tensor, None)
-
-    watched: Any = property(watcher.read_gradient, watcher.write_gradient, delete, _STORED.__doc__)
+    """Tells `watcher` of every read and write of `.grad`, but for those of torch code that we run."""
+    _watchers.append(watcher)
+    watched: Any = property(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__)
     torch.Tensor.grad = watched
+    nn.Module.zero_grad = _module_zero_grad
+    torch.optim.Optimizer.zero_grad = _optimizer_zero_grad
 
 
-def unwatch_gradients() -> None:
-    """Puts torch's own property back."""
-    torch.Tensor.grad = _STORED
+def unwatch_gradients(watcher: GradientWatcher) -> None:
+    """Stops telling `watcher`; after the last one, torch's own property is back."""
+    if watcher in _watchers:
+        _watchers.remove(watcher)
+    if not _watchers:
+        torch.Tensor.grad = _STORED
+        for owner, original in _ZERO_GRADS.items():
+            owner.zero_grad = original
+
+
+@functools.wraps(_ZERO_GRADS[nn.Module])
+def _module_zero_grad(module: nn.Module, set_to_none: bool = True) -> None:
+    _clear(module, list(module.parameters()), set_to_none)
+
+
+@functools.wraps(_ZERO_GRADS[torch.optim.Optimizer])
+def _optimizer_zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+    _clear(optimizer, parameters_of(optimizer), set_to_none)
+
+
+def _clear(owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+    if not is_replaying():
+        for watcher in _watchers:
+            watcher.clears_gradients(parameters, set_to_none)
+    kind = nn.Module if isinstance(owner, nn.Module) else torch.optim.Optimizer
+    with undeferred():
+        _ZERO_GRADS[kind](owner, set_to_none)
+
+
+def _read(tensor: torch.Tensor) -> torch.Tensor | None:
+    if not is_replaying():
+        for watcher in _watchers:
+            watcher.reads_gradient(tensor)
+    return stored_gradient(tensor)
+
+
+def _write(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if not is_replaying():
+        for watcher in _watchers:
+            gradient = watcher.writes_gradient(tensor, gradient)
+    store_gradient(tensor, gradient)

@@ -84,6 +84,7 @@ def assert_same_training(
     max_compiles: int | None = None,
     may_fall_back: bool = False,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    float64_tolerance: float = FLOAT64_TOLERANCE,
     **config,
 ) -> Run:
     """Asserts that the compiled loop trains the model that eager trains.
@@ -95,6 +96,7 @@ def assert_same_training(
         max_compiles: How many programs the loop may take.
         may_fall_back: Whether steps may run eagerly.
         dtypes: What to train in.
+        float64_tolerance: For models that compute in float32 inside, whatever their parameters are.
         **config: For `TrainingCompilerConfig`.
 
     Returns:
@@ -113,19 +115,22 @@ def assert_same_training(
         if not may_fall_back:
             assert not run.fallbacks(), run.fallbacks()
             assert run.statistics.compiled_steps >= run.statistics.eager_steps
-        assert_same(eager, run, twin)
+        assert_same(eager, run, twin, float64_tolerance)
         if max_compiles is not None:
             assert run.statistics.compiles <= max_compiles, run.statistics
     return run
 
 
-def assert_same(eager: Run, compiled: Run, twin: Run | None = None) -> None:
+def assert_same(
+    eager: Run, compiled: Run, twin: Run | None = None, float64_tolerance: float = FLOAT64_TOLERANCE
+) -> None:
     """Asserts that two runs have seen the same and left the same behind.
 
     Args:
         eager: What is right.
         compiled: What to judge.
         twin: A second eager run with other rounding, for float32; None for float64.
+        float64_tolerance: The largest relative difference without a twin.
     """
     right, judged = dict(_values(eager)), dict(_values(compiled))
     noisy = dict(_values(twin)) if twin is not None else None
@@ -139,7 +144,7 @@ def assert_same(eager: Run, compiled: Run, twin: Run | None = None) -> None:
         # A tensor far below its kind's scale consists of rounding alone.
         scale = max(_largest(value), 1e-3 * scales[name.rsplit("/", 1)[-1]], 1e-30)
         difference = _largest(value.double() - judged[name].double()) / scale
-        tolerance = FLOAT64_TOLERANCE
+        tolerance = float64_tolerance
         if noisy is not None:
             noise = _largest(value.double() - noisy[name].double()) / scale
             tolerance = max(TWIN_FACTOR * noise, FLOAT32_TOLERANCE)

@@ -10,8 +10,19 @@ from torch.nn import functional as F
 
 import trainingcompiler as tc
 from trainingcompiler import FallbackError, UsageError
+from trainingcompiler.events import Note, subscribe
+from trainingcompiler.frameworks import pytorch
 
 CONFIG = tc.TrainingCompilerConfig(engine="xla", quiet=True)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.alpha = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)), 1.0
+
+    def forward(self, x):
+        return self.alpha * self.net(x)
 
 
 def plain_step(objects):
@@ -31,8 +42,6 @@ def assert_same_step(make, make_step, data, *, max_compiles=None, may_fall_back=
     """As `assert_same_training`, for a loop over a compiled function; returns the compiled run."""
 
     def loop(objects, data):
-        from trainingcompiler.frameworks import pytorch
-
         step = make_step(objects)
         if pytorch.session() is not None:  # the run that is to be judged: `train` has enabled it
             pytorch.disable()
@@ -119,8 +128,6 @@ def test_hyperparameters_are_read_at_every_step(name):
         return scheduled
 
     def loop(objects, data):
-        from trainingcompiler.frameworks import pytorch
-
         scheduled = make_step(objects)
         if pytorch.session() is not None:
             pytorch.disable()
@@ -155,8 +162,6 @@ def test_the_model_between_steps():
     """Evaluation, edits and checkpoints between steps see and change the state."""
 
     def loop(objects, data):
-        from trainingcompiler.frameworks import pytorch
-
         step = plain_step(objects)
         if pytorch.session() is not None:
             pytorch.disable()
@@ -213,6 +218,40 @@ def test_fallback(model):
     run = assert_same_step(made(model, torch.optim.SGD, lr=0.1), plain_step, batches(), may_fall_back=True)
     (fallback,) = run.fallbacks()
     assert fallback.permanent and fallback.where.startswith(("test_fallback.py:", "test_compile_step.py:"))
+
+
+def test_debug_shows_the_error_behind_the_line():
+    events = []
+    unsubscribe = subscribe(events.append)
+    try:
+        objects = made(WithUnknownOperator, torch.optim.SGD, lr=0.1)()
+        step = tc.compile(plain_step(objects), tc.TrainingCompilerConfig(engine="xla", quiet=True, debug=True))
+        for batch in batches()[:3]:
+            step(*batch)
+    finally:
+        unsubscribe()
+    (note,) = [event.text for event in events if isinstance(event, Note)]
+    assert "Traceback" in note and "return twice(self.net(x))" in note
+
+
+def test_module_changes_are_seen_between_steps():
+    """The step has no hooks in the loop, but has to know that an attribute or the mode has changed."""
+
+    def loop(objects, data):
+        step = plain_step(objects)
+        if pytorch.session() is not None:
+            pytorch.disable()
+            step = tc.compile(step, CONFIG)
+        seen = []
+        for index, batch in enumerate(data):
+            if index == 8:
+                objects["model"].alpha = 2.0
+            if index == 16:
+                objects["model"].eval()
+            seen.append(step(*batch).item())
+        return seen
+
+    assert_same_training(made(Scaled, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=3)
 
 
 def test_fallback_error():

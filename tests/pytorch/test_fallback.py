@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainingcompiler import FallbackError
+from trainingcompiler.events import Note
 
 
 @torch.library.custom_op("trainingcompiler_tests::twice", mutates_args=())
@@ -141,6 +142,30 @@ def test_fallback_error_names_the_operator():
         )
     assert raised.value.operator == "trainingcompiler_tests.twice.default"
     assert raised.value.where.startswith("test_fallback.py:")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_the_error_behind_the_line(debug):
+    run = train(made(WithUnknownOperator, torch.optim.SGD, lr=0.1), seeded_loop, batches(), compiled=True, debug=debug)
+    notes = [event.text for event in run.events if isinstance(event, Note)]
+    assert len(run.fallbacks()) == 1 and len(notes) == debug
+    assert all("Traceback" in note and "return twice(self.net(x))" in note for note in notes)
+
+
+def test_one_eager_step_is_said_and_is_no_fallback():
+    """A parameter that joins in mid-run has no optimizer state yet; torch makes it, in one step."""
+
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        model[0].weight.requires_grad_(False)
+        losses = train_on(model, optimizer, data[:8])
+        model[0].weight.requires_grad_(True)
+        return losses + train_on(model, optimizer, data[8:])
+
+    run = assert_same_training(made(mlp, torch.optim.Adam, lr=0.01), loop, batches())
+    notes = [event.text for event in run.events if isinstance(event, Note)]
+    assert len(notes) == 1 and notes[0].startswith("one step ran eagerly at ")
+    assert run.statistics.eager_steps == 2
 
 
 def test_lbfgs_closure():

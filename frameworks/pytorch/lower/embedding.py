@@ -1,13 +1,11 @@
-"""Table lookups, sums of table rows, and their gradients.
-
-An index out of range takes the nearest row, as XLA's gathers do.
-"""
+"""Table lookups, sums of table rows, and their gradients."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from .checks import require, require_between
 from .operands import Array, cast, constant, full, iota, opmath, select
 from .registry import lowers
 
@@ -50,6 +48,7 @@ def _over_frequency(rows: Array, indices: Array, count: int) -> Array:
 def embedding(
     weight: Array, indices: Array, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Array:
+    require_between(indices, 0, weight.shape[0] - 1)
     return _rows(weight, indices)
 
 
@@ -105,6 +104,10 @@ def embedding_bag(
         (bags, features) values, and three index arrays for the gradient: each index's bag, each bag's size and, for
         maxima, each value's row. The first is empty where torch's own kernel does without it.
     """
+    require_between(indices, 0, weight.shape[0] - 1)
+    require_between(offsets, 0, indices.shape[0])
+    if offsets.size:
+        require(lax.eq(lax.index_in_dim(offsets, 0, keepdims=False), constant(0, offsets.dtype)))
     count = offsets.shape[0] - include_last_offset
     bags, counted = _bags(indices, offsets), _counted(indices, padding_idx)
     sizes = _accumulate(cast(counted, offsets.dtype), bags, count)

@@ -1,6 +1,7 @@
 """Reads and writes at positions given by tensors: index, gather, scatter and their kin.
 
-Positions are wrapped where negative, as torch wraps them, and promised to be in bounds, as torch checks them.
+Positions are wrapped where negative, as torch wraps them. XLA is promised that they are in bounds, and the program
+checks it.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .checks import require_between
 from .dtypes import result_dtype
 from .operands import (
     BOOL,
@@ -37,6 +39,7 @@ IN_BOUNDS = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 
 def in_bounds(index: Array, extent: int) -> Array:
     """`index` with negative positions counted from the end, in 32 bits where `extent` allows."""
+    require_between(index, -extent, extent - 1)
     index = cast(index, INT32 if extent < 2**31 else INT64)
     return select(index < 0, lax.add(index, constant(extent, index.dtype)), index)
 

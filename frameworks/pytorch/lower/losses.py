@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
+from .checks import require_between
 from .dtypes import result_dtype
 from .operands import INT32, Array, aligned, cast, constant, expand, full, iota, opmath, select
 from .registry import lowers
@@ -99,6 +100,7 @@ def binary_cross_entropy(self: Array, target: Array, weight: Array | None = None
     wide = opmath(self.dtype)
     x, y = cast(self, wide), cast(target, wide)
     floor = constant(-100, wide)  # torch bounds the logarithms, so that a wrong certainty costs a finite amount
+    require_between(x, 0, 1)
     loss = (y - 1) * lax.max(lax.log1p(-x), floor) - y * lax.max(lax.log(x), floor)
     if weight is not None:
         loss = loss * expand(cast(weight, wide), loss.shape)
@@ -164,6 +166,8 @@ def _pick(scores: Array, target: Array) -> Array:
 def nll_loss(
     self: Array, target: Array, weight: Array | None, reduction: int, ignore_index: int
 ) -> tuple[Array, Array]:
+    classes, ignored = self.shape[_class_axis(self)], constant(ignore_index, target.dtype)
+    require_between(select(lax.eq(target, ignored), constant(0, target.dtype), target), 0, classes - 1)
     weights = _target_weights(self, target, weight, ignore_index)
     picked = cast(_pick(self, target), weights.dtype)
     losses = select(weights == 0, constant(0, weights.dtype), -picked * weights)
@@ -211,6 +215,7 @@ def _margins(self: Array, target: Array, margin: float, weight: Array | None) ->
     wide = opmath(self.dtype)
     x = cast(lax.reshape(self, _matrix_shape(self)), wide)
     target = lax.reshape(target, (x.shape[0], 1))
+    require_between(target, 0, x.shape[1] - 1)
     own = lax.eq(iota(x.shape, 1, target.dtype), expand(target, x.shape))
     score = lax.reduce_sum(select(own, x, 0), (1,))
     violated = lax.max(x - lax.expand_dims(score, (1,)) + margin, constant(0, wide))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from .checks import require
 from .operands import Array, Number, cast, expand, full, is_number, opmath
 from .registry import lowers
 
@@ -146,7 +147,7 @@ def _adjoint(matrix: Array) -> Array:
 
 
 def _no_error(matrix: Array) -> Array:
-    """LAPACK's `info` output: a factorization that failed shows as NaN in its result instead."""
+    """LAPACK's `info` output of a factorization whose result was required to be finite."""
     return full(matrix.shape[:-2], 0, jnp.dtype("int32"))
 
 
@@ -158,12 +159,15 @@ def linalg_check_errors(info: Array, api_name: str, *, is_matrix: bool) -> tuple
 @lowers("aten.linalg_cholesky_ex.default")
 def linalg_cholesky_ex(self: Array, *, upper: bool = False, check_errors: bool = False) -> tuple[Array, Array]:
     factor = lax.linalg.cholesky(_adjoint(self) if upper else self, symmetrize_input=False)
+    require(lax.is_finite(factor))
     return (_adjoint(factor) if upper else factor), _no_error(self)
 
 
 @lowers("aten.linalg_inv_ex.default")
 def linalg_inv_ex(A: Array, *, check_errors: bool = False) -> tuple[Array, Array]:
-    return jnp.linalg.inv(A), _no_error(A)
+    inverse = jnp.linalg.inv(A)
+    require(lax.is_finite(inverse))
+    return inverse, _no_error(A)
 
 
 @lowers("aten.linalg_solve_triangular.default")
@@ -190,4 +194,5 @@ def linalg_qr(A: Array, mode: str = "reduced") -> tuple[Array, Array]:
 @lowers("aten._linalg_eigh.default")
 def linalg_eigh(A: Array, UPLO: str = "L", compute_v: bool = True) -> tuple[Array, Array]:
     vectors, values = lax.linalg.eigh(A, lower=UPLO.upper() == "L", symmetrize_input=False)
+    require(lax.is_finite(values))
     return values, vectors if compute_v else full((0,), 0, A.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from .checks import require, require_between
 from .dtypes import jax_dtype
 from .operands import (
     BOOL,
@@ -317,6 +318,7 @@ def _bernoulli(key: Array, shape: Sequence[int], p: Number | Array) -> Array:
     """A mask that holds with probability `p`, to a float64's own resolution for numbers, to 2**-24 for tensors."""
     if not is_number(p):
         wide = opmath(p.dtype)
+        require_between(p, 0, 1)
         return lax.lt(_uniform(key, shape, wide), expand(cast(p, wide), tuple(shape)))
     threshold = round(p * 2**64)
     if threshold >= 2**64:
@@ -338,6 +340,8 @@ def bernoulli_of(self: Array, *, key: Array, **ignored: object) -> Array:
 def multinomial(self: Array, num_samples: int, replacement: bool = False, *, key: Array, **ignored: object) -> Array:
     weights = cast(self, opmath(self.dtype))
     axis = weights.ndim - 1
+    require_between(weights, 0, float(jnp.finfo(weights.dtype).max))
+    require(lax.gt(lax.reduce_sum(weights, (axis,)), constant(0, weights.dtype)))
     if replacement:
         cumulative = lax.cumsum(weights, axis)
         total = lax.slice_in_dim(cumulative, weights.shape[axis] - 1, weights.shape[axis], axis=axis)

@@ -1,0 +1,70 @@
+"""What happens when the tape cannot speak for the loop: torch runs the step, and one line says why and where."""
+
+import traceback
+from collections import Counter
+from typing import Any
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
+from trainingcompiler.events import FellBack, Note, emit
+from trainingcompiler.statistics import current as statistics
+
+_PASSES = 16  # as often may a passing reason come back (engines take turns) before its loop is left to torch
+
+
+class Fallbacks:
+    """What has been left to torch, and what has been said about it.
+
+    Attributes:
+        count: How many tapes or steps torch has run because they could not be compiled.
+    """
+
+    def __init__(self, config: TrainingCompilerConfig):
+        self.count = 0
+        self._config = config
+        self._left: dict[int, Any] = {}
+        self._passed: Counter[str] = Counter()
+        self._said: set[tuple] = set()
+
+    def covers(self, item: Any) -> bool:
+        """Whether a module or an optimizer has been left to torch for good."""
+        return id(item) in self._left
+
+    def leave(self, error: CaptureError, items: list[Any]) -> None:
+        """Leaves modules and optimizers to torch, unless the reason is a passing one, and says so.
+
+        Args:
+            error: Why.
+            items: The modules and optimizers; kept alive, because they are known by identity.
+
+        Raises:
+            FallbackError: The reason is no passing one, and the user wants no fallback.
+        """
+        self.count += 1
+        self._passed[error.reason] += isinstance(error, PassingCaptureError)
+        if 0 < self._passed[error.reason] <= _PASSES:
+            if self._is_news(error):
+                emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
+            return
+        self.say(error)
+        self._left.update((id(item), item) for item in items)
+
+    def say(self, error: CaptureError) -> None:
+        """Tells that torch runs the step, once for each reason and place.
+
+        Raises:
+            FallbackError: The user wants no fallback.
+        """
+        if self._config.fallback == "error":
+            raise FallbackError(error.reason, error.where, error.operator) from None
+        statistics().fallbacks += 1
+        if self._is_news(error):
+            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            if self._config.debug:
+                emit(Note(text="".join(traceback.format_exception(error))))
+
+    def _is_news(self, error: CaptureError) -> bool:
+        news = (error.reason, error.where)
+        known = news in self._said
+        self._said.add(news)
+        return not known
