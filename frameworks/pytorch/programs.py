@@ -306,7 +306,7 @@ class CompiledTape:
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
         if self._is_checked:
-            *outputs, holds = outputs
+            outputs, holds = outputs[:-1], outputs[-1]
             if not holds:
                 raise PassingCaptureError(reason=_REFUSED, where=self._where)
         torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do

@@ -5,6 +5,7 @@ attribute they all use cannot be.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,8 @@ class GradientWatcher(Protocol):
 
 
 _watchers: list[GradientWatcher] = []
-_ZERO_GRADS = {owner: owner.zero_grad for owner in (nn.Module, torch.optim.Optimizer)}
+_module_zero_grad: Any = nn.Module.zero_grad
+_optimizer_zero_grad: Any = torch.optim.Optimizer.zero_grad
 
 
 def stored_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -52,10 +54,7 @@ def store_gradient(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
 def watch_gradients(watcher: GradientWatcher) -> None:
     """Tells `watcher` of every read and write of `.grad`, but for those of torch code that we run."""
     _watchers.append(watcher)
-    watched: Any = property(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__)
-    torch.Tensor.grad = watched
-    nn.Module.zero_grad = _module_zero_grad
-    torch.optim.Optimizer.zero_grad = _optimizer_zero_grad
+    _install(property(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__), *_ZERO_GRADS)
 
 
 def unwatch_gradients(watcher: GradientWatcher) -> None:
@@ -63,28 +62,30 @@ def unwatch_gradients(watcher: GradientWatcher) -> None:
     if watcher in _watchers:
         _watchers.remove(watcher)
     if not _watchers:
-        torch.Tensor.grad = _STORED
-        for owner, original in _ZERO_GRADS.items():
-            owner.zero_grad = original
+        _install(_STORED, _module_zero_grad, _optimizer_zero_grad)
 
 
-@functools.wraps(_ZERO_GRADS[nn.Module])
-def _module_zero_grad(module: nn.Module, set_to_none: bool = True) -> None:
-    _clear(module, list(module.parameters()), set_to_none)
+def _install(gradient: Any, module_zero_grad: Any, optimizer_zero_grad: Any) -> None:
+    owners: Any = torch.Tensor, nn.Module, torch.optim.Optimizer
+    owners[0].grad, owners[1].zero_grad, owners[2].zero_grad = gradient, module_zero_grad, optimizer_zero_grad
 
 
-@functools.wraps(_ZERO_GRADS[torch.optim.Optimizer])
-def _optimizer_zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-    _clear(optimizer, parameters_of(optimizer), set_to_none)
+def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]]) -> Any:
+    @functools.wraps(zero_grad)
+    def watched(owner: Any, set_to_none: bool = True) -> None:
+        if not is_replaying():
+            for watcher in _watchers:
+                watcher.clears_gradients(parameters_of(owner), set_to_none)
+        with undeferred():
+            zero_grad(owner, set_to_none)
+
+    return watched
 
 
-def _clear(owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
-    if not is_replaying():
-        for watcher in _watchers:
-            watcher.clears_gradients(parameters, set_to_none)
-    kind = nn.Module if isinstance(owner, nn.Module) else torch.optim.Optimizer
-    with undeferred():
-        _ZERO_GRADS[kind](owner, set_to_none)
+_ZERO_GRADS = (
+    _watched(_module_zero_grad, lambda module: list(module.parameters())),
+    _watched(_optimizer_zero_grad, parameters_of),
+)
 
 
 def _read(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -41,8 +41,8 @@ def require_between(values: Array, lowest: Number, highest: Number) -> None:
     if np.issubdtype(values.dtype, np.integer):
         limits = np.iinfo(values.dtype)
         lowest, highest = max(lowest, int(limits.min)), min(highest, int(limits.max))
-    lowest, highest = constant(lowest, values.dtype), constant(highest, values.dtype)
-    require(lax.bitwise_and(lax.ge(values, lowest), lax.le(values, highest)))
+    above, below = constant(lowest, values.dtype), constant(highest, values.dtype)
+    require(lax.bitwise_and(lax.ge(values, above), lax.le(values, below)))
 
 
 def all_hold(conditions: list[Array]) -> Array:
