@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from trainingcompiler.cache import watching
-from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import phase
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target, compiling_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +44,14 @@ class Executable:
 
     Attributes:
         program: What was compiled.
+        target: What it was compiled for. One for a described GPU can be looked at, and not called.
         compile_time_s: Seconds from StableHLO to machine code, or to the cached executable.
         memory: XLA's memory plan.
         compiled: The JAX object that runs.
     """
 
     program: StepProgram
+    target: Target
     compile_time_s: float
     memory: MemoryPlan
     compiled: Any
@@ -62,25 +65,42 @@ class Executable:
 
         Returns:
             `(new_state, outputs)`. The arrays may still be computing.
+
+        Raises:
+            UsageError: It was compiled for a described GPU.
         """
+        if self.target.described is not None:
+            raise UsageError(
+                f"{self.program.name} was compiled for a described {self.target.description}, which cannot run it: "
+                "look at its memory plan and its text, or compile it for Target.local()"
+            )
         return self.compiled(state, inputs)
 
+    def as_text(self) -> str:
+        """The optimized program in XLA's own language."""
+        return self.compiled.as_text()
 
-def compile(program: StepProgram) -> Executable:
-    """Lowers and compiles a program for the local device.
+
+def compile(program: StepProgram, target: Target | None = None) -> Executable:
+    """Lowers and compiles a program.
 
     Args:
         program: The step. Its state is donated, each array to its own successor.
+        target: What to compile it for; None is the local device.
 
     Returns:
         The executable, with its memory plan.
 
     Raises:
         TrainingCompilerError: XLA did not accept the identity alias map, so that state would exist twice.
+        UsageError: The target is a described GPU, and XLA's compiler for GPUs is not installed.
     """
+    target = target or Target.local()
+    sharding = target.sharding()
+    placed = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
     with jax.enable_x64(True):
-        with phase("lower", program.name):
-            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True).lower(
+        with phase("lower", program.name), compiling_for(target):
+            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )
         start_s = time.perf_counter()
@@ -103,7 +123,7 @@ def compile(program: StepProgram) -> Executable:
             "in place, so the rest would exist twice. This is a bug of trainingcompiler: please report it with the "
             "script, and run with --engine=eager until it is mended."
         )
-    return Executable(program=program, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
+    return Executable(program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
 
 
 def _named(program: StepProgram) -> Callable:

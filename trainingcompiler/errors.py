@@ -49,7 +49,13 @@ class _StepError(TrainingCompilerError):
 
 
 class CaptureError(_StepError):
-    """A step could not be turned into a program."""
+    """A step could not be turned into a program.
+
+    Attributes:
+        culprit: The object at fault, such as an optimizer, if the rest of the step could be compiled without it.
+    """
+
+    culprit: object = None
 
 
 class PassingCaptureError(CaptureError):

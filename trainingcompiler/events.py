@@ -70,11 +70,15 @@ class Recompiled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class FellBack(Event):
-    """A step ran eagerly; with `permanent`, so will every later one like it."""
+    """A step ran eagerly; with `permanent`, so will every later one like it.
+
+    `operator` is the one without a lowering, if that is the reason.
+    """
 
     reason: str
     where: str | None
     permanent: bool
+    operator: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

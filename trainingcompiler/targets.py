@@ -1,8 +1,21 @@
-"""Where a program is compiled for."""
+"""Where a program is compiled for: the device of this process, or a described GPU that need not be there."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from trainingcompiler.errors import TrainingCompilerError, UsageError
+from trainingcompiler.gpus import Gpu, gpu
+
+_WHEELS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,17 +23,96 @@ class Target:
     """The devices that a program is compiled for.
 
     Attributes:
-        platform: JAX's platform name, `"cpu"` or `"gpu"`.
+        platform: `"cpu"`, `"cuda"`, or JAX's name of another platform.
         description: What a person calls the device, e.g. `"cpu"` or `"NVIDIA H200"`.
         device_count: How many devices the target has.
+        compute_capability: Major and minor, of a CUDA device.
+        described: The GPU, where the target is a description: programs are compiled for it and cannot run.
     """
 
     platform: str
     description: str
     device_count: int
+    compute_capability: tuple[int, int] | None = None
+    described: Gpu | None = None
 
     @classmethod
     def local(cls) -> "Target":
         """The first device that JAX finds in this process."""
-        device = jax.devices()[0]
-        return cls(platform=device.platform, description=device.device_kind, device_count=1)
+        device: Any = jax.devices()[0]
+        platform, capability = device.platform, None
+        if platform == "gpu" and "cuda" in device.client.platform_version:
+            major, minor = device.compute_capability.split(".")
+            platform, capability = "cuda", (int(major), int(minor))
+        return cls(platform=platform, description=device.device_kind, device_count=1, compute_capability=capability)
+
+    @classmethod
+    def gpu(cls, name: str) -> "Target":
+        """A described GPU: one of `gpus.GPUS`, which need not be in this machine.
+
+        Args:
+            name: Such as `"h200"`.
+
+        Raises:
+            UsageError: There is no description of it.
+        """
+        found = gpu(name)
+        return cls(
+            platform="cuda",
+            description=found.name,
+            device_count=1,
+            compute_capability=found.compute_capability,
+            described=found,
+        )
+
+    def sharding(self) -> SingleDeviceSharding | None:
+        """Where the arrays of a program live; None is JAX's own default, the local device.
+
+        Raises:
+            UsageError: The target is a described GPU and XLA's compiler for GPUs is not installed.
+            TrainingCompilerError: It is installed and refuses the description.
+        """
+        if self.described is None:
+            return None
+        return SingleDeviceSharding(_described_device(self.described))
+
+
+_current: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Makes `target` the answer of `current` inside: adapters lower some operators differently for a GPU."""
+    token = _current.set(target)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Target | None:
+    """The target that a program is being traced for; None outside of any compile."""
+    return _current.get()
+
+
+@functools.cache
+def _described_device(described: Gpu) -> Any:
+    if not any(find_spec(wheel) for wheel in _WHEELS):
+        raise UsageError(
+            f"compiling for a described {described.name} needs XLA's compiler for GPUs, which is not installed: "
+            'pip install "trainingcompiler[cuda12]", or [cuda13] (the same as "jax[cuda12]"; 4 GB of wheels, and '
+            "neither a GPU nor a driver is needed)"
+        )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=described.name,
+            target_config=described.description(),
+            topology="1x1x1",  # partitions x hosts x devices
+        )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise TrainingCompilerError(
+            f"XLA did not accept the description of {described.name}: {error}. Set JAX_PLATFORMS=cpu where the machine "
+            "has no GPU; if that is not it, this is a bug of trainingcompiler: please report it."
+        ) from error
+    return topology.devices[0]

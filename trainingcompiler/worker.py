@@ -24,7 +24,11 @@ def main() -> None:
 
     A script that succeeds without one optimizer step, although its steps were to be compiled, exits with code 2.
     """
-    kind, name, *arguments = sys.argv[1:]
+    run(*sys.argv[1:])
+
+
+def run(kind: str, name: str, *arguments: str) -> None:
+    """Runs a `"script"` or `"module"` as `main` does, in this process."""
     try:
         enabled = resolve({}, os.environ).config.enabled
         trainingcompiler.enable()

@@ -11,7 +11,7 @@ from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import NumberSource
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.guard import versions
-from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
+from trainingcompiler.frameworks.pytorch.modules import Fingerprint, ModuleWatch
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten
@@ -47,13 +47,15 @@ class CallBook:
         encoded = [encode(leaf) for leaf in leaves]
         function_key: Any = function
         where = None
+        prints: tuple[Fingerprint, ...] = ()
         if isinstance(function, nn.Module):
             where = user_line()
             fingerprint = self.modules.fingerprint(function)
+            prints = (fingerprint,)
             if fingerprint.hooked:
                 raise CaptureError(reason=f"module {fingerprint.hooked} has a hook", where=where)
             if fingerprint.unsteady:
-                reason = f"{fingerprint.unsteady} is another number at every step: pass it to forward, or as a tensor"
+                reason = f"{fingerprint.unsteady} is another number at every step, and the forward decides by its value"
                 raise CaptureError(reason=reason, where=where)
             function_key = (id(function), fingerprint)
         kinds = tuple(_kind(leaf) for leaf in encoded)
@@ -62,7 +64,7 @@ class CallBook:
             history = self._numbers.setdefault((function_key, structure, ambient, kinds), _Numbers())
             numbers = history.changing(encoded)
         constants = tuple(
-            "number" if place in numbers else (kind, leaf) if kind is float else kind
+            ("number", leaf > 0) if place in numbers else (kind, leaf) if kind is float else kind
             for place, (kind, leaf) in enumerate(zip(kinds, encoded, strict=True))
         )
         key = (function_key, structure, constants, ambient)
@@ -81,10 +83,16 @@ class CallBook:
             optimizers=optimizers,
             modules=modules,
             versions=written,
+            prints=prints,
         )
 
     def fix_number(self, entry: Entry, source: NumberSource) -> None:
         """Makes a number a constant of the entry, and of every later one like it."""
+        if source.host is not None:
+            self.modules.fix_number(source.host)
+            entry.prints = tuple(fingerprint.with_constant(source.host) for fingerprint in entry.prints)
+            entry.key = ((entry.key[0][0], *entry.prints), *entry.key[1:])
+            return
         position = source.position
         kinds = tuple(map(_kind, entry.leaves))
         self._numbers[(entry.key[0], entry.structure, entry.ambient, kinds)].fixed.add(position)

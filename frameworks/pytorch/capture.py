@@ -16,7 +16,7 @@ import torch
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.graph import Graph
-from trainingcompiler.frameworks.pytorch.modules import attributes_of
+from trainingcompiler.frameworks.pytorch.host import Place, attributes_of, frozen
 from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, tensors_in
@@ -44,17 +44,20 @@ class Lifted:
 
 @dataclass(frozen=True, slots=True)
 class NumberSource:
-    """A Python number that the step reads: a leaf of an entry, or an optimizer's hyperparameter.
+    """A Python number that the step reads: a leaf of an entry, an optimizer's hyperparameter, or a module's attribute.
 
     Attributes:
         entry: The index of the entry.
-        position: The leaf's position, or the path of the hyperparameter in the optimizer's `param_groups`.
+        position: The leaf's position, the path of the hyperparameter in the optimizer's `param_groups`, or the index
+            of the number among those that the entry's modules read.
         optimizer: Refers to the optimizer, for a hyperparameter.
+        host: Where the number is, if a module reads it.
     """
 
     entry: int
     position: Any
     optimizer: weakref.ref | None = None
+    host: Place | None = None
 
 
 @dataclass(slots=True)
@@ -145,6 +148,13 @@ def capture(entries: list[Entry]) -> CapturedStep:
                         of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
                         prepared.enter_context(optimizers.traced(optimizer, of))
                     prepared.enter_context(twins.numbers_in_steps())
+                    for fingerprint in entry.prints:
+                        prepared.enter_context(fingerprint.restored())
+                    traced = [
+                        (place, number(NumberSource(index, position, host=place), value))
+                        for position, (place, value) in enumerate(entry.host_numbers())
+                    ]
+                    prepared.enter_context(_in_places(traced, entry.where))
                     result = replay(entry, resolve_in(index, entry))
                 recorder.seed_with(None)
             for tensor, _ in entry.closure:
@@ -202,6 +212,22 @@ def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | No
 
 
 @contextlib.contextmanager
+def _in_places(numbers: list[tuple[Place, TracedNumber]], where: str | None) -> Iterator[None]:
+    """Puts traced numbers where the forward reads the real ones."""
+    before = [place.get() for place, _ in numbers]
+    for place, number in numbers:
+        place.set(number)
+    try:
+        yield
+        for place, number in numbers:
+            if place.get() is not number:
+                raise CaptureError(reason=f"forward changes {place.label}, which compiled code cannot do", where=where)
+    finally:
+        for (place, _), value in zip(numbers, before, strict=True):
+            place.set(value)
+
+
+@contextlib.contextmanager
 def unchanged_host(entries: list[Entry]) -> Iterator[None]:
     """Puts back whatever running the entries changes besides tensors, and fails if it has changed anything.
 
@@ -210,32 +236,44 @@ def unchanged_host(entries: list[Entry]) -> Iterator[None]:
     """
     roots = [module for entry in entries for module in entry.modules]
     before = [(module, attributes_of(module)) for root in roots for module in root.modules()]
+    outer = [
+        (place, place.get(), frozen(place.get())) for entry in entries for p in entry.prints for place, _ in p.values
+    ]
     contents = [(value, copy.copy(value)) for _, old in before for value in old.values() if type(value) in _CONTAINERS]
-    stateful = [optimizer for entry in entries for optimizer in entry.optimizers]
+    contents += [(value, copy.copy(value)) for _, value, _ in outer if type(value) in _CONTAINERS]
+    stateful = [(optimizer, optimizers.HostState(optimizer)) for entry in entries for optimizer in entry.optimizers]
+    counters: list[torch.optim.Optimizer] = []
     python_state, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     reasons: list[str] = []
     try:
         yield
-        reasons = _changes(before, contents, stateful, python_state, numpy_state)
+        counters = [optimizer for optimizer, host_state in stateful if host_state.changed()]
+        reasons = _changes(before, contents, outer, stateful, python_state, numpy_state)
     finally:
         for module, old in before:
             for name in set(attributes_of(module)) - set(old):
                 del module.__dict__[name]
             module.__dict__.update(old)
+        for place, value, _ in outer:
+            if place.get() is not value:
+                place.set(value)
         for container, old in contents:
             _refill(container, old)
-        for optimizer in stateful:
+        for optimizer, host_state in stateful:
             optimizers.drop_fake_state(optimizer)
+            host_state.restore()
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+    if counters and not reasons:
+        raise optimizers.counts_in_python(counters[0])
     if reasons:
         kind = PassingCaptureError if reasons[0] == optimizers.NEW_STATE else CaptureError
         raise kind(reason=reasons[0], where=next((entry.where for entry in entries if entry.where), None))
 
 
-def _changes(before, contents, stateful, python_state, numpy_state) -> list[str]:
+def _changes(before, contents, outer, stateful, python_state, numpy_state) -> list[str]:
     reasons = []
-    if any(optimizers.has_fake_state(optimizer) for optimizer in stateful):
+    if any(optimizers.has_fake_state(optimizer) for optimizer, _ in stateful):
         reasons.append(optimizers.NEW_STATE)
     changed = {
         f"{type(module).__name__}.{name}"
@@ -243,6 +281,7 @@ def _changes(before, contents, stateful, python_state, numpy_state) -> list[str]
         for name, value in attributes_of(module).items()
         if name not in old or (old[name] is not value and not _equal(old[name], value))
     }
+    changed |= {place.label for place, _, image in outer if frozen(place.get()) != image}
     changed |= {f"a {type(container).__name__} of a module" for container, old in contents if not _same(container, old)}
     if changed:
         reasons.append(f"forward changes {', '.join(sorted(changed)[:3])}, which compiled code cannot do")

@@ -9,6 +9,7 @@ from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureE
 from trainingcompiler.events import FellBack, Note, emit
 from trainingcompiler.statistics import current as statistics
 
+ANOMALY = "anomaly detection is on, which looks into torch's own backward"
 _PASSES = 16  # as often may a passing reason come back (engines take turns) before its loop is left to torch
 
 
@@ -59,7 +60,7 @@ class Fallbacks:
             raise FallbackError(error.reason, error.where, error.operator) from None
         statistics().fallbacks += 1
         if self._is_news(error):
-            emit(FellBack(reason=error.reason, where=error.where, permanent=True))
+            emit(FellBack(reason=error.reason, where=error.where, permanent=True, operator=error.operator))
             if self._config.debug:
                 emit(Note(text="".join(traceback.format_exception(error))))
 

@@ -1,6 +1,6 @@
 """Turns a captured graph into a function on JAX arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -11,7 +11,10 @@ from trainingcompiler.frameworks.pytorch.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
+from trainingcompiler.frameworks.pytorch.lower.matmul import products_at, strictest
 from trainingcompiler.frameworks.pytorch.lower.random import node_key
+from trainingcompiler.frameworks.pytorch.rewriting import for_gpu
+from trainingcompiler.targets import current as current_target
 
 # Fake tensors say that these save their statistics in bfloat16 where the input is; torch's kernels save them in the
 # float32 of the weights, and so do ours.
@@ -20,36 +23,51 @@ _WIDE_STATISTICS = frozenset(
 )
 
 
-def lower(graph: Graph, results: list[int]) -> Callable[[dict[int, jax.Array]], list[jax.Array]]:
+def lower(
+    graph: Graph, results: list[int], precisions: Collection[str] = ()
+) -> Callable[[dict[int, jax.Array]], list[jax.Array]]:
     """A JAX function that computes values of the graph.
 
     Args:
         graph: The captured step.
         results: Numbers of the values to compute.
+        precisions: What `torch.get_float32_matmul_precision()` was at the calls that were captured; the most exact
+            holds for all. Without any, what it is when the function is traced.
 
     Returns:
         A function from the values of the graph's inputs, by number, to the values of `results`, in order.
     """
-    nodes = graph.live_nodes(results)
-
     def run(inputs: dict[int, jax.Array]) -> list[jax.Array]:
         values: dict[int, Any] = dict(inputs)
         for value, constant in graph.constants.items():
             values[value] = jnp.asarray(numpy_view(constant))
-        for node in nodes:
-            try:
-                _run_node(node, values)
-            except CaptureError:
-                raise
-            except Exception as error:  # whatever the table cannot express: the step can still run in torch
-                raise CaptureError(
-                    reason=f"{node.operator} could not be lowered ({type(error).__name__}: {error})",
-                    where=node.where,
-                    operator=node.operator,
-                ) from error
+        with products_at(strictest(precisions)):
+            for node in _nodes(graph, results):
+                _run_node_or_say(node, values)
         return [values[result] for result in results]
 
     return run
+
+
+def _nodes(graph: Graph, results: list[int]) -> list[Node]:
+    nodes = graph.live_nodes(results)
+    target = current_target()
+    if target is None or target.platform != "cuda":
+        return nodes
+    return live(for_gpu(nodes, graph.constants), results)
+
+
+def _run_node_or_say(node: Node, values: dict[int, Any]) -> None:
+    try:
+        _run_node(node, values)
+    except CaptureError:
+        raise
+    except Exception as error:  # whatever the table cannot express: the step can still run in torch
+        raise CaptureError(
+            reason=f"{node.operator} could not be lowered ({type(error).__name__}: {error})",
+            where=node.where,
+            operator=node.operator,
+        ) from error
 
 
 def _run_node(node: Node, values: dict[int, Any]) -> None:

@@ -1,22 +1,19 @@
 """What a module's compiled forward depends on besides tensors: its fingerprint, and when to take it again."""
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.frameworks.pytorch.host import Place, frozen, is_mutable, places_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
-_INTERNAL = frozenset(
-    "_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks "
-    "_is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
-    "_forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks "
-    "_load_state_dict_post_hooks".split()
-)
-_STEADY = 2  # as many values of one float attribute are compiled as constants
+_STEADY = 2  # as many values of a number that cannot be an input are compiled as constants
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
@@ -62,9 +59,9 @@ class ModuleWatch:
     """Takes the fingerprints of modules, anew only when somebody has changed a module."""
 
     def __init__(self):
-        self._taken: dict[int, tuple[nn.Module, tuple, _Fingerprint]] = {}
-        self._known: dict[_Fingerprint, _Fingerprint] = {}
-        self._values: dict[tuple[int, str], set[float]] = {}
+        self._taken: dict[int, tuple[nn.Module, tuple, Fingerprint]] = {}
+        self._known: dict[Fingerprint, Fingerprint] = {}
+        self._numbers: dict[tuple, _Number] = {}
 
     def start(self) -> None:
         """Begins to notice changes; fingerprints taken before are not to be trusted."""
@@ -75,83 +72,148 @@ class ModuleWatch:
         """Leaves `nn.Module` as it was, unless others watch too."""
         _changes.unwatch()
 
-    def fingerprint(self, module: nn.Module) -> "_Fingerprint":
+    def fingerprint(self, module: nn.Module) -> "Fingerprint":
         """The module's fingerprint as of now."""
         moment = (_changes.count, RemovableHandle.next_id)
         taken = self._taken.get(id(module))
         if taken is None or taken[0] is not module or taken[1] != moment or not taken[2].holds():
-            fingerprint = _Fingerprint(module)
-            fingerprint.unsteady = self._unsteady(fingerprint)
-            # Equal ones are one object, so that comparing signatures does not compare attributes.
-            fingerprint = self._known.setdefault(fingerprint, fingerprint)
+            fingerprint = Fingerprint(module)
+            self._changing(fingerprint)
+            if not fingerprint.inputs:
+                # Equal ones are one object, so that comparing signatures does not compare attributes.
+                fingerprint = self._known.setdefault(fingerprint, fingerprint)
             taken = self._taken[id(module)] = (module, moment, fingerprint)
         return taken[2]
 
-    def _unsteady(self, fingerprint: "_Fingerprint") -> str | None:
-        for (part, attribute), value in fingerprint.numbers.items():
-            values = self._values.setdefault((id(part), attribute), set())
-            values.add(value)
-            if len(values) > _STEADY:
-                return f"{type(part).__name__}.{attribute}"
-        return None
+    def fix_number(self, place: Place) -> None:
+        """Makes a number that changes a constant of programs, because the forward decides by its value."""
+        self._numbers[place.key].fixed = True
+
+    def _changing(self, fingerprint: "Fingerprint") -> None:
+        """Finds the numbers that have changed, and takes them out of the key: they are inputs of the program."""
+        for place, value in fingerprint.values:
+            if type(value) is float:
+                number = self._numbers.setdefault(place.key, _Number())
+                number.values.add(value)
+                if len(number.values) == 1:
+                    continue
+                if not number.fixed:
+                    fingerprint.make_input(place, value)
+                elif len(number.values) > _STEADY:
+                    fingerprint.unsteady = place.label
 
 
-class _Fingerprint:
+class _Number:
+    """A float that a forward reads."""
+
+    def __init__(self):
+        self.values: set[float] = set()
+        self.fixed = False  # the forward decides by its value
+
+
+class Fingerprint:
     """Everything but tensors' values that decides what a module's forward computes.
 
     Attributes:
-        key: Hashable; equal keys compute the same function of equal tensors.
+        key: Hashable; equal keys compute the same function of equal tensors and `inputs`.
         hooked: The name of a submodule with hooks, which compiled code cannot run.
-        unsteady: An attribute that has been a different number too often to compile each value.
-        numbers: The float attributes of submodules.
+        unsteady: A number that has been another one too often to compile each value.
+        values: Numbers, texts and containers of them that the forward may read, and where.
+        inputs: The places of numbers that change, and what they are now.
         parameters: The module's parameters.
+        tensors: The identities of its parameters and buffers.
     """
 
     def __init__(self, module: nn.Module):
         self.parameters = list(module.parameters())
         self._frozen = tuple(parameter.requires_grad for parameter in self.parameters)
-        self._mutable: list[tuple[Any, Any]] = []
-        self.hooked: str | None = None
         self.unsteady: str | None = None
-        self.numbers: dict[tuple[nn.Module, str], float] = {}
-        parts: list[Any] = [self._frozen, tuple(map(id, self.parameters)), tuple(map(id, module.buffers()))]
-        for name, part in module.named_modules():
-            if self.hooked is None and any(getattr(part, hooks) for hooks in _HOOKS):
-                self.hooked = name or type(part).__name__
-            for attribute, value in attributes_of(part).items():
-                if type(value) in (list, dict, set):
-                    self._mutable.append((value, _frozen(value)))
-                if type(value) is float:
-                    self.numbers[part, attribute] = value
-                parts.append((id(part), attribute, _frozen(value)))
-        self.key = (self.hooked, *parts)
+        self.inputs: list[tuple[Place, float]] = []
+        self.values: list[tuple[Place, Any]] = []
+        self._images: dict[tuple, Any] = {}
+        self._objects: list[tuple[Place, int]] = []  # known by identity only
+        self._unseen: list[tuple[Place, Any, Any]] = []
+        spaces = {id(part.__dict__) for part in module.modules()}
+        for place in places_of(module):
+            value = place.get()
+            image = self._images[place.key] = frozen(value)
+            if type(image) is int:
+                self._objects.append((place, image))
+            else:
+                self.values.append((place, value))
+            # Assignments to attributes of modules are noticed; everything else has to be looked at.
+            if id(place.owner) not in spaces or is_mutable(value):
+                self._unseen.append((place, value if type(image) is not int else None, image))
+        self.hooked = next((n or type(m).__name__ for n, m in module.named_modules() if _has_hooks(m)), None)
+        kinds = tuple((id(part), part.training) for part in module.modules())
+        identities = (*map(id, self.parameters), *map(id, module.buffers()))
+        self.tensors = frozenset(identities)
+        self._tensors = (kinds, self._frozen, identities)
+        self._seal()
+
+    def make_input(self, place: Place, value: float) -> None:
+        """Takes a number out of the key, but for its sign: a forward may ask whether it is zero."""
+        self._images[place.key] = "number", value > 0
+        if value != 0.0:
+            self.inputs.append((place, value))
+        self._seal()
+
+    def _seal(self) -> None:
+        self.key = (self.hooked, self._tensors, tuple(self._images.items()))
         self.hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fingerprint) and (self is other or self.key == other.key)
+        return isinstance(other, Fingerprint) and (self is other or self.key == other.key)
 
     def __hash__(self) -> int:
         return self.hash
 
     def holds(self) -> bool:
         """Whether what can change unseen is as it was."""
-        return self._frozen == tuple(parameter.requires_grad for parameter in self.parameters) and all(
-            _frozen(value) == old for value, old in self._mutable
-        )
+        if self._frozen != tuple(parameter.requires_grad for parameter in self.parameters):
+            return False
+        for place, value, image in self._unseen:
+            now = place.get()
+            if (now is not value or value is None or is_mutable(now)) and frozen(now) != image:
+                return False
+        return True
+
+    def with_constant(self, fixed: Place) -> "Fingerprint":
+        """A copy in which a number is part of the key again."""
+        copied = copy.copy(self)
+        copied.inputs = [(place, value) for place, value in self.inputs if place.key != fixed.key]
+        value = next(value for place, value in self.values if place.key == fixed.key)
+        copied._images = {**self._images, fixed.key: frozen(value)}
+        copied._seal()
+        return copied
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Puts back what the loop has changed since the call, as long as the call is replayed.
+
+        Raises:
+            TrainingCompilerError: What the call saw is not known any more.
+        """
+        lost = [place for place, identity in self._objects if id(place.get()) != identity]
+        lost += [p for p, old, image in self._unseen if is_mutable(old) and p.get() is old and frozen(old) != image]
+        if lost:
+            raise TrainingCompilerError(
+                f"{lost[0].label} was changed between a call of the model and its backward(), so that the call cannot "
+                "be computed any more as it was made. Change it before the call, or after optimizer.step()."
+            )
+        changed = [(place, value, now) for place, value in self.values if not _same(now := place.get(), value)]
+        try:
+            for place, value, _ in changed:
+                place.set(value)
+            yield
+        finally:
+            for place, _, now in changed:
+                place.set(now)
 
 
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes, without those that torch keeps for itself."""
-    return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (not is_mutable(one) and frozen(one) == frozen(other))
 
 
-def _frozen(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, bool | int | float | str | bytes | complex | type(None) | torch.dtype | torch.device):
-        return type(value), value
-    if depth < 3 and isinstance(value, list | tuple):
-        return type(value), tuple(_frozen(item, depth + 1) for item in value)
-    if depth < 3 and isinstance(value, dict):
-        return type(value), tuple((_frozen(key), _frozen(item, depth + 1)) for key, item in value.items())
-    if depth < 3 and isinstance(value, set | frozenset):
-        return type(value), frozenset(_frozen(item, depth + 1) for item in value)
-    return id(value)
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)

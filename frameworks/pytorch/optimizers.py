@@ -8,8 +8,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.recorder import user_line
+
 NEW_STATE = "the optimizer creates state for new parameters"
 
+_COUNTERS = (bool, int, float, str)
 _FUSABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
 
@@ -40,7 +44,14 @@ def traced(optimizer: torch.optim.Optimizer, number: Callable[[Any, float], floa
                 group["fused"], group["foreach"] = True, False
             elif "foreach" in group:
                 group["foreach"] = False
+        prepared = [dict(group) for group in optimizer.param_groups]
         yield
+        if any(
+            group.get(name) is not value
+            for group, before in zip(optimizer.param_groups, prepared, strict=True)
+            for name, value in before.items()
+        ):
+            raise counts_in_python(optimizer)
     finally:
         for group, old in zip(optimizer.param_groups, saved, strict=True):
             group.clear()
@@ -85,6 +96,37 @@ def hooks_of(optimizer: torch.optim.Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+class HostState:
+    """What an optimizer keeps outside of tensors: `state["step"] += 1`, `self.k += 1`, `group["t"] += 1`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        spaces: list[Any] = [vars(optimizer), *optimizer.state.values(), *optimizer.param_groups]
+        self._kept = [(space, {k: v for k, v in space.items() if isinstance(v, _COUNTERS)}) for space in spaces]
+
+    def changed(self) -> bool:
+        """Whether something is not as it was."""
+        return any(
+            name not in space or type(space[name]) is not type(value) or space[name] != value
+            for space, kept in self._kept
+            for name, value in kept.items()
+        )
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for space, kept in self._kept:
+            for name, value in kept.items():
+                if space.get(name) is not value:
+                    space[name] = value
+
+
+def counts_in_python(optimizer: torch.optim.Optimizer) -> CaptureError:
+    """The error for an optimizer whose step changes its `HostState`."""
+    kind = type(optimizer).__name__
+    error = CaptureError(f"{kind} counts in Python in its step, so the step itself runs in torch", user_line())
+    error.culprit = optimizer
+    return error
 
 
 def has_fake_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from trainingcompiler import compiler
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.events import Recompiled, emit, phase
-from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
@@ -123,6 +123,7 @@ class ProgramCache:
                 exports = entries[-1].outputs or []
             running.detail += f"  {len(captured.graph.nodes):,} ops"
         compiled = CompiledTape(self, name, entries, captured, exports, purpose)
+        compiled.compile()
         self._explain(entries, where, time.perf_counter() - start_s)
         statistics().compiles += not compiled.is_empty
         statistics().compile_time_s += time.perf_counter() - start_s
@@ -165,6 +166,8 @@ class CompiledTape:
 
     Attributes:
         exported: Numbers of the slots that it computes.
+        program: What is compiled; None where calls whose results nobody holds, of modules without buffers, leave
+            nothing to do.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class CompiledTape:
         self.exported = {slots.index(slot) for slot in exports}
         self._exports = sorted(self.exported)
         self._purpose = purpose
+        self._name, self._steps = name, any(entry.optimizers for entry in entries)
         self._where = next((entry.where for entry in entries if entry.where), None)
         self._plan_gradients(entries, captured)
         output_values = [captured.outputs[slots[index]] for index in self._exports]
@@ -196,7 +200,8 @@ class CompiledTape:
         self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
         self._seeds = [entry for entry, _ in captured.seeds]
         self._numbers = [source for source, _ in captured.numbers]
-        function = lower(captured.graph, [item.new_value for item in donated] + output_values)
+        precisions = {entry.ambient.precision for entry in entries}
+        function = lower(captured.graph, [item.new_value for item in donated] + output_values, precisions)
         state_values = [item.value for item in donated]
         input_values = [item.value for item in read]
         input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
@@ -220,6 +225,11 @@ class CompiledTape:
             )
             return tuple(kept), (*outputs, holds)
 
+        self._inspected: tuple | None = None
+        if inspection.inspector is not None:
+            given = [*state_values, *input_values, *number_values]
+            returned = [item.new_value for item in donated] + output_values
+            self._inspected = captured.graph, given, returned, _names(entries, written)
         leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
         arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
         program = StepProgram(
@@ -234,9 +244,14 @@ class CompiledTape:
             ),
             outputs=(),
         )
+        self.program = program if results else None
         self._is_checked = False
-        # Calls whose results nobody holds, of modules without buffers, leave nothing to do.
-        self._executable = compiler.compile(program) if results else None
+        self._executable: compiler.Executable | None = None
+
+    def compile(self) -> None:
+        """Compiles the program for this process's device."""
+        if self.program is not None:
+            self._executable = compiler.compile(self.program)
 
     def _plan_gradients(self, entries, captured: CapturedStep) -> None:
         """Decides which gradients are stored, which are dropped and which become None."""
@@ -273,7 +288,7 @@ class CompiledTape:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self._executable is None
+        return self.program is None
 
     def bound(self) -> list[torch.Tensor] | None:
         """The tensors that the program reads and writes; None if it was captured for others."""
@@ -300,6 +315,7 @@ class CompiledTape:
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
         inputs += [entries[entry].seed.array for entry in self._seeds]
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
+        given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
         with jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
         jax.block_until_ready((new_state, outputs))
@@ -309,6 +325,8 @@ class CompiledTape:
             outputs, holds = outputs[:-1], outputs[-1]
             if not holds:
                 raise PassingCaptureError(reason=_REFUSED, where=self._where)
+        if self._inspected is not None:
+            self._show(given, [*new_state, *outputs])
         torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
@@ -317,6 +335,23 @@ class CompiledTape:
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
+
+    def _show(self, given: list[np.ndarray], results: list[jax.Array]) -> None:
+        if inspection.inspector is None:
+            return
+        assert self._inspected is not None
+        graph, given_values, result_values, names = self._inspected
+        inspection.inspector(
+            inspection.Inspection(
+                name=self._name,
+                where=self._where,
+                steps=self._steps,
+                graph=graph,
+                inputs=dict(zip(given_values, given, strict=True)),
+                results=dict(zip(result_values, map(np.array, results), strict=True)),
+                names=names,
+            )
+        )
 
     def apply(self, arrays: tuple, tensors: list[torch.Tensor]) -> None:
         """Stores gradients, and the state that was computed beside the old one, into `tensors`."""
@@ -351,6 +386,21 @@ def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
     return [item.tensor() for item in lifted]
 
 
+def _names(entries: list[Entry], written: list[Lifted]) -> dict[int, str]:
+    """What a person calls the values that a step leaves in its state."""
+    modules = {id(module): module for entry in entries for module in entry.modules}.values()
+    known = {id(t): name for module in modules for name, t in (*module.named_parameters(), *module.named_buffers())}
+    of_state = {
+        id(value): f"{key} of {known.get(id(parameter), 'a parameter')}"
+        for entry in entries
+        for optimizer in entry.optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    known |= of_state
+    return {item.new_value: f"new {known[id(item.tensor())]}" for item in written if id(item.tensor()) in known}
+
+
 def _cleared_inside(captured: CapturedStep) -> set[int]:
     """The parameters whose gradients the step replaces without adding to the old ones: by `zero_grad`, first of all."""
     new = [value for _, value in captured.gradients if value is not None]
@@ -362,6 +412,8 @@ def _cleared_inside(captured: CapturedStep) -> set[int]:
 def _number(entries: list[Entry], source: NumberSource) -> float:
     if source.optimizer is not None:
         return optimizers.number_at(source.optimizer(), source.position)
+    if source.host is not None:
+        return entries[source.entry].host_numbers()[source.position][1]
     return entries[source.entry].leaves[source.position]
 
 

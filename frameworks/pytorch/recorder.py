@@ -6,7 +6,7 @@ Functionalizing while recording, instead of in a second pass over the graph, hal
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +21,24 @@ _HERE = os.path.dirname(__file__) + os.sep
 
 # Overloads that write to arguments although their schema does not say so:
 # overload -> the positions of the arguments that the trailing outputs of its lowering replace.
-_HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
+HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
 
 # In-place overloads whose functional form has another name.
 _FUNCTIONAL = {
     "aten.bernoulli_.float": "aten.bernoulli.p",
     "aten.normal_.default": "aten.normal_functional.default",
+    "aten.rrelu_with_noise.default": "aten.rrelu_with_noise_functional.default",
+    "aten.rrelu_with_noise_.default": "aten.rrelu_with_noise_functional.default",
     "aten.transpose_.default": "aten.transpose.int",
 }
+# Kernels that are written in other operators, whatever the device.
+_COMPOSITE = (
+    torch._C.DispatchKey.CompositeImplicitAutograd,
+    torch._C.DispatchKey.CompositeExplicitAutograd,
+    torch._C.DispatchKey.CompositeExplicitAutogradNonFunctional,
+)
+# Operators that see the memory behind a tensor, and the position of the offset that counts from its beginning.
+_STRIDED = {"aten.as_strided.default": 3, "aten.as_strided_copy.default": 3, "aten.as_strided_scatter.default": 4}
 # Views that a tensor takes of itself; nothing is written.
 _TURNING = ("aten.t_.", "aten.transpose_.", "aten.squeeze_.", "aten.unsqueeze_.")
 
@@ -49,6 +59,7 @@ class _Storage:
     geometry: tuple
     value: int
     version: int = 0
+    is_input: bool = False
 
 
 @dataclass(slots=True)
@@ -62,17 +73,12 @@ class _Tensor:
     version: int
 
 
-@dataclass(slots=True)
-class _Sequence:
-    seed: Ref
-    count: int = field(default=0)
-
-
 class Recorder(TorchDispatchMode):
     """Records every operator dispatched on fake tensors while it is entered, above a `FakeTensorMode`.
 
     Attributes:
         graph: What has been recorded.
+        draws: The seed of the random operators that follow, and how many have been drawn from it; None without one.
     """
 
     def __init__(self):
@@ -81,7 +87,7 @@ class Recorder(TorchDispatchMode):
         self._count = 0
         self._tensors: dict[int, _Tensor] = {}
         self._storages: dict[int, _Storage] = {}
-        self._sequence: _Sequence | None = None
+        self.draws: tuple[Ref, int] | None = None
         self._decompositions = torch._decomp.decomposition_table
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -91,6 +97,7 @@ class Recorder(TorchDispatchMode):
         value = self._new_value()
         self.graph.inputs.append(value)
         self._adopt(fake, value)
+        self._storages[fake.untyped_storage()._cdata].is_input = True
         return value
 
     def value_of(self, fake: torch.Tensor) -> int:
@@ -110,7 +117,7 @@ class Recorder(TorchDispatchMode):
 
     def seed_with(self, fake: torch.Tensor | None) -> None:
         """Draws the random numbers of the operators that follow from the seed that `fake` holds."""
-        self._sequence = None if fake is None else _Sequence(Ref(self.value_of(fake)))
+        self.draws = None if fake is None else (Ref(self.value_of(fake)), 0)
 
     def emit(self, operator: str, args: tuple, kwargs: dict, outputs: list[torch.Tensor | None]) -> None:
         """Records an operator by hand; each output tensor is overwritten with what the operator returns for it."""
@@ -140,6 +147,8 @@ class Recorder(TorchDispatchMode):
             return self._mutate(func, name, args, kwargs)
         if name not in LOWERINGS and name not in RANDOM_LOWERINGS:
             return self._decompose(func, name, args, kwargs)
+        if name in _STRIDED:
+            self._check_strided(name, args, kwargs)
         encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
         result = func(*args, **kwargs)
         outputs = list(_flatten(result))
@@ -173,11 +182,11 @@ class Recorder(TorchDispatchMode):
         if func in self._decompositions:
             with self:
                 return self._decompositions[func](*args, **kwargs)
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is NotImplemented:
-            raise unsupported(name)
-        return result
+        for key in _COMPOSITE:
+            if func.has_kernel_for_dispatch_key(key):
+                with self:
+                    return func._op_dk(key, *args, **kwargs)
+        raise unsupported(name)
 
     def _mutate(self, func, name, args, kwargs):
         functional = _functional_name(name)
@@ -196,10 +205,15 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
             for target in _flatten(value)
         ]
-        values = tuple(self._new_value() for _ in targets)
-        metas = tuple(_meta(target) for target in targets)
+        # What it returns besides the tensors that it writes to comes first, as in the functional form.
+        written = set(map(id, targets))
+        fresh = [output for output in _flatten(result) if output is not None and id(output) not in written]
+        values = tuple(self._new_value() for _ in (*fresh, *targets))
+        metas = tuple(_meta(tensor) for tensor in (*fresh, *targets))
         self._append(functional, encoded_args, encoded_kwargs, values, metas, casts=True)
-        for target, value in zip(targets, values, strict=True):
+        for output, value in zip(fresh, values, strict=False):
+            self._adopt(output, value)
+        for target, value in zip(targets, values[len(fresh) :], strict=True):
             self._write(target, value)
         return result
 
@@ -213,21 +227,39 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _hidden_writes(self, name: str, args: tuple) -> list[torch.Tensor | None]:
-        return [args[position] for position in _HIDDEN_WRITES.get(name, ())]
+        return [args[position] for position in HIDDEN_WRITES.get(name, ())]
 
     # -- views and writes ---------------------------------------------------------------------------------------
 
+    def _check_strided(self, name, args, kwargs):
+        """Refuses strides over memory that is laid out in another way here than in torch."""
+        tensor, storage = args[0], self._record(args[0]).storage
+        offset = args[_STRIDED[name]] if len(args) > _STRIDED[name] else kwargs.get("storage_offset")
+        is_whole = storage.geometry == _geometry(tensor) or name == "aten.as_strided.default"
+        if (
+            not is_whole
+            or tensor.dtype is not storage.geometry[1]
+            or not _is_plain(storage.geometry)
+            or (storage.is_input and offset is not None)  # which may be part of a larger memory in torch
+        ):
+            raise CaptureError(
+                reason=f"{name} of a tensor whose memory may be laid out in another way in a compiled program",
+                where=user_line(),
+                operator=name,
+            )
+
     def _record_views(self, name, parent, args, kwargs, outputs):
         record = self._record(parent)
-        value = self.value_of(parent)
+        storage, path, value = record.storage, record.path, self.value_of(parent)
+        if name == "aten.as_strided.default":  # strides count in the memory, not in the view that they are taken of
+            path, value = (), storage.value
+            args, kwargs = (parent, args[1], args[2], outputs[0].storage_offset()), {}
         steps = _single_views(name, args, kwargs, outputs)
         for output, step in zip(outputs, steps, strict=True):
             if id(output) in self._tensors:
                 continue  # the operator returned its own argument
             viewed = self._emit_view(step, value, _meta(output))
-            self._tensors[id(output)] = _Tensor(
-                output, record.storage, (*record.path, step), viewed, record.storage.version
-            )
+            self._tensors[id(output)] = _Tensor(output, storage, (*path, step), viewed, storage.version)
 
     def _emit_view(self, step: "_View", parent: int, meta) -> int:
         value = self._new_value()
@@ -290,12 +322,12 @@ class Recorder(TorchDispatchMode):
     def _append(self, operator, args, kwargs, outputs, metas, casts=False) -> None:
         seed = None
         if operator in RANDOM_LOWERINGS:
-            if self._sequence is None:
+            if self.draws is None:
                 raise CaptureError(
                     reason=f"{operator} draws random numbers outside of any recorded call", where=user_line()
                 )
-            seed = (self._sequence.seed, self._sequence.count)
-            self._sequence.count += 1
+            seed = self.draws
+            self.draws = (seed[0], seed[1] + 1)
         self.graph.nodes.append(Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts))
 
 
@@ -357,6 +389,17 @@ def _meta(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _geometry(tensor: torch.Tensor) -> tuple:
     return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset()
+
+
+def _is_plain(geometry: tuple) -> bool:
+    """Whether a tensor begins where its memory begins and is contiguous."""
+    shape, _, stride, offset = geometry
+    expected = 1
+    for extent, step in zip(reversed(shape), reversed(stride), strict=True):
+        if extent != 1 and step != expected:
+            return False
+        expected *= max(extent, 1)
+    return offset == 0
 
 
 def _flatten(result: Any):

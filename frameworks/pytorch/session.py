@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, FallbackError
+from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.fallback import Fallbacks
-from trainingcompiler.frameworks.pytorch.guard import ParameterGuard, versions
+from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
+from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import hooks_of, parameters_of
@@ -30,6 +30,7 @@ from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
+from trainingcompiler.statistics import current as statistics
 
 _META = frozenset(
     "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
@@ -43,6 +44,7 @@ _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
     "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
 )
+_LONGEST_TAPE = 512  # entries; a list of results that nobody looks at must not grow one without end
 
 
 class Session:
@@ -63,7 +65,7 @@ class Session:
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
         self._fallbacks = Fallbacks(config)
-        self._guard = ParameterGuard(self.commit)
+        self._guard = StateGuard(self._before_write, self.commit)
         self._backward_compiled = False  # whether the last backward ran as a program
         self._clippings: set[Callable] = set()
         self._called_since_backward: set[int] = set()
@@ -80,6 +82,7 @@ class Session:
             with undeferred():
                 return original(module, *self._real(args), **self._real(kwargs))
         self._sweep()
+        self._bound_tape()
         if not torch.is_grad_enabled() and not self.tape:
             return self._run_at_once(module, args, kwargs)
         if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
@@ -97,7 +100,11 @@ class Session:
                 return None
         elif name in _META_METHODS:
             return function(args[0].slot.meta, *args[1:], **kwargs)
+        if name in _READS and not is_replaying():
+            statistics().host_reads += 1
         if is_replaying() or name in _READS or not self._any_pending(args, kwargs):
+            return function(*self._real(args), **self._real(kwargs))
+        if self._bound_tape():
             return function(*self._real(args), **self._real(kwargs))
         if name in ("register_hook", "retain_grad", "__set__") or kwargs.get("create_graph"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
@@ -116,7 +123,9 @@ class Session:
             self._cut(optimizer)
             self._append(original, (optimizer,), {}, optimizers=(optimizer,))
             return self._end_step(optimizer)
-        if self.tape:
+        if self.tape and self._fallbacks.covers(optimizer) and self.tape.committable() == len(self.tape.entries):
+            self.commit()  # forward and backward, up to the gradients
+        elif self.tape:
             self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
         elif self.deferring and (closure is not None or hooks_of(optimizer)):
             self._fallbacks.say(CaptureError(reason=reason, where=user_line()))
@@ -247,7 +256,12 @@ class Session:
     def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
         entry = self.calls.entry(function, args, kwargs, optimizers)
         self.tape.entries.append(entry)
+        self._guard_state(entry)
         return entry
+
+    def _guard_state(self, entry: Entry) -> None:
+        for fingerprint in entry.prints:
+            self._guard.watch(fingerprint.tensors)
 
     def _results(self, entry: Entry, planned: Plan, args: tuple, kwargs: dict) -> Any:
         if planned.random:
@@ -299,7 +313,7 @@ class Session:
         self._called_since_backward = {
             id(entry.function) for entry in self.tape.entries if isinstance(entry.function, nn.Module)
         }
-        self._guard.watch(True)
+        self._guard.watch_all()
         held = self._speculation.backward(self.tape, entry)
         if held is not None and self.tape.committable() == len(self.tape.entries):
             self._check_gradients(self.tape.entries)
@@ -353,7 +367,7 @@ class Session:
 
     def finish(self) -> None:
         """Computes everything that has been asked for; a step that was aborted half-way stays undone."""
-        self._guard.watch(False)
+        self._guard.rest()
         self.tape.entries = [entry for entry in self.tape.entries if entry.function is not torch.Tensor.backward]
         self.commit()
         for slot in self.tape.live_slots():
@@ -371,7 +385,7 @@ class Session:
         live = [slot for entry in entries for slot in entry.outputs if slot.live]
         needed = {slot for entry in rest for slot in entry.slots()}
         exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot in set(live)]
-        self._guard.watch(False)
+        self._guard.rest()
         self._check_parameters(entries)
         self._check_gradients(entries)
         try:
@@ -385,6 +399,22 @@ class Session:
         self._committed(entries, rest)
         return None
 
+    def _bound_tape(self) -> bool:
+        """Runs a tape in torch that has grown too long; returns whether it has."""
+        if len(self.tape.entries) < _LONGEST_TAPE:
+            return False
+        reason = f"{_LONGEST_TAPE} calls have been made and no backward()"
+        self.run_eagerly(PassingCaptureError(reason=reason, where=user_line()))
+        return True
+
+    def _before_write(self) -> None:
+        """Computes what has read the state that is about to be written to."""
+        if self.tape.committable() == len(self.tape.entries):
+            self.commit()
+        else:
+            reason = "the model's state is changed between a call and its backward()"
+            self.run_eagerly(PassingCaptureError(reason=reason, where=user_line()))
+
     def _sweep(self) -> None:
         """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
         if self.tape and not self._has_backward() and not self.tape.live_slots():
@@ -395,9 +425,10 @@ class Session:
         for entry in entries:
             for slot in entry.outputs or ():
                 slot.committed = True
+        self._guard.rest()
         for entry in rest:
             detached(entry)
-        self._guard.watch(False)
+            self._guard_state(entry)
         self.tape.entries = rest
         self.tape.mutated = False
         self._called_since_backward = set()
@@ -447,6 +478,8 @@ class Session:
             FallbackError: The user wants no fallback.
         """
         items = [item for entry in self.tape.entries for item in (entry.function, *entry.optimizers)]
+        if error.culprit is not None:
+            items = [error.culprit]
         items = [item for item in (*items, culprit) if isinstance(item, nn.Module | torch.optim.Optimizer)]
         try:
             self._fallbacks.leave(error, items)
@@ -454,7 +487,7 @@ class Session:
             self.tape.entries.clear()
             raise
         self._check_gradients(self.tape.entries)
-        self._guard.watch(False)
+        self._guard.rest()
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
         self._backward_compiled = False
@@ -477,9 +510,12 @@ class Session:
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         if not self.deferring or self._fallbacks.covers(module):
             return False
-        if self.book.trains(module, self.calls.modules):
-            return True
-        return self._any_pending(args, kwargs)
+        if not self.book.trains(module, self.calls.modules) and not self._any_pending(args, kwargs):
+            return False
+        if torch.is_anomaly_enabled():
+            self._fallbacks.say(CaptureError(ANOMALY, user_line()))
+            return False
+        return True
 
     def _any_pending(self, args: Any, kwargs: Any) -> bool:
         return any(isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0])

@@ -15,7 +15,7 @@ from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice
-from trainingcompiler.frameworks.pytorch.fallback import Fallbacks
+from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
@@ -57,13 +57,18 @@ class CompiledStep:
         """
         if not self._optimizers:
             result = self._observe(args, kwargs)
-        elif self._is_eager or not self._choice.defers:
+        elif self._is_eager or not self._choice.defers or self._is_watched():
             with undeferred():
                 result = self._function(*args, **kwargs)
             self._finished("eager")
         else:
             result = self._run(args, kwargs)
         return result
+
+    def _is_watched(self) -> bool:
+        if torch.is_anomaly_enabled():
+            self._fallbacks.say(CaptureError(ANOMALY, user_line()))
+        return torch.is_anomaly_enabled()
 
     def _observe(self, args: tuple, kwargs: dict) -> Any:
         modules: dict[int, nn.Module] = {}
@@ -124,6 +129,9 @@ class CompiledStep:
         encoded = [_encode(leaf) for leaf in leaves]
         kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Input) else _constant(leaf) for leaf in encoded)
         prints = tuple(self._watch.fingerprint(module) for module in self._modules)
+        unsteady = next((fingerprint.unsteady for fingerprint in prints if fingerprint.unsteady), None)
+        if unsteady:
+            raise CaptureError(f"{unsteady} is another number at every step, and the forward decides by its value")
         ambient = Ambient.now()
         key = ((self._function, prints), structure, kinds, ambient)
         entry = Entry(
@@ -136,6 +144,7 @@ class CompiledStep:
             where=user_line(),
             optimizers=tuple(self._optimizers),
             modules=tuple(self._modules),
+            prints=prints,
         )
         entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
         known = self._results.get(key)
@@ -147,8 +156,7 @@ class CompiledStep:
                 self._programs.run([entry], entry.outputs or [], Purpose.COMMIT)
                 break
             except NumberUsed as error:
-                source: Any = error.source
-                if source is None or not self._book.fix_number(source.optimizer(), source.position):
+                if not self._make_constant(error.source, entry):
                     raise CaptureError(
                         reason="the step decides by the value of a number that is computed in it"
                     ) from None
@@ -162,12 +170,22 @@ class CompiledStep:
                 [positions.get(leaf) if isinstance(leaf, Slot) else leaf for leaf in leaves],
                 [isinstance(leaf, Slot) for leaf in leaves],
             )
-            self._results[key] = template, [slot.meta for slot in entry.outputs]
+            self._results[entry.key] = template, [slot.meta for slot in entry.outputs]
         structure, items, are_outputs = template
         return unflatten(
             structure,
             iter([entry.outputs[i].value if is_output else i for i, is_output in zip(items, are_outputs, strict=True)]),
         )
+
+    def _make_constant(self, source: Any, entry: Entry) -> bool:
+        if source is None:
+            return False
+        if source.host is None:
+            return self._book.fix_number(source.optimizer(), source.position)
+        self._watch.fix_number(source.host)
+        entry.prints = tuple(fingerprint.with_constant(source.host) for fingerprint in entry.prints)
+        entry.key = ((entry.key[0][0], entry.prints), *entry.key[1:])
+        return True
 
     def _fall_back(self, error: CaptureError, args: tuple, kwargs: dict) -> Any:
         self._fallbacks.leave(error, [self])

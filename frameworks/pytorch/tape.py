@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.host import Place
+from trainingcompiler.frameworks.pytorch.modules import Fingerprint
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, unflatten
 
 
@@ -117,6 +119,7 @@ class Entry:
         modules: The modules that it calls, as far as is known.
         versions: The in-place writes to the parameters of the module at the call.
         closure: Tensors that the function reads without being given them, with snapshots of their values.
+        prints: The fingerprints of the modules at the call.
         seed: A snapshot of the seed of its random numbers, if it draws any.
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
         frees: The slots whose graph the entry frees.
@@ -134,6 +137,7 @@ class Entry:
     modules: tuple[torch.nn.Module, ...] = ()
     versions: tuple[int, ...] = ()
     closure: tuple[tuple[torch.Tensor, Input], ...] = ()
+    prints: tuple[Fingerprint, ...] = ()
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
     where: str | None = None
@@ -143,6 +147,10 @@ class Entry:
         """The leaf at a position; those of the closure come after the arguments'."""
         count = len(self.leaves)
         return self.leaves[position] if position < count else self.closure[position - count][1]
+
+    def host_numbers(self) -> list[tuple[Place, float]]:
+        """The changing numbers that the modules read of Python itself, as they were at the call."""
+        return [item for fingerprint in self.prints for item in fingerprint.inputs]
 
     def slots(self) -> list[Slot]:
         """The slots that the entry reads."""
@@ -262,6 +270,8 @@ def run_in_torch(entry: Entry) -> None:
         if entry.seed is not None:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(int(entry.seed.array))
+        for fingerprint in entry.prints:
+            stack.enter_context(fingerprint.restored())
         results = tensors_in(replay(entry, resolve))
     for slot, tensor in zip(entry.outputs or (), results, strict=False):
         slot.value = tensor

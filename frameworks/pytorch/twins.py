@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.generators import TracedGenerator
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
 from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
 
@@ -49,6 +50,7 @@ class Twins(TorchFunctionMode):
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.lifted: list[torch.Tensor] = []
         self.reads_numbers = False
+        self._generator = TracedGenerator(self.recorder)
         self._fakes: dict[int, torch.Tensor] = {}
         self._first_values: dict[int, int] = {}
         self._reals: dict[int, torch.Tensor] = {}
@@ -60,6 +62,7 @@ class Twins(TorchFunctionMode):
             _without_mkldnn(),
             torch.autograd.set_multithreading_enabled(False),
             guarded_math(),
+            self._generator.installed(),
             self.fake_mode,
             self.recorder,
             self,

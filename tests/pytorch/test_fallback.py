@@ -14,7 +14,7 @@ from trainingcompiler import FallbackError
 from trainingcompiler.events import Note
 
 
-@torch.library.custom_op("trainingcompiler_tests::twice", mutates_args=())
+@torch.library.custom_op("trainingcompiler_tests::twice", mutates_args=(), device_types="cpu")
 def twice(x: torch.Tensor) -> torch.Tensor:
     """An operator that nobody has a lowering for."""
     return x * 2

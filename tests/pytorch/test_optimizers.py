@@ -1,0 +1,89 @@
+"""Every optimizer of torch: 20 steps equal to eager's, or the reason why not stands in docs/optimizers.md."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from parity import assert_same_training
+from small import batches, made, mlp, train_on
+from torch import nn
+from torch.nn import functional as F
+
+PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
+ROWS = [[cell.strip() for cell in line.split("|")[1:4]] for line in PAGE.read_text().splitlines() if "| " in line]
+STATUS = {name: status for name, status, _ in ROWS if status in ("compiled", "step in torch", "eager")}
+
+# Beside the defaults: the options that change which operators an optimizer's step consists of.
+OPTIONS = {
+    "ASGD": [{}, {"weight_decay": 0.01}],
+    "Adadelta": [{"lr": 0.5}, {"weight_decay": 0.01, "maximize": True}],
+    "Adafactor": [{}, {"lr": 0.1, "weight_decay": 0.1}],
+    "Adagrad": [{}, {"lr_decay": 0.1, "weight_decay": 0.01}],
+    "Adam": [{}, {"amsgrad": True, "weight_decay": 0.01}, {"maximize": True}, {"foreach": True}, {"fused": True}],
+    "AdamW": [{}, {"amsgrad": True}, {"capturable": False, "foreach": False}],
+    "Adamax": [{}, {"weight_decay": 0.01}],
+    "Muon": [{}, {"nesterov": False, "weight_decay": 0.0}],
+    "NAdam": [{}, {"weight_decay": 0.01, "decoupled_weight_decay": True}],
+    "RAdam": [{}, {"weight_decay": 0.01, "decoupled_weight_decay": True}],
+    "RMSprop": [{}, {"momentum": 0.9, "centered": True}],
+    "Rprop": [{}, {"lr": 0.05}],
+    "SGD": [{}, {"momentum": 0.9, "dampening": 0.1}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}],
+}
+CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
+
+
+def matrices() -> nn.Module:
+    """A model of matrices only, as Muon wants it."""
+    return nn.Sequential(nn.Linear(8, 32, bias=False), nn.Tanh(), nn.Linear(32, 4, bias=False))
+
+
+def test_every_optimizer_stands_in_the_table():
+    kinds = {name for name, value in vars(torch.optim).items() if isinstance(value, type)} - {"Optimizer"}
+    assert kinds == set(STATUS)
+    assert {name for name, status in STATUS.items() if status == "compiled"} == set(OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{'-'.join(o) or 'defaults'}" for n, o in CASES])
+def test_twenty_steps(name, options):
+    make = made(matrices if name == "Muon" else mlp, getattr(torch.optim, name), **options)
+    # Muon orthogonalizes in bfloat16, whatever its parameters are: two orders of summation differ by its last bit.
+    loose = {"float64_tolerance": 2e-2, "dtypes": (torch.float64,)} if name == "Muon" else {}
+    run = assert_same_training(make, lambda o, d: train_on(o["model"], o["optimizer"], d), batches(21), **loose)
+    assert run.statistics.compiled_steps >= 20 - (name == "Adafactor")
+
+
+def test_lbfgs_is_eager_and_says_so():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        losses = []
+        for x, y in data:
+            losses.append(float(optimizer.step(closure)))
+        return losses
+
+    run = assert_same_training(made(mlp, torch.optim.LBFGS, lr=0.1), loop, batches(20), may_fall_back=True)
+    assert "closure" in run.fallbacks()[0].reason and STATUS["LBFGS"] == "eager"
+
+
+def test_sparse_adam_is_eager_and_says_so():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 4, sparse=True)
+
+        def forward(self, x):
+            return self.table(x.argmax(1))
+
+    run = assert_same_training(
+        made(Bag, torch.optim.SparseAdam, lr=0.1),
+        lambda o, d: train_on(o["model"], o["optimizer"], d),
+        batches(20),
+        may_fall_back=True,
+    )
+    assert "sparse" in run.fallbacks()[0].reason and STATUS["SparseAdam"] == "eager"

@@ -1,0 +1,120 @@
+"""Runs an ordinary script twice through the launcher, eagerly and compiled, and compares what it prints.
+
+Scripts print numbers in float64. What the compiled run says about itself is on standard error.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+TOLERANCE = 1e-7  # relative, in float64: orders of summation differ by 1e-13, and 20 steps may amplify it
+
+PREAMBLE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+DATA = [(torch.randn(16, 8), torch.randint(0, 4, (16,))) for _ in range(24)]
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+
+def report(*models):
+    for model in models:
+        print("parameters", *(value.double().sum().item() for value in model.state_dict().values()))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """One run of a script.
+
+    Attributes:
+        out: The lines of its standard output.
+        said: The lines of its standard error.
+    """
+
+    out: list[str]
+    said: list[str]
+
+    def lines(self, tag: str) -> list[str]:
+        """What was said under a tag such as `fallback`."""
+        return [line for line in self.said if line.startswith(f"[{tag}]")]
+
+    @property
+    def compiled_steps(self) -> int:
+        """How many steps ran as a compiled program."""
+        (done,) = self.lines("done")
+        found = re.search(r"\((\d+) compiled", done)
+        steps = re.search(r"(\d+) steps?", done)
+        assert steps is not None
+        return int(found.group(1)) if found else int(steps.group(1))
+
+    @property
+    def compiles(self) -> int:
+        """How many programs were compiled."""
+        found = re.search(r"(\d+) compile", self.lines("done")[0])
+        return int(found.group(1)) if found else 0
+
+
+def run(script: str, folder: Path, *options: str) -> Ran:
+    """Runs a script through the launcher, `PREAMBLE` first; its lines keep their numbers."""
+    path = folder / "train.py"
+    path.write_text(PREAMBLE + textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainingcompiler.launch", *options, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    return Ran(out=done.stdout.splitlines(), said=done.stderr.splitlines())
+
+
+def holds(script: str, folder: Path, *, says: str | None = None, line: str | None = None, options=()) -> Ran:
+    """Asserts that a script prints the same numbers compiled as eagerly.
+
+    Args:
+        script: What follows `PREAMBLE`.
+        folder: A temporary one.
+        says: A part of the reason why steps run eagerly; None if all steps but the first must be compiled.
+        line: The text of the script's line that the reason has to name.
+        options: Of the launcher, for the compiled run.
+
+    Returns:
+        The compiled run.
+    """
+    eager = run(script, folder, "--no-compile")
+    compiled = run(script, folder, "--engine=xla", *options)
+    assert eager.out, "the script prints nothing"
+    same(eager.out, compiled.out)
+    eagerly = [text for text in compiled.said if text.startswith("[fallback]") or "ran eagerly" in text]
+    if says is None:
+        assert not eagerly, eagerly
+        assert compiled.compiled_steps >= 20, compiled.said
+        return compiled
+    assert any(says in text for text in eagerly), compiled.said
+    if line is not None:
+        numbers = [n for n, text in enumerate((folder / "train.py").read_text().splitlines(), 1) if line in text]
+        assert any(f"train.py:{n}" in text for n in numbers for text in eagerly), (numbers, eagerly)
+    return compiled
+
+
+def same(eager: list[str], compiled: list[str]) -> None:
+    """Asserts that two outputs are equal up to rounding."""
+    assert len(eager) == len(compiled), (eager, compiled)
+    for right, judged in zip(eager, compiled, strict=True):
+        for one, other in zip(right.split(), judged.split(), strict=True):
+            try:
+                a, b = float(one), float(other)
+            except ValueError:
+                assert one == other, (right, judged)
+                continue
+            assert math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE), (right, judged)

@@ -1,0 +1,127 @@
+"""GPUs that a program can be compiled for where there is none, as the numbers that XLA's cost models and limits need.
+
+Sources: the descriptions that come with XLA (openxla/xla, xla/backends/gpu/target_config/specs), which are what the
+driver reports on the machine, and NVIDIA's data sheets for the memory of the H200.
+"""
+
+from dataclasses import dataclass
+
+from trainingcompiler.config import did_you_mean
+from trainingcompiler.errors import UsageError
+
+_CUDNN = (9, 10)  # what XLA's own descriptions say; flash attention, forward and backward, needs 8.9 or newer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        name: What its driver calls it.
+        compute_capability: Major and minor.
+        memory_bytes: All of the device's memory.
+        bandwidth: Bytes a second from and to that memory.
+        cores: Streaming multiprocessors.
+        float32_units: Per core.
+        clock_ghz: Boosted.
+        l2_bytes: The cache that all cores share.
+        shared_bytes: Shared memory of one core.
+        shared_bytes_block: The part of it that one block may ask for.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    bandwidth: int
+    cores: int
+    float32_units: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_bytes: int
+    shared_bytes_block: int
+
+    def description(self) -> str:
+        """The GPU as text of XLA's `GpuTargetConfigProto`."""
+        major, minor = self.compute_capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_bytes}
+  threads_per_core_limit: 2048
+  core_count: {self.cores}
+  fpus_per_core: {self.float32_units}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth}
+  l2_cache_size: {self.l2_bytes}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
+  shared_memory_per_block_optin: {self.shared_bytes_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} }}
+device_description_str: "{self.name}"
+"""
+
+
+_HOPPER = dict(
+    compute_capability=(9, 0),
+    cores=132,
+    float32_units=128,
+    clock_ghz=1.98,
+    l2_bytes=52428800,
+    shared_bytes=233472,
+    shared_bytes_block=232448,
+)
+_AMPERE = dict(
+    compute_capability=(8, 0),
+    cores=108,
+    float32_units=64,
+    clock_ghz=1.41,
+    l2_bytes=41943040,
+    shared_bytes=167936,
+    shared_bytes_block=166912,
+)
+
+GPUS: dict[str, Gpu] = {
+    # XLA's file gives the H200 141 GiB; the data sheet says 141 GB, of which programs can use a little less.
+    "h200": Gpu(name="NVIDIA H200", memory_bytes=150_000_000_000, bandwidth=4_800_000_000_000, **_HOPPER),
+    "h100": Gpu(name="NVIDIA H100 80GB HBM3", memory_bytes=84_942_979_072, bandwidth=3_352_320_000_000, **_HOPPER),
+    "a100-80": Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=85_100_068_864, bandwidth=2_039_040_000_000, **_AMPERE),
+    "a100-40": Gpu(name="NVIDIA A100-SXM4-40GB", memory_bytes=42_331_013_120, bandwidth=1_555_200_000_000, **_AMPERE),
+    "b200": Gpu(
+        name="NVIDIA B200",
+        compute_capability=(10, 0),
+        memory_bytes=191_514_411_008,
+        bandwidth=7_672_320_000_000,
+        cores=148,
+        float32_units=128,
+        clock_ghz=1.965,
+        l2_bytes=132644864,
+        shared_bytes=233472,
+        shared_bytes_block=232448,
+    ),
+}
+"""What a person calls a GPU -> its description."""
+
+
+def gpu(name: str) -> Gpu:
+    """Finds a GPU by name; case does not matter.
+
+    Raises:
+        UsageError: There is no description of it.
+    """
+    found = GPUS.get(name.lower())
+    if found is None:
+        hint = did_you_mean(name.lower(), GPUS) or f"; described are {', '.join(GPUS)}"
+        raise UsageError(f"there is no description of a GPU {name!r}{hint}")
+    return found
