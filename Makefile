@@ -1,19 +1,21 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
 
 VENV   := .venv
+GPU    := build/venv-gpu
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench gpu-plan lint clean
 
 help:
-	@echo "make demo    train a small GPT twice, compiled and eager, and compare"
-	@echo "make test    lint, type check and tests, on the CPU"
-	@echo "make lint    lint and type check only"
-	@echo "make bench   the benchmark of benchmarks/README.md, in full (hours)"
-	@echo "make clean   remove the environment and everything that was built"
+	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
+	@echo "make test      lint, type check and tests, on the CPU"
+	@echo "make lint      lint and type check only"
+	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
+	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
+	@echo "make clean     remove the environment and everything that was built"
 
 # torch comes first and alone: pulled in as somebody's dependency, it would be the CUDA build, several GB of it.
 $(READY): setup.py pyproject.toml constraints.txt
@@ -35,6 +37,16 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png
+
+# XLA's compiler for GPUs, in an environment of its own; JAX_PLATFORMS, or JAX looks for a driver.
+$(GPU)/.ready: $(READY)
+	test -x $(GPU)/bin/python || $(BIN)/python -m venv $(GPU)
+	$(GPU)/bin/pip install --quiet torch==2.13.0
+	$(GPU)/bin/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,dev,cuda12]'
+	@touch $@
+
+gpu-plan: $(GPU)/.ready
+	JAX_PLATFORMS=cpu $(GPU)/bin/python -m pytest tests/gpu
 
 # The type checker cannot see setup.py's package_dir, so it gets the three folders laid out as they are installed.
 lint: $(READY)

@@ -27,7 +27,8 @@ class Target:
         description: What a person calls the device, e.g. `"cpu"` or `"NVIDIA H200"`.
         device_count: How many devices the target has.
         compute_capability: Major and minor, of a CUDA device.
-        described: The GPU, where the target is a description: programs are compiled for it and cannot run.
+        described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
+            plans leave out the workspaces of cuDNN, which only a GPU tells.
     """
 
     platform: str
@@ -95,9 +96,14 @@ def current() -> Target | None:
     return _current.get()
 
 
+def compiles_for_gpus() -> bool:
+    """Whether XLA's compiler for NVIDIA GPUs is installed, with or without a GPU."""
+    return any(find_spec(wheel) for wheel in _WHEELS)
+
+
 @functools.cache
 def _described_device(described: Gpu) -> Any:
-    if not any(find_spec(wheel) for wheel in _WHEELS):
+    if not compiles_for_gpus():
         raise UsageError(
             f"compiling for a described {described.name} needs XLA's compiler for GPUs, which is not installed: "
             'pip install "trainingcompiler[cuda12]", or [cuda13] (the same as "jax[cuda12]"; 4 GB of wheels, and '

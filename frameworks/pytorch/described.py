@@ -11,10 +11,11 @@ from torch import nn
 
 from trainingcompiler import compiler
 from trainingcompiler.compiler import Executable
-from trainingcompiler.errors import UsageError
+from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.events import phase
-from trainingcompiler.frameworks.pytorch.capture import capture
+from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.programs import CompiledTape, ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -96,12 +97,24 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         modules=(module,),
     )
     with undeferred(), _with_state(optimizer), phase("capture", "train_step") as running:
-        captured = capture([entry])
+        captured = _captured(entry)
         running.detail += f"  {len(captured.graph.nodes):,} ops"
         tape = CompiledTape(ProgramCache(book), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT)
     if tape.program is None or not tape.program.state:
         raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
     return tape.program
+
+
+def _captured(entry: Entry) -> CapturedStep:
+    try:
+        return capture([entry])
+    except CaptureError:
+        raise
+    except NumberUsed:
+        reason = "the step decides by the value of a number that changes between steps"
+        raise CaptureError(reason, entry.where) from None
+    except Exception as error:  # the model's own, most likely
+        raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], entry.where) from error
 
 
 def _described(tensor: torch.Tensor) -> Input:

@@ -37,6 +37,7 @@ def lower(
     Returns:
         A function from the values of the graph's inputs, by number, to the values of `results`, in order.
     """
+
     def run(inputs: dict[int, jax.Array]) -> list[jax.Array]:
         values: dict[int, Any] = dict(inputs)
         for value, constant in graph.constants.items():
@@ -54,7 +55,7 @@ def _nodes(graph: Graph, results: list[int]) -> list[Node]:
     target = current_target()
     if target is None or target.platform != "cuda":
         return nodes
-    return live(for_gpu(nodes, graph.constants), results)
+    return Graph(graph.inputs, for_gpu(nodes, graph.constants), graph.constants).live_nodes(results)
 
 
 def _run_node_or_say(node: Node, values: dict[int, Any]) -> None:

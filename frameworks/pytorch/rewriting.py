@@ -116,4 +116,4 @@ def _is_lower_triangle(mask: torch.Tensor) -> bool:
     seen = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
     if mask.dtype is torch.bool:
         return bool((mask == seen).all())
-    return bool((mask == torch.where(seen, 0.0, -torch.inf).to(mask.dtype)).all())
+    return bool(torch.where(seen, mask == 0, mask <= torch.finfo(mask.dtype).min).all())

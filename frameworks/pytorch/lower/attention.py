@@ -1,14 +1,21 @@
-"""Scaled dot-product attention, forward and backward, met whole before it decomposes."""
+"""Scaled dot-product attention, forward and backward, met whole before it decomposes.
+
+For an NVIDIA GPU it is cuDNN's flash attention, which never holds the (B, H, L, S) scores; elsewhere, and for what
+cuDNN does not take, the scores are computed.
+"""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import torch
 from jax import lax
 
+from trainingcompiler.targets import current as current_target
+
 from .dtypes import jax_dtype
 from .matmul import product
-from .operands import Array, cast, expand, iota, opmath, select, wrap
+from .operands import HALVES, Array, cast, constant, expand, iota, opmath, select, wrap
 from .registry import lowers
 
 _BATCH = ((0, 1), (0, 1))
@@ -52,6 +59,8 @@ def attention(
     Returns:
         The (B, H, L, E) result, and the (B, H, L) logarithm of the softmax's denominator, in float32 or wider.
     """
+    if _fused_applies(query, key, value, attn_mask, is_causal):
+        return _fused(query, key, value, attn_mask, is_causal, scale)
     scores = _scores(query, key, attn_mask, is_causal, scale)
     largest = lax.reduce_max(scores, (3,))
     largest = select(largest == -math.inf, 0, largest)  # a row with every key masked
@@ -77,6 +86,8 @@ def attention_backward(
     attn_mask: Array | None = None,
     scale: float | None = None,
 ) -> tuple[Array, Array, Array]:
+    if _fused_applies(query, key, value, attn_mask, is_causal):
+        return _fused_backward(grad_out, query, key, value, attn_mask, is_causal, scale)
     scores = _scores(query, key, attn_mask, is_causal, scale)
     weights = lax.exp(scores - lax.expand_dims(select(logsumexp == -math.inf, 0, logsumexp), (3,)))
     wide = weights.dtype
@@ -92,6 +103,94 @@ def attention_backward(
     grad_key = product(grad_scores, _grouped(query, key), ((2,), (2,)), _BATCH)
     grad_value = product(weights, grads, ((2,), (2,)), _BATCH)
     return cast(grad_query, query.dtype), cast(grad_key, key.dtype), cast(grad_value, value.dtype)
+
+
+# --- cuDNN ---
+
+# cuDNN subtracts masked scores from each other: minus infinity, or the least finite number, would give NaN. These are
+# what JAX masks with.
+_LEAST = {jnp.dtype("bfloat16"): -(2.0**41), jnp.dtype("float16"): -(2.0**15)}
+_IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla", which means the same
+
+
+def _fused_applies(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> bool:
+    """Whether the program is for a GPU on which cuDNN has a kernel for this attention, forward and backward."""
+    target = current_target()
+    if target is None or target.compute_capability is None or target.compute_capability < (8, 0):
+        return False
+    length, width = query.shape[2:]
+    keys = key.shape[2]
+    return (
+        query.dtype in HALVES
+        and query.dtype == key.dtype == value.dtype
+        and query.ndim == 4
+        and value.shape == key.shape
+        and width % 8 == 0
+        and width <= 128
+        and (not is_causal or length == keys)  # which corner the triangle starts in is then no question
+        and (mask is None or (mask.dtype in (bool, query.dtype) and length % 2 == 0 and keys % 2 == 0))
+    )
+
+
+def _fused_call(
+    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float | None, **how
+):
+    """`jax.nn.dot_product_attention`, whose arrays are (B, L, H, E)."""
+    if mask is not None:
+        mask = _four(mask)
+        kind = "mask" if mask.dtype == bool else "bias"
+        if kind == "bias":
+            mask = lax.max(mask, constant(_LEAST[mask.dtype], mask.dtype))
+        how[kind] = mask
+    return jax.nn.dot_product_attention(
+        *(lax.transpose(array, (0, 2, 1, 3)) for array in (query, key, value)),
+        is_causal=is_causal,
+        scale=scale,
+        implementation=_IMPLEMENTATION,
+        **how,
+    )
+
+
+def _fused(
+    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float | None
+) -> tuple[Array, Array]:
+    out, logsumexp = _fused_call(query, key, value, mask, is_causal, scale, return_residual=True)
+    out, logsumexp = lax.transpose(out, (0, 2, 1, 3)), cast(lax.transpose(logsumexp, (0, 2, 1)), jnp.dtype("float32"))
+    if mask is not None:  # where every key is masked, cuDNN takes their mean
+        reached = _reached(mask, logsumexp.shape)
+        out, logsumexp = select(lax.expand_dims(reached, (3,)), out, 0), select(reached, logsumexp, -math.inf)
+    return out, logsumexp
+
+
+def _fused_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Array, Array, Array]:
+    """The gradient, for which cuDNN wants its own forward's sums: XLA finds that this forward is `_fused`'s own."""
+
+    def attend(*arrays: Array) -> Array:
+        return lax.transpose(_fused_call(*arrays, mask, is_causal, scale), (0, 2, 1, 3))
+
+    if mask is not None:
+        grad_out = select(lax.expand_dims(_reached(mask, grad_out.shape[:3]), (3,)), grad_out, 0)
+    _, pull_back = jax.vjp(attend, query, key, value)
+    return pull_back(grad_out)
+
+
+def _reached(mask: Array, shape: tuple[int, ...]) -> Array:
+    """(B, H, L): whether the mask leaves the query any key."""
+    seen = mask if mask.dtype == bool else mask > constant(-math.inf, mask.dtype)
+    return expand(lax.reduce_or(_four(seen), (3,)), shape)
+
+
+def _four(mask: Array) -> Array:
+    """The mask with leading dims of size 1, up to four."""
+    return lax.reshape(mask, (1,) * (4 - mask.ndim) + mask.shape)
 
 
 @lowers("aten._safe_softmax.default")

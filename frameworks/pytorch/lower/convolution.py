@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from jax import lax
 
-from .matmul import product
+from trainingcompiler.targets import current as current_target
+
+from .matmul import matmul_precision, product
 from .operands import Array, cast, constant, opmath
 from .registry import lowers
 
@@ -18,8 +20,15 @@ Edges = Sequence[tuple[int, int]]
 
 
 def convolution_precision() -> lax.Precision:
-    """How exactly float32 convolutions are computed: TF32 where `torch.backends.cudnn.allow_tf32` permits it."""
-    return lax.Precision.DEFAULT if torch.backends.cudnn.allow_tf32 else lax.Precision.HIGHEST
+    """How exactly float32 convolutions are computed: as matrix products are, for which torch's default is float32.
+
+    `torch.backends.cudnn.allow_tf32` can forbid TF32, and does not ask for it: it is on unless somebody turns it off,
+    and a compiled step is to train the model that a CPU trains. XLA:CPU has one precision.
+    """
+    target = current_target()
+    if target is None or target.platform == "cpu":
+        return lax.Precision.DEFAULT
+    return matmul_precision() if torch.backends.cudnn.allow_tf32 else lax.Precision.HIGHEST
 
 
 @lowers("aten.convolution.default")

@@ -1,7 +1,9 @@
 """Matrix products and the small dense linear algebra that training steps use."""
 
+import contextlib
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextvars import ContextVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,24 @@ from .registry import lowers
 
 Axes = Sequence[int]
 
+# XLA:GPU multiplies float32 in TF32 at every precision below HIGHEST.
 _PRECISIONS = {"highest": lax.Precision.HIGHEST, "high": lax.Precision.HIGH, "medium": lax.Precision.DEFAULT}
+_asked: ContextVar[str | None] = ContextVar("precision", default=None)
+
+
+@contextlib.contextmanager
+def products_at(precision: str | None) -> Iterator[None]:
+    """Lowers float32 products at one of torch's precisions; None is what torch's flag says at the moment."""
+    token = _asked.set(precision)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def strictest(precisions: Collection[str]) -> str | None:
+    """The most exact of several of torch's precisions; None of none."""
+    return next((name for name in _PRECISIONS if name in precisions), None)
 
 
 def matmul_precision() -> lax.Precision:
@@ -22,7 +41,7 @@ def matmul_precision() -> lax.Precision:
 
     Stated on every float32 product because XLA:GPU's default is TF32 where torch's is float32.
     """
-    return _PRECISIONS[torch.get_float32_matmul_precision()]
+    return _PRECISIONS[_asked.get() or torch.get_float32_matmul_precision()]
 
 
 def scaled(array: Array, factor: Number | Array) -> Array:

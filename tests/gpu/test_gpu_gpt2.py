@@ -1,0 +1,63 @@
+"""The whole GPT-2 small step for an H200 that is not there: attention, state, memory."""
+
+import re
+
+import pytest
+import torch
+
+from trainingcompiler.frameworks.pytorch.described import compile_step
+from trainingcompiler.targets import Target
+
+pytestmark = pytest.mark.gpu_plan
+
+BATCH, LENGTH, LAYERS, VOCABULARY = 8, 512, 12, 50257
+PARAMETERS = 124_439_808
+CUSTOM_CALL = re.compile(r'custom_call_target="(__cudnn\$fmha\w+)"')
+
+
+def gpt2(layers: int = LAYERS):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    return GPT2LMHeadModel(config).train()
+
+
+def loss_of(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**batch).loss
+
+
+def compiled(model, **more):
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return compile_step(model, optimizer, loss_of, {"input_ids": ids, "labels": ids, **more}, Target.gpu("h200"))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return compiled(gpt2())
+
+
+def test_attention_is_cudnn_forward_and_backward(step):
+    calls = CUSTOM_CALL.findall(step.as_text())
+    assert sorted(calls) == LAYERS * ["__cudnn$fmhaSoftmax"] + LAYERS * ["__cudnn$fmhaSoftmaxBackward"]
+
+
+def test_all_state_is_updated_in_place(step):
+    state = sum(spec.size_bytes for spec in step.program.state)
+    assert state >= 3 * 4 * PARAMETERS  # parameters and two moments
+    assert step.memory.alias_bytes >= state
+
+
+def test_logits_are_not_copied_in_float32(step):
+    float32_logits = 4 * BATCH * LENGTH * VOCABULARY  # 823 MB
+    print(step.memory, step.compile_time_s)
+    assert step.memory.temporary_bytes < 3_000_000_000
+    # One fused computation may read and write as many as it likes; a buffer is what a copy costs.
+    assert step.memory.temporary_bytes < float32_logits * 3.65
+
+
+def test_padding_masks_go_to_cudnn_too():
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    calls = CUSTOM_CALL.findall(compiled(gpt2(layers=2), attention_mask=mask).as_text())
+    assert sorted(calls) == 2 * ["__cudnn$fmhaScaleBiasSoftmax"] + 2 * ["__cudnn$fmhaScaleBiasSoftmaxBackward"]

@@ -1,0 +1,79 @@
+"""Targets: the local device, and GPUs that are not there."""
+
+import re
+
+import numpy as np
+import pytest
+
+from trainingcompiler import compiler, targets
+from trainingcompiler.errors import UsageError
+from trainingcompiler.gpus import GPUS
+from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.targets import Target
+
+
+def increment(size: int = 1000) -> StepProgram:
+    """Counts, in an array."""
+    counter = TensorSpec(name="counter", shape=(size,), dtype=np.dtype("float32"), role="parameter")
+    return StepProgram(
+        name="increment",
+        function=lambda state, inputs: ((state[0] + 1,), ()),
+        state=(counter,),
+        inputs=(),
+        outputs=(),
+    )
+
+
+def test_the_local_device_runs_what_is_compiled_for_it():
+    executable = compiler.compile(increment())
+    assert executable.target == Target.local()
+    assert executable.target.compute_capability is None or executable.target.platform == "cuda"
+    assert executable.memory.alias_bytes == 4000
+    assert "HloModule jit_increment" in executable.as_text()
+
+
+def test_a_program_knows_what_it_is_traced_for():
+    seen = []
+    program = increment()
+    watching = StepProgram(
+        name="watching",
+        function=lambda state, inputs: (seen.append(targets.current()), program.function(state, inputs))[1],
+        state=program.state,
+        inputs=(),
+        outputs=(),
+    )
+    compiler.compile(watching)
+    assert set(seen) == {Target.local()}
+    assert targets.current() is None
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_descriptions(name):
+    target = Target.gpu(name.upper())
+    gpu = target.described
+    assert target.platform == "cuda"
+    assert target.description == gpu.name
+    assert f"device_memory_size: {gpu.memory_bytes}\n" in gpu.description()
+    assert not re.search(r": *$", gpu.description(), re.MULTILINE)
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="'h2000'; did you mean h200"):
+        Target.gpu("h2000")
+    with pytest.raises(UsageError, match="described are h200, h100"):
+        Target.gpu("abacus")
+
+
+@pytest.mark.skipif(targets.compiles_for_gpus(), reason="XLA's compiler for GPUs is installed")
+def test_missing_wheels_are_named():
+    with pytest.raises(UsageError, match=r'pip install "trainingcompiler\[cuda12\]"'):
+        compiler.compile(increment(), Target.gpu("h200"))
+
+
+@pytest.mark.gpu_plan
+@pytest.mark.parametrize("name", GPUS)
+def test_every_described_gpu_is_accepted_and_cannot_run(name):
+    executable = compiler.compile(increment(), Target.gpu(name))
+    assert executable.memory.alias_bytes == 4000
+    with pytest.raises(UsageError, match=f"described {GPUS[name].name}"):
+        executable((np.zeros(1000, np.float32),), ())
