@@ -70,7 +70,7 @@ class Target:
         """Where the arrays of a program live; None is JAX's own default, the local device.
 
         Raises:
-            UsageError: The target is a described GPU and XLA's compiler for GPUs is not installed.
+            UsageError: The target is a described GPU and XLA's compiler for GPUs is not installed, or JAX did not load it.
             TrainingCompilerError: It is installed and refuses the description.
         """
         if self.described is None:
@@ -116,9 +116,14 @@ def _described_device(described: Gpu) -> Any:
             target_config=described.description(),
             topology="1x1x1",  # partitions x hosts x devices
         )
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    except NotImplementedError:
+        raise UsageError(
+            f"compiling for a described {described.name} needs XLA's compiler for GPUs, which is installed, and which "
+            "JAX did not load: without a driver it does only where JAX_PLATFORMS=cpu is set before the start"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
         raise TrainingCompilerError(
-            f"XLA did not accept the description of {described.name}: {error}. Set JAX_PLATFORMS=cpu where the machine "
-            "has no GPU; if that is not it, this is a bug of trainingcompiler: please report it."
+            f"XLA did not accept the description of {described.name}: {error}. This is a bug of trainingcompiler, or "
+            "of a version of JAX that it does not know: please report it."
         ) from error
     return topology.devices[0]

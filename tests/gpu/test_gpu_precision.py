@@ -70,6 +70,7 @@ def test_tf32_only_where_it_is_allowed(precision):
     step = compile_step(
         net, torch.optim.SGD(net.parameters(), lr=0.1), square, torch.zeros(4, 8, 8, 8), Target.gpu("h200")
     )
-    text = step.as_text()
-    exact = "operand_precision={highest,highest}" in text or '"operand_precision":["HIGHEST","HIGHEST"]' in text
-    assert exact == (precision == "highest")
+    products = [line for line in step.as_text().splitlines() if re.search(r" dot\(|__cudnn\$conv", line)]
+    assert len(products) == 5
+    exact = ["operand_precision={highest,highest" in line for line in products]
+    assert exact == 5 * [precision == "highest"]

@@ -1,6 +1,9 @@
 """Targets: the local device, and GPUs that are not there."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,3 +80,19 @@ def test_every_described_gpu_is_accepted_and_cannot_run(name):
     assert executable.memory.alias_bytes == 4000
     with pytest.raises(UsageError, match=f"described {GPUS[name].name}"):
         executable((np.zeros(1000, np.float32),), ())
+
+
+@pytest.mark.gpu_plan
+@pytest.mark.skipif(Target.local().platform == "cuda", reason="there is a GPU, so JAX loads its compiler")
+def test_a_compiler_that_jax_does_not_load_is_told_apart_from_a_missing_one():
+    script = """
+from trainingcompiler.errors import UsageError
+from trainingcompiler.targets import Target
+try:
+    Target.gpu("h200").sharding()
+except UsageError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "JAX_PLATFORMS=cpu" in run.stdout

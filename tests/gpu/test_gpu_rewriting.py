@@ -1,0 +1,121 @@
+"""What is rewritten for GPUs: masks that say no more than "causal"."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainingcompiler.frameworks.pytorch.described import step_program
+from trainingcompiler.frameworks.pytorch.lower import attention
+from trainingcompiler.program import StepProgram
+from trainingcompiler.targets import Target, compiling_for
+
+LENGTH = 6
+
+
+def causal(x):
+    """As Transformers computes it: from positions, for every row of the batch."""
+    places = torch.arange(x.shape[1])
+    rows = torch.arange(x.shape[0])[:, None, None, None]
+    return (places[None, :] <= places[:, None])[None, None] & (rows >= 0)
+
+
+def causal_least(x):
+    return torch.full((LENGTH, LENGTH), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)
+
+
+def windowed(x):
+    places = torch.arange(x.shape[1])
+    return causal(x) & (places[None, :] > places[:, None] - 3)
+
+
+def padded(x):
+    return causal(x) & (x[:, None, None, :, 0] < 3)
+
+
+class Attention(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+        self.project = nn.Linear(8, 3 * 16)
+
+    def forward(self, x):
+        heads = self.project(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(*heads, attn_mask=self.mask(x))
+
+
+def loss_of(model, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(x).float().square().mean()
+
+
+def program_of(mask) -> StepProgram:
+    torch.manual_seed(0)
+    model = Attention(mask)
+    return step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.zeros(2, LENGTH, 8))
+
+
+def arguments(program: StepProgram) -> list[tuple]:
+    generator = np.random.default_rng(0)
+    return [
+        tuple(generator.standard_normal(spec.shape).astype(spec.dtype) for spec in specs)
+        for specs in (program.state, program.inputs)
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """Whether each attention is causal, and whether it has a mask; JAX's implementation stands in for cuDNN's."""
+    monkeypatch.setattr(attention, "_IMPLEMENTATION", "xla")
+    seen: list[tuple] = []
+    real = attention._fused_call
+
+    def watched(query, key, value, mask, is_causal, *rest, **how):
+        seen.append((is_causal, mask is not None))
+        return real(query, key, value, mask, is_causal, *rest, **how)
+
+    monkeypatch.setattr(attention, "_fused_call", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (causal, (True, False)),
+        (causal_least, (True, False)),
+        (windowed, (False, True)),
+        (padded, (False, True)),
+    ],
+)
+def test_a_mask_that_is_a_triangle_is_not_a_mask(calls, mask, expected):
+    program = program_of(mask)
+    given = arguments(program)
+    with jax.enable_x64(True):
+        plain = jax.jit(program.function)(*given)
+        assert not calls  # not for a CPU
+        with compiling_for(Target.gpu("h200")):
+            # A function of its own: JAX would find the program traced for the CPU.
+            ours = jax.jit(lambda state, inputs: program.function(state, inputs))(*given)
+    assert calls == 2 * [expected]  # forward, and in the backward
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_transformers_causal_mask_is_recognized(calls):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, n_positions=8, vocab_size=20, use_cache=False, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config).train()
+
+    def own_loss(model, ids):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(ids, labels=ids).loss
+
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    program = step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), own_loss, ids)
+    with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
+        jax.eval_shape(program.function, *arguments(program))
+    assert calls == 4 * [(True, False)]
