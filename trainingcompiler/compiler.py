@@ -97,7 +97,7 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
     """
     target = target or Target.local()
     sharding = target.sharding()
-    placed = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
+    placed: dict[str, Any] = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
             lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(

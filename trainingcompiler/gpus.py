@@ -5,6 +5,7 @@ driver reports on the machine, and NVIDIA's data sheets for the memory of the H2
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainingcompiler.config import did_you_mean
 from trainingcompiler.errors import UsageError
@@ -73,7 +74,7 @@ device_description_str: "{self.name}"
 """
 
 
-_HOPPER = dict(
+_HOPPER: dict[str, Any] = dict(
     compute_capability=(9, 0),
     cores=132,
     float32_units=128,
@@ -82,7 +83,7 @@ _HOPPER = dict(
     shared_bytes=233472,
     shared_bytes_block=232448,
 )
-_AMPERE = dict(
+_AMPERE: dict[str, Any] = dict(
     compute_capability=(8, 0),
     cores=108,
     float32_units=64,

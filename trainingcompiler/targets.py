@@ -70,7 +70,7 @@ class Target:
         """Where the arrays of a program live; None is JAX's own default, the local device.
 
         Raises:
-            UsageError: The target is a described GPU and XLA's compiler for GPUs is not installed, or JAX did not load it.
+            UsageError: The target is a described GPU and XLA's compiler for GPUs is missing, or JAX did not load it.
             TrainingCompilerError: It is installed and refuses the description.
         """
         if self.described is None:

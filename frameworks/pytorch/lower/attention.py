@@ -5,6 +5,7 @@ cuDNN does not take, the scores are computed.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def attention_backward(
 # cuDNN subtracts masked scores from each other: minus infinity, or the least finite number, would give NaN. These are
 # what JAX masks with.
 _LEAST = {jnp.dtype("bfloat16"): -(2.0**41), jnp.dtype("float16"): -(2.0**15)}
-_IMPLEMENTATION = "cudnn"  # tests on a CPU take "xla", which means the same
+_IMPLEMENTATION: Any = "cudnn"  # tests on a CPU take "xla", which means the same
 
 
 def _fused_applies(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> bool:
@@ -133,8 +134,8 @@ def _fused_applies(query: Array, key: Array, value: Array, mask: Array | None, i
 
 
 def _fused_call(
-    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float | None, **how
-):
+    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float | None, **how: Any
+) -> Any:
     """`jax.nn.dot_product_attention`, whose arrays are (B, L, H, E)."""
     if mask is not None:
         mask = _four(mask)
@@ -142,8 +143,11 @@ def _fused_call(
         if kind == "bias":
             mask = lax.max(mask, constant(_LEAST[mask.dtype], mask.dtype))
         how[kind] = mask
+    query, key, value = (lax.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))
     return jax.nn.dot_product_attention(
-        *(lax.transpose(array, (0, 2, 1, 3)) for array in (query, key, value)),
+        query,
+        key,
+        value,
         is_causal=is_causal,
         scale=scale,
         implementation=_IMPLEMENTATION,
@@ -173,8 +177,8 @@ def _fused_backward(
 ) -> tuple[Array, Array, Array]:
     """The gradient, for which cuDNN wants its own forward's sums: XLA finds that this forward is `_fused`'s own."""
 
-    def attend(*arrays: Array) -> Array:
-        return lax.transpose(_fused_call(*arrays, mask, is_causal, scale), (0, 2, 1, 3))
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return lax.transpose(_fused_call(query, key, value, mask, is_causal, scale), (0, 2, 1, 3))
 
     if mask is not None:
         grad_out = select(lax.expand_dims(_reached(mask, grad_out.shape[:3]), (3,)), grad_out, 0)
