@@ -18,10 +18,10 @@ _MOST_ELEMENTS = 2**28  # of a mask that is looked at: half a gigabyte in 16 bit
 
 
 def for_gpu(nodes: Sequence[Node], constants: dict[int, torch.Tensor]) -> list[Node]:
-    """Attention under a mask that always is the lower triangle becomes causal attention.
+    """Attention under a mask that always is the lower triangle becomes causal attention; one that masks nothing goes.
 
-    Transformers computes its causal mask from positions, inside of forward, so that no library sees that it is one.
-    cuDNN's causal kernel computes half of the scores, and reads no mask.
+    Transformers computes its masks from positions, inside of forward, so that no library sees what they are. cuDNN's
+    causal kernel computes half of the scores, and reads no mask.
 
     Args:
         nodes: In order of execution.
@@ -31,17 +31,19 @@ def for_gpu(nodes: Sequence[Node], constants: dict[int, torch.Tensor]) -> list[N
         The nodes, some of them replaced; those that only made the mask may be left without a reader.
     """
     masks = _Masks(nodes, constants)
-    return [_causal(node) if _is_masked(node) and masks.is_causal(node) else node for node in nodes]
+    return [_without_mask(node, masks.kind(node)) if _is_masked(node) else node for node in nodes]
 
 
 def _is_masked(node: Node) -> bool:
     return node.operator in _ATTENTION and isinstance(node.kwargs.get("attn_mask"), Ref)
 
 
-def _causal(node: Node) -> Node:
+def _without_mask(node: Node, kind: str) -> Node:
+    if kind == "other":
+        return node
     tensors = node.args[: _ATTENTION[node.operator]]
     kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
-    return dataclasses.replace(node, args=(*tensors, 0.0, True), kwargs=kwargs)
+    return dataclasses.replace(node, args=(*tensors, 0.0, kind == "causal"), kwargs=kwargs)
 
 
 class _Masks:
@@ -50,17 +52,17 @@ class _Masks:
     def __init__(self, nodes: Sequence[Node], constants: dict[int, torch.Tensor]):
         self._values: dict[int, Any] = dict(constants)
         self._makers = {output: node for node in nodes for output in node.outputs if output is not None}
-        self._answers: dict[int, bool] = {}
+        self._kinds: dict[int, str] = {}
 
-    def is_causal(self, attention: Node) -> bool:
-        """Whether the mask lets each query see the keys up to its own place, and none after."""
+    def kind(self, attention: Node) -> str:
+        """What each query sees: `"causal"`, the keys up to its own place; `"all"` of them; or `"other"`."""
         number = attention.kwargs["attn_mask"].id
-        if any(attention.args[_ATTENTION[attention.operator] :][1:2]):
-            return False  # causal in addition to its mask
-        if number not in self._answers:
+        if any(attention.args[_ATTENTION[attention.operator] :]):
+            return "other"  # drops out, or is causal in addition to its mask
+        if number not in self._kinds:
             mask = self._value(number)
-            self._answers[number] = mask is not None and _is_lower_triangle(mask)
-        return self._answers[number]
+            self._kinds[number] = "other" if mask is None else _kind(mask)
+        return self._kinds[number]
 
     def _value(self, number: int) -> torch.Tensor | None:
         """A value of the graph, computed by torch; None if it depends on an input, or on chance."""
@@ -82,11 +84,16 @@ class _Masks:
 
     def _run(self, node: Node) -> bool:
         function = _overload(node.operator)
-        if function is None or node.casts:
+        if function is None:
             return False
-        with undeferred(), torch.no_grad():
-            result = function(*self._decode(node.args), **self._decode(node.kwargs))
+        try:
+            with undeferred(), torch.no_grad():
+                result = function(*self._decode(node.args), **self._decode(node.kwargs))
+        except Exception:  # the functional form of a write, with arguments of its own: the mask stays a mask
+            return False
         results = result if isinstance(result, list | tuple) else [result]
+        if node.casts:  # a write: the result takes the dtype of what it is written to
+            results = [value.to(meta[1]) for value, meta in zip(results, node.metas, strict=True)]
         self._values.update({output: value for output, value in zip(node.outputs, results, strict=False)})
         return True
 
@@ -110,10 +117,14 @@ def _overload(operator: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace, None), packet, None), overload, None)
 
 
-def _is_lower_triangle(mask: torch.Tensor) -> bool:
-    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
-        return False
-    seen = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
-    if mask.dtype is torch.bool:
-        return bool((mask == seen).all())
-    return bool(torch.where(seen, mask == 0, mask <= torch.finfo(mask.dtype).min).all())
+def _kind(mask: torch.Tensor) -> str:
+    """What a mask is that lets through where it is True, or 0, and masks where it is False, or as low as can be."""
+    boolean = mask.dtype is torch.bool
+    through, masked = (mask, ~mask) if boolean else (mask == 0, mask <= torch.finfo(mask.dtype).min)
+    if through.all():
+        return "all"
+    if mask.ndim >= 2 and mask.shape[-1] == mask.shape[-2]:
+        triangle = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+        if torch.where(triangle, through, masked).all():
+            return "causal"
+    return "other"

@@ -1,4 +1,4 @@
-"""What is rewritten for GPUs: masks that say no more than "causal"."""
+"""What is rewritten for GPUs: masks that say no more than "causal", or nothing."""
 
 import jax
 import numpy as np
@@ -26,6 +26,16 @@ def causal_least(x):
     return torch.full((LENGTH, LENGTH), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)
 
 
+def causal_written(x):
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bfloat16)
+    places = torch.arange(LENGTH)
+    return mask.masked_fill_(places[None, :] > places[:, None], -torch.inf)
+
+
+def nothing(x):
+    return torch.ones(x.shape[0], 1, LENGTH, LENGTH, dtype=torch.bool)
+
+
 def windowed(x):
     places = torch.arange(x.shape[1])
     return causal(x) & (places[None, :] > places[:, None] - 3)
@@ -36,14 +46,15 @@ def padded(x):
 
 
 class Attention(nn.Module):
-    def __init__(self, mask):
+    def __init__(self, mask, dropout=0.0):
         super().__init__()
         self.mask = mask
+        self.dropout = dropout
         self.project = nn.Linear(8, 3 * 16)
 
     def forward(self, x):
         heads = self.project(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(*heads, attn_mask=self.mask(x))
+        return F.scaled_dot_product_attention(*heads, attn_mask=self.mask(x), dropout_p=self.dropout)
 
 
 def loss_of(model, x):
@@ -51,9 +62,9 @@ def loss_of(model, x):
         return model(x).float().square().mean()
 
 
-def program_of(mask) -> StepProgram:
+def program_of(mask, dropout=0.0) -> StepProgram:
     torch.manual_seed(0)
-    model = Attention(mask)
+    model = Attention(mask, dropout)
     return step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.zeros(2, LENGTH, 8))
 
 
@@ -85,11 +96,13 @@ def calls(monkeypatch) -> list[tuple]:
     [
         (causal, (True, False)),
         (causal_least, (True, False)),
+        (causal_written, (True, False)),
+        (nothing, (False, False)),
         (windowed, (False, True)),
         (padded, (False, True)),
     ],
 )
-def test_a_mask_that_is_a_triangle_is_not_a_mask(calls, mask, expected):
+def test_a_mask_that_says_causal_or_nothing_is_not_a_mask(calls, mask, expected):
     program = program_of(mask)
     given = arguments(program)
     with jax.enable_x64(True):
@@ -101,6 +114,21 @@ def test_a_mask_that_is_a_triangle_is_not_a_mask(calls, mask, expected):
     assert calls == 2 * [expected]  # forward, and in the backward
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_is_drawn_by_us(calls):
+    """cuDNN's seed would be a constant of the program."""
+    program = program_of(causal, dropout=0.5)
+    (seed,) = (index for index, spec in enumerate(program.inputs) if spec.role == "rng")
+    state, inputs = arguments(program)
+    losses = []
+    with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
+        step = jax.jit(program.function)
+        for value in (1, 1, 2):
+            inputs = (*inputs[:seed], np.int64(value), *inputs[seed + 1 :])
+            losses.append(float(step(state, inputs)[1][0]))
+    assert not calls
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_transformers_causal_mask_is_recognized(calls):
