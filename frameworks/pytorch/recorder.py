@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
-from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
+from trainingcompiler.frameworks.pytorch.lower import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -39,6 +39,8 @@ _COMPOSITE = (
 )
 # Operators that see the memory behind a tensor, and the position of the offset that counts from its beginning.
 _STRIDED = {"aten.as_strided.default": 3, "aten.as_strided_copy.default": 3, "aten.as_strided_scatter.default": 4}
+# Operators that factor the transpose of a matrix that is contiguous, which their gradients take into account.
+_LAID_OUT = frozenset(f"aten._linalg_{name}.default" for name in ("det", "slogdet"))
 # Views that a tensor takes of itself; nothing is written.
 _TURNING = ("aten.t_.", "aten.transpose_.", "aten.squeeze_.", "aten.unsqueeze_.")
 
@@ -150,7 +152,9 @@ class Recorder(TorchDispatchMode):
         if name in _STRIDED:
             self._check_strided(name, args, kwargs)
         encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
-        result = func(*args, **kwargs)
+        if name in _LAID_OUT:
+            encoded_kwargs["contiguous"] = args[0].is_contiguous()
+        result = FAKES.get(name, func)(*args, **kwargs)
         outputs = list(_flatten(result))
         parent = _aliased(func, args, outputs)
         if parent is not None:
@@ -182,10 +186,15 @@ class Recorder(TorchDispatchMode):
         if func in self._decompositions:
             with self:
                 return self._decompositions[func](*args, **kwargs)
-        for key in _COMPOSITE:
+        for key in _COMPOSITE if func.namespace == "aten" else ():
             if func.has_kernel_for_dispatch_key(key):
-                with self:
-                    return func._op_dk(key, *args, **kwargs)
+                try:
+                    with self:
+                        return func._op_dk(key, *args, **kwargs)
+                except CaptureError as error:
+                    if str(error.operator).rpartition(".")[0] == name.rpartition(".")[0]:  # written in itself
+                        raise unsupported(name) from None
+                    raise
         raise unsupported(name)
 
     def _mutate(self, func, name, args, kwargs):

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from trainingcompiler.frameworks.pytorch.lower.registry import FAKES as FAKES
 from trainingcompiler.frameworks.pytorch.lower.registry import LOWERINGS as LOWERINGS
 from trainingcompiler.frameworks.pytorch.lower.registry import RANDOM_LOWERINGS as RANDOM_LOWERINGS
 from trainingcompiler.frameworks.pytorch.lower.registry import VIEW_INVERSES as VIEW_INVERSES

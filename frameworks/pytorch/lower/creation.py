@@ -153,7 +153,8 @@ def logspace(
 def _ramp(low: Array, high: Array, steps: int) -> Array:
     """Equal steps counted from the nearer end, so that both ends are exact."""
     position = lax.iota(low.dtype, steps)
-    step = (high - low) / max(steps - 1, 1)
+    # Behind a barrier, or XLA multiplies by the inverse, which is off by a bit, and whole numbers are truncated.
+    step = (high - low) / lax.optimization_barrier(constant(max(steps - 1, 1), low.dtype))
     return select(position < steps // 2 + (steps == 1), low + step * position, high - step * (steps - 1 - position))
 
 

@@ -172,8 +172,8 @@ def fill_diagonal(self: Array, fill_value: Number, wrap: bool = False) -> Array:
 
 @lowers("aten.nonzero_static.default")
 def nonzero_static(self: Array, *, size: int, fill_value: int = -1) -> Array:
-    if self.ndim == 0:
-        return full((size, 0), 0, INT64)
+    if self.ndim == 0 or self.size == 0:
+        return full((size, self.ndim), fill_value, INT64)
     return jnp.stack(jnp.nonzero(self, size=size, fill_value=fill_value), axis=-1)
 
 
@@ -204,7 +204,9 @@ def index_select(self: Array, dim: int, index: Array) -> Array:
 
 @lowers("aten.index_add.default")
 def index_add(self: Array, dim: int, index: Array, source: Array, *, alpha: Number = 1) -> Array:
-    if alpha != 1 and self.dtype != BOOL:
+    if self.dtype == BOOL:
+        source = source if alpha else full(source.shape, False, BOOL)
+    elif alpha != 1:
         source = lax.mul(source, constant(alpha, source.dtype))
     return _write_along(_scatter_sum, self, dim, index, source)
 

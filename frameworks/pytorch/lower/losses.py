@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .checks import require_between
@@ -299,19 +300,37 @@ def _differences(x1: Array, x2: Array) -> Array:
     return lax.expand_dims(x1, (x1.ndim - 1,)) - lax.expand_dims(x2, (x2.ndim - 2,))
 
 
-@lowers("aten._cdist_forward.default")
-def cdist(x1: Array, x2: Array, p: float, compute_mode: int | None) -> Array:
-    size = lax.abs(_differences(x1, x2))
+def _length(difference: Array, p: float) -> Array:
+    """The p-norm of the last axis."""
+    size = lax.abs(difference)
     axis = (size.ndim - 1,)
     if p == 0:
-        return lax.reduce_sum(cast(size != 0, x1.dtype), axis)
+        return lax.reduce_sum(cast(size != 0, size.dtype), axis)
     if p == math.inf:
         return lax.reduce_max(size, axis)
     if p == 1:
         return lax.reduce_sum(size, axis)
     if p == 2:
         return lax.sqrt(lax.reduce_sum(size * size, axis))
-    return lax.pow(lax.reduce_sum(lax.pow(size, constant(p, x1.dtype)), axis), constant(1 / p, x1.dtype))
+    return lax.pow(lax.reduce_sum(lax.pow(size, constant(p, size.dtype)), axis), constant(1 / p, size.dtype))
+
+
+def _length_slope(difference: Array, length: Array, p: float) -> Array:
+    """How the p-norm of the last axis changes with each element."""
+    length = lax.expand_dims(length, (length.ndim,))
+    sign, size = lax.sign(difference), lax.abs(difference)
+    if p == math.inf:
+        return select(size == length, sign, 0)
+    if p == 1:
+        return sign
+    ratio = select(length == 0, 0, size / length)
+    slope = sign * (ratio if p == 2 else lax.pow(ratio, constant(p - 1, size.dtype)))
+    return select((difference == 0) | (length == 0), 0, slope)
+
+
+@lowers("aten._cdist_forward.default")
+def cdist(x1: Array, x2: Array, p: float, compute_mode: int | None) -> Array:
+    return _length(_differences(x1, x2), p)
 
 
 @lowers("aten._cdist_backward.default")
@@ -319,14 +338,24 @@ def cdist_backward(grad: Array, x1: Array, x2: Array, p: float, cdist: Array) ->
     if p == 0 or grad.size == 0:
         return lax.full_like(x1, 0)
     difference = _differences(x1, x2)
-    distance = lax.expand_dims(cdist, (cdist.ndim,))
-    sign, size = lax.sign(difference), lax.abs(difference)
-    if p == math.inf:
-        slope = select(size == distance, sign, 0)
-    elif p == 1:
-        slope = sign
-    else:
-        ratio = select(distance == 0, 0, size / distance)
-        slope = sign * (ratio if p == 2 else lax.pow(ratio, constant(p - 1, x1.dtype)))
-        slope = select(difference == 0, 0, slope)
+    slope = _length_slope(difference, cdist, p)
     return lax.reduce_sum(lax.expand_dims(grad, (grad.ndim,)) * slope, (difference.ndim - 2,))
+
+
+def _pairs(self: Array) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(self.shape[0], 1)
+
+
+@lowers("aten._pdist_forward.default")
+def pdist(self: Array, p: float = 2) -> Array:
+    first, second = _pairs(self)
+    return _length(self[first] - self[second], p)
+
+
+@lowers("aten._pdist_backward.default")
+def pdist_backward(grad: Array, self: Array, p: float, pdist: Array) -> Array:
+    if p == 0 or grad.size == 0 or self.size == 0:
+        return lax.full_like(self, 0)
+    first, second = _pairs(self)
+    pulls = lax.expand_dims(grad, (1,)) * _length_slope(self[first] - self[second], pdist, p)
+    return jnp.zeros_like(self).at[first].add(pulls).at[second].add(-pulls)

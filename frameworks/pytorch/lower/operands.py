@@ -26,7 +26,7 @@ HALVES = frozenset({jnp.dtype("float16"), jnp.dtype("bfloat16")})
 
 def is_number(operand: object) -> bool:
     """Whether `operand` is a Python number rather than an array."""
-    return isinstance(operand, bool | int | float)
+    return isinstance(operand, bool | int | float | complex)
 
 
 def is_float(dtype: jnp.dtype) -> bool:

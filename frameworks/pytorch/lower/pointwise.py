@@ -46,7 +46,8 @@ def _arithmetic(function: Callable[..., Array], dtype: jnp.dtype, *operands: Ope
 def add(self: Operand, other: Operand, alpha: Number = 1) -> Array:
     dtype = result_dtype(self, other)
     if dtype == BOOL:
-        return lax.bitwise_or(*aligned(dtype, self, other))
+        x, y = aligned(dtype, self, other)
+        return lax.bitwise_or(x, y) if alpha else cast(x, dtype) | (y & constant(False, dtype))
     if alpha == 1:
         return _arithmetic(lax.add, dtype, self, other)
     return in_opmath(lambda x, y, scale: lax.add(x, lax.mul(y, scale)), dtype, self, other, alpha)
@@ -291,6 +292,21 @@ def _same_shape(function: Callable[..., Array]) -> Callable[..., Array]:
     return compute
 
 
+def hurwitz_zeta(s: Array, q: Array) -> Array:
+    """The sum of (q + k)^-s over all k >= 0; XLA's own knows only positive q, so that lesser terms are added first."""
+    pole = (q <= 0) & (q == lax.floor(q)) & (s >= 1)
+
+    def add_term(state):
+        total, q = state
+        low = q < 0
+        return select(low, total + lax.pow(q, -s), total), select(low, q + 1, q)
+
+    start = full(q.shape, 0, q.dtype), select(pole, 1, q)
+    total, shifted = lax.while_loop(lambda state: lax.reduce_or(state[1] < 0, tuple(range(q.ndim))), add_term, start)
+    result = select(pole | (s == 1), math.inf, total + lax.zeta(s, shifted))
+    return select(s < 1, math.nan, result)
+
+
 def copysign(magnitude: Array, sign: Array) -> Array:
     """`magnitude` with the sign bit of `sign`, both floating and of one dtype."""
     magnitude = lax.abs(magnitude)
@@ -314,7 +330,7 @@ for _names, _function in {
     ("copysign.Tensor", "copysign.Scalar"): copysign,
     ("xlogy.Tensor", "xlogy.Scalar_Self", "xlogy.Scalar_Other"): _xlog(lax.log),
     ("special_xlog1py.default", "special_xlog1py.self_scalar", "special_xlog1py.other_scalar"): _xlog(lax.log1p),
-    ("special_zeta.default", "special_zeta.self_scalar", "special_zeta.other_scalar"): _same_shape(lax.zeta),
+    ("special_zeta.default", "special_zeta.self_scalar", "special_zeta.other_scalar"): _same_shape(hurwitz_zeta),
     ("igamma.default",): _same_shape(lax.igamma),
     ("igammac.default",): _same_shape(lax.igammac),
 }.items():

@@ -266,3 +266,53 @@ def _adaptive_average(x: Array, counts: Sizes) -> Array:
             means.append(lax.expand_dims(window / constant(end - begin, x.dtype), (axis,)))
         x = lax.concatenate(means, axis)
     return x
+
+
+# --- maximum over windows at random places ---
+
+
+def _fractional_starts(samples: Array, size: int, kernel: int, count: int) -> Array:
+    """Where the windows of each plane begin, (N, C) samples -> (N, C, count)."""
+    last = full((*samples.shape, 1), size - kernel, INT64)
+    if count == 1:
+        return last
+    alpha = constant((size - kernel) / (count - 1), samples.dtype)
+    sample = lax.expand_dims(samples, (2,))
+    steps = lax.expand_dims(lax.iota(samples.dtype, count - 1), (0, 1))
+    return lax.concatenate([cast((steps + sample) * alpha, INT64) - cast(sample * alpha, INT64), last], 2)
+
+
+def _lower_fractional(rank: int) -> None:
+    @lowers(f"aten.fractional_max_pool{rank}d.default")
+    def fractional_max_pool(
+        self: Array, kernel_size: Sizes, output_size: Sizes, random_samples: Array
+    ) -> tuple[Array, Array]:
+        image = self if self.ndim == rank + 2 else lax.expand_dims(self, (0,))
+        sizes = image.shape[2:]
+        kernels, counts = _per_axis(kernel_size, rank), _per_axis(output_size, rank)
+        # The samples of two dimensions are those of the columns, then of the rows; of three, in their order.
+        order = (1, 0) if rank == 2 else (0, 1, 2)
+        places = full((1,) * (2 + 2 * rank), 0, INT64)
+        for axis, (size, kernel, count) in enumerate(zip(sizes, kernels, counts, strict=True)):
+            starts = _fractional_starts(random_samples[:, :, order[axis]], size, kernel, count)
+            taps = lax.expand_dims(starts, (3,)) + lax.iota(INT64, kernel)
+            shape = [1] * (2 + 2 * rank)
+            shape[:2], shape[2 + axis], shape[2 + rank + axis] = starts.shape[:2], count, kernel
+            places = places * constant(size, INT64) + lax.reshape(taps, shape)
+        places = lax.reshape(places, (*places.shape[: 2 + rank], math.prod(kernels)))
+        planes = lax.reshape(image, (*image.shape[:2], math.prod(sizes)))
+        flat = lax.reshape(places, (*places.shape[:2], math.prod(places.shape[2:])))
+        values = lax.reshape(jnp.take_along_axis(planes, flat, 2, mode="promise_in_bounds"), places.shape)
+        best = jnp.argmax(values, axis=-1, keepdims=True)
+        results = (jnp.take_along_axis(array, best, -1, mode="promise_in_bounds")[..., 0] for array in (values, places))
+        return tuple(result if self.ndim == rank + 2 else lax.squeeze(result, (0,)) for result in results)
+
+    @lowers(f"aten.fractional_max_pool{rank}d_backward.default")
+    def fractional_max_pool_backward(
+        grad_output: Array, self: Array, kernel_size: Sizes, output_size: Sizes, indices: Array
+    ) -> Array:
+        return _scatter_to(grad_output, indices, self.shape, rank, accumulate=True)
+
+
+for _rank in (2, 3):
+    _lower_fractional(_rank)

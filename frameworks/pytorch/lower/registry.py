@@ -17,6 +17,9 @@ RANDOM_LOWERINGS: dict[str, Lowering] = {}
 VIEW_INVERSES: dict[str, Lowering] = {}
 """`"aten.slice.Tensor"` -> `(parent, child, *args) -> parent` with the viewed elements replaced by `child`."""
 
+FAKES: dict[str, Callable] = {}
+"""Overloads whose results torch's fake tensors do not know -> function of fake arguments that makes fake results."""
+
 
 def lowers(*names: str) -> Callable[[Lowering], Lowering]:
     """Registers the decorated function as the lowering of each overload named, as `str(overload)` prints it."""

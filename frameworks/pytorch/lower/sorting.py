@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
-from .operands import INT64, Array, cast, expand, full, iota, is_float, select, wrap
+from .operands import INT64, Array, cast, expand, full, iota, is_float, opmath, select, wrap
 from .reductions import reduced_shape
 from .registry import lowers
 
@@ -104,3 +104,35 @@ def median(self: Array) -> Array:
 @lowers("aten.nanmedian.default")
 def nanmedian(self: Array) -> Array:
     return nanmedian_dim(lax.reshape(self, (self.size,)), 0)[0]
+
+
+@lowers("aten.mode.default")
+def mode(self: Array, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    """The most frequent value, the smallest of several, and where it stands last."""
+    if self.ndim == 0:
+        return self, full((), 0, INT64)
+    dim = wrap(dim, self.ndim)
+    values, indices = _sorted(self, dim, False)
+    position = iota(self.shape, dim)
+    before = jnp.roll(values, 1, dim)
+    starts = lax.cummax(select((position == 0) | (values != before), position, 0), axis=dim)
+    best = jnp.argmax(position - starts, axis=dim, keepdims=True)  # the end of the first of the longest runs
+    shape = reduced_shape(self.shape, (dim,), keepdim)
+    return tuple(
+        lax.reshape(jnp.take_along_axis(array, best, dim, mode="promise_in_bounds"), shape)
+        for array in (values, indices)
+    )
+
+
+@lowers("aten.histc.default")
+def histc(self: Array, bins: int = 100, min: float = 0, max: float = 0) -> Array:  # noqa: A002 - schema's names
+    x = cast(lax.reshape(self, (self.size,)), opmath(self.dtype))
+    low, high = (jnp.asarray(bound, x.dtype) for bound in (min, max))
+    if min == max and x.size:
+        low, high = lax.reduce_min(x, (0,)), lax.reduce_max(x, (0,))
+    flat = low == high
+    low, high = select(flat, low - 1, low), select(flat, high + 1, high)
+    inside = (x >= low) & (x <= high)
+    place = lax.min(cast((select(inside, x, low) - low) * bins / (high - low), INT64), INT64.type(bins - 1))
+    counts = full((bins,), 0, INT64).at[place].add(cast(inside, INT64), mode="promise_in_bounds")
+    return cast(counts, self.dtype)

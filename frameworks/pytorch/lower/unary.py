@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .operands import BOOL, Array, cast, constant, float_dtype, full, in_opmath, is_float, select
-from .pointwise import truncate
+from .operands import BOOL, INT32, Array, cast, constant, float_dtype, full, in_opmath, is_float, opmath, select
+from .pointwise import hurwitz_zeta, truncate
 from .registry import lowers
 
 # --- functions with floating-point results, integers promoted ---
@@ -33,6 +33,11 @@ def _digamma(x: Array) -> Array:
 
 def _ndtr(x: Array) -> Array:
     return lax.erfc(x * -math.sqrt(0.5)) * 0.5
+
+
+def _erfinv(x: Array) -> Array:
+    """In double precision: near 1 the gradient magnifies the errors of a float32 approximation a thousand times."""
+    return cast(lax.erf_inv(cast(x, jnp.dtype("float64"))), x.dtype)
 
 
 def _entr(x: Array) -> Array:
@@ -68,7 +73,7 @@ _FLOAT_UNARY: dict[str, Callable[[Array], Array]] = {
     "atanh": lax.atanh,
     "erf": lax.erf,
     "erfc": lax.erfc,
-    "erfinv": lax.erf_inv,
+    "erfinv": _erfinv,
     "lgamma": lax.lgamma,
     "digamma": _digamma,
     "sigmoid": lax.logistic,
@@ -80,6 +85,8 @@ _FLOAT_UNARY: dict[str, Callable[[Array], Array]] = {
     "special_i0e": lax.bessel_i0e,
     "special_i1": _bessel(lax.bessel_i1e),
     "special_i1e": lax.bessel_i1e,
+    "special_modified_bessel_i0": _bessel(lax.bessel_i0e),
+    "special_modified_bessel_i1": _bessel(lax.bessel_i1e),
     "special_ndtr": _ndtr,
     "special_ndtri": jax.scipy.special.ndtri,
     "special_log_ndtr": jax.scipy.special.log_ndtr,
@@ -94,12 +101,12 @@ def polygamma(n: int, self: Array) -> Array:
     def compute(x):
         if n == 0:
             return _digamma(x)
-        order = full(x.shape, n, x.dtype)
+        order = full(x.shape, n + 1, x.dtype)
         if n > 1:
-            return lax.polygamma(order, x)
+            return hurwitz_zeta(order, x) * ((-1) ** (n + 1) * math.factorial(n))
         # The series holds for positive x; below 1/2 it is reflected: f(x) + f(1 - x) = (pi / sin(pi x))^2.
         low = x < 0.5
-        value = lax.polygamma(order, select(low, 1 - x, x))
+        value = lax.zeta(order, select(low, 1 - x, x))
         return select(low, (math.pi / lax.sin(math.pi * x)) ** 2 - value, value)
 
     return in_opmath(compute, float_dtype(self), self)
@@ -159,7 +166,16 @@ lowers("aten.abs.default")(lambda self: self if jnp.issubdtype(self.dtype, jnp.u
 def sign(self: Array) -> Array:
     if self.dtype == BOOL:
         return self
+    if jnp.iscomplexobj(self):
+        size = lax.abs(self)
+        return select(size == 0, 0, self / cast(select(size == 0, 1, size), self.dtype))
     return cast(self > 0, self.dtype) - cast(self < 0, self.dtype)  # Unlike lax.sign, NaN has sign 0.
+
+
+@lowers("aten.frexp.Tensor")
+def frexp(self: Array) -> tuple[Array, Array]:
+    mantissa, exponent = jnp.frexp(cast(self, opmath(self.dtype)))
+    return cast(mantissa, self.dtype), cast(exponent, INT32)
 
 
 # --- predicates ---
