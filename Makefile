@@ -7,13 +7,14 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench gpu-plan lint clean
+.PHONY: help demo test bench conformance gpu-plan lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
 	@echo "make test      lint, type check and tests, on the CPU"
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
+	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
 	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
 	@echo "make clean     remove the environment and everything that was built"
 
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+conformance: $(READY)
+	$(BIN)/python tests/conformance/run.py --write docs/operators.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png
