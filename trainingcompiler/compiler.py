@@ -1,12 +1,14 @@
 """Compiles a `StepProgram` ahead of time into an `Executable`."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
@@ -104,7 +106,8 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
                 _abstract(program.state), _abstract(program.inputs)
             )
         start_s = time.perf_counter()
-        with phase("compile", program.name) as running, watching() as outcome:
+        keeping = contextlib.nullcontext() if target.described is None else _not_kept()
+        with phase("compile", program.name) as running, watching() as outcome, keeping:
             compiled = lowered.compile()
             running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))
         compile_time_s = time.perf_counter() - start_s
@@ -124,6 +127,20 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
             "script, and run with --engine=eager until it is mended."
         )
     return Executable(program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Compiles without JAX's persistent cache: what it keeps for a device that is not there it cannot read again."""
+    name = "jax_enable_compilation_cache"
+    enabled = getattr(jax.config, name)
+    compilation_cache.reset_cache()  # whether there is one is asked once
+    jax.config.update(name, False)
+    try:
+        yield
+    finally:
+        jax.config.update(name, enabled)
+        compilation_cache.reset_cache()
 
 
 def _named(program: StepProgram) -> Callable:

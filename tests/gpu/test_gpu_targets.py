@@ -96,3 +96,24 @@ except UsageError as error:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "JAX_PLATFORMS=cpu" in run.stdout
+
+
+@pytest.mark.gpu_plan
+def test_what_cannot_be_read_back_is_not_kept(tmp_path):
+    script = f"""
+import numpy as np
+from trainingcompiler import cache, compiler
+from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.targets import Target
+counter = TensorSpec(name="counter", shape=(9,), dtype=np.dtype("float32"), role="parameter")
+program = StepProgram(
+    name="increment", function=lambda state, _: ((state[0] + 1,), ()), state=(counter,), inputs=(), outputs=()
+)
+folder = cache.enable_persistent_cache({str(tmp_path)!r})
+import os
+for target in (Target.gpu("h200"), Target.local(), Target.gpu("h200"), Target.local()):
+    compiler.compile(program, target)
+    print(sum(name.endswith("-cache") for name in os.listdir(folder)), cache.hits_and_misses().hits)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["0 0", "1 0", "1 0", "1 1"], run.stderr
