@@ -48,11 +48,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except BaseException as error:
         failure = error
     sys.stdout.flush()
+    if isinstance(failure, Exception):
+        sys.excepthook(type(failure), failure, failure.__traceback__)
     lines, code = checker.report(failure)
     sys.stderr.write("".join(f"[check]      {text}\n" for text in lines))
-    if isinstance(failure, Exception) and code == BAD_INPUT:
-        raise failure
-    sys.stderr.flush()
     sys.exit(code)
 
 

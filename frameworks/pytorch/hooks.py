@@ -77,6 +77,10 @@ class Hooks:
         original = owner.__dict__["step"]
         if owner is Optimizer or getattr(original, "defers", False):
             return
+        if not getattr(original, "hooked", False):  # torch does this when the first optimizer of the class is made
+            original = Optimizer.profile_hook_step(original)
+            vars(original)["hooked"] = True
+            owner.step = original
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

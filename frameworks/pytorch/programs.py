@@ -292,8 +292,10 @@ class CompiledTape:
 
     def bound(self) -> list[torch.Tensor] | None:
         """The tensors that the program reads and writes; None if it was captured for others."""
-        if any(tensor_hooks.stored_gradient(parameter()) is not None for parameter in self._without_gradient):
-            return None
+        for reference in self._without_gradient:
+            parameter = reference()
+            if parameter is None or tensor_hooks.stored_gradient(parameter) is not None:
+                return None
         return self._bindings.tensors()
 
     def run(self, entries: list[Entry], tensors: list[torch.Tensor]) -> "Held | None":

@@ -4,6 +4,7 @@ Functionalizing while recording, instead of in a second pass over the graph, hal
 (GPT-2 small: 2.8 s for a first pass and 6.0 s for a second one in a prototype).
 """
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self.draws: tuple[Ref, int] | None = None
         self._decompositions = torch._decomp.decomposition_table
+        self._inside: set[str] = set()  # the operators that are being decomposed
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -183,19 +185,18 @@ class Recorder(TorchDispatchMode):
         return fake
 
     def _decompose(self, func, name, args, kwargs):
-        if func in self._decompositions:
+        kernel = self._decompositions.get(func)
+        if kernel is None:
+            key = next((key for key in _COMPOSITE if func.has_kernel_for_dispatch_key(key)), None)
+            kernel = None if key is None else functools.partial(func._op_dk, key)
+        if kernel is None or name in self._inside:  # in the latter case it is written in nothing but itself
+            raise unsupported(name)
+        self._inside.add(name)
+        try:
             with self:
-                return self._decompositions[func](*args, **kwargs)
-        for key in _COMPOSITE if func.namespace == "aten" else ():
-            if func.has_kernel_for_dispatch_key(key):
-                try:
-                    with self:
-                        return func._op_dk(key, *args, **kwargs)
-                except CaptureError as error:
-                    if str(error.operator).rpartition(".")[0] == name.rpartition(".")[0]:  # written in itself
-                        raise unsupported(name) from None
-                    raise
-        raise unsupported(name)
+                return kernel(*args, **kwargs)
+        finally:
+            self._inside.discard(name)
 
     def _mutate(self, func, name, args, kwargs):
         functional = _functional_name(name)
@@ -205,7 +206,7 @@ class Recorder(TorchDispatchMode):
             if func in self._decompositions:
                 with self:
                     return self._decompositions[func](*args, **kwargs)
-            raise unsupported(name)
+            return self._compute_into(func, name, args, kwargs)
         encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
         result = func(*args, **kwargs)
         targets = [
@@ -215,8 +216,10 @@ class Recorder(TorchDispatchMode):
             for target in _flatten(value)
         ]
         # What it returns besides the tensors that it writes to comes first, as in the functional form.
-        written = set(map(id, targets))
-        fresh = [output for output in _flatten(result) if output is not None and id(output) not in written]
+        # By the schema, not by identity: autograd is handed a written tensor back as another object.
+        returned = result if isinstance(result, tuple) else (result,)
+        kinds = [one.alias_info for one in func._schema.returns]
+        fresh = [out for kind, one in zip(kinds, returned, strict=False) if kind is None for out in _flatten(one)]
         values = tuple(self._new_value() for _ in (*fresh, *targets))
         metas = tuple(_meta(tensor) for tensor in (*fresh, *targets))
         self._append(functional, encoded_args, encoded_kwargs, values, metas, casts=True)
@@ -225,6 +228,21 @@ class Recorder(TorchDispatchMode):
         for target, value in zip(targets, values[len(fresh) :], strict=True):
             self._write(target, value)
         return result
+
+    def _compute_into(self, func, name, args, kwargs):
+        """Runs an operator with `out=` in its plain form, and copies the results to where they are to go."""
+        plain = _plain_form(func)
+        if plain is None or str(plain) in self._inside:
+            raise unsupported(name if plain is None else str(plain))
+        targets = [kwargs[argument.name] for argument in func._schema.arguments if argument.is_out]
+        inputs = {key: value for key, value in kwargs.items() if not any(value is target for target in targets)}
+        with self:
+            results = plain(*args, **inputs)
+            for target, result in zip(targets, list(_flatten(results)), strict=True):
+                if target.shape != result.shape:
+                    raise unsupported(f"{name} with an out= of another shape")
+                target.copy_(result)
+        return targets[0] if len(targets) == 1 else tuple(targets)
 
     def _turn(self, func, functional, args, kwargs):
         record = self._record(args[0])
@@ -353,6 +371,18 @@ def user_line() -> str | None:
         if not filename.startswith((_TORCH, _HERE, "<")):
             return f"{os.path.basename(filename)}:{frame.f_lineno}"
         frame = frame.f_back
+    return None
+
+
+def _plain_form(func) -> Any:
+    """The overload that takes what an overload with `out=` takes besides; None for any other."""
+    arguments = [(argument.name, str(argument.type)) for argument in func._schema.arguments if not argument.is_out]
+    if len(arguments) == len(func._schema.arguments):
+        return None
+    packet = func._overloadpacket
+    for overload in map(packet.__getattr__, packet.overloads()):
+        if [(argument.name, str(argument.type)) for argument in overload._schema.arguments] == arguments:
+            return overload
     return None
 
 

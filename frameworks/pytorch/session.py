@@ -118,6 +118,9 @@ class Session:
         if self._unwatched():
             return original(optimizer, *args, **kwargs)
         closure = args[0] if args else kwargs.get("closure")
+        if self.deferring and hooks_of(optimizer) and not self._fallbacks.covers(optimizer):
+            reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
+            self._fallbacks.leave(CaptureError(reason, user_line()), [optimizer])
         reason = self._reason_to_step_eagerly(optimizer, closure)
         if reason is None:
             self._cut(optimizer)
@@ -127,7 +130,7 @@ class Session:
             self.commit()  # forward and backward, up to the gradients
         elif self.tape:
             self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
-        elif self.deferring and (closure is not None or hooks_of(optimizer)):
+        elif self.deferring and closure is not None:
             self._fallbacks.say(CaptureError(reason=reason, where=user_line()))
         self.book.check_unconsumed(parameters_of(optimizer))
         with undeferred():
@@ -138,8 +141,6 @@ class Session:
     def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
         if closure is not None:
             return "optimizer.step() was given a closure"
-        if hooks_of(optimizer):
-            return f"{type(optimizer).__name__} has a step hook"
         if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.habits(optimizer).steps:
             return f"{type(optimizer).__name__} steps eagerly"
         return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
@@ -505,7 +506,9 @@ class Session:
     # -- questions ----------------------------------------------------------------------------------------------
 
     def _unwatched(self) -> bool:
-        return is_replaying() or threading.get_ident() != self._thread
+        # Inside torch's own backward, checkpointed blocks call their modules again.
+        in_backward = torch._C._current_graph_task_id() != -1
+        return is_replaying() or in_backward or threading.get_ident() != self._thread
 
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         if not self.deferring or self._fallbacks.covers(module):

@@ -252,7 +252,13 @@ def _without_mkldnn() -> Iterator[None]:
 
 
 def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+    """What `torch.autograd.backward` does, without its question to the mode, during whose answer the mode is off."""
+    (gradient,) = torch.autograd._make_grads((tensor,), (gradient,), is_grads_batched=False)
+    inputs = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    retain_graph = create_graph if retain_graph is None else retain_graph
+    torch.autograd.graph._engine_run_backward(
+        (tensor,), (gradient,), retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _numbers(arguments: tuple) -> list[TracedNumber]:

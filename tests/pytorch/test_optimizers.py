@@ -1,5 +1,6 @@
 """Every optimizer of torch: 20 steps equal to eager's, or the reason why not stands in docs/optimizers.md."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -56,16 +57,13 @@ def test_lbfgs_is_eager_and_says_so():
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
 
-        def closure():
+        def closure(x, y):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             return loss
 
-        losses = []
-        for x, y in data:
-            losses.append(float(optimizer.step(closure)))
-        return losses
+        return [float(optimizer.step(functools.partial(closure, x, y))) for x, y in data]
 
     run = assert_same_training(made(mlp, torch.optim.LBFGS, lr=0.1), loop, batches(20), may_fall_back=True)
     assert "closure" in run.fallbacks()[0].reason and STATUS["LBFGS"] == "eager"

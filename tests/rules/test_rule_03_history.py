@@ -27,7 +27,7 @@ report(model)
 """,
         tmp_path,
         says="the loop uses a tensor that torch has computed from parameters",
-        line="penalty" if "before" in place else "loss = loss + 1e-2",
+        line="penalty",
     )
 
 

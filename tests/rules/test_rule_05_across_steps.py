@@ -24,4 +24,5 @@ def test_a_generator_trained_through_a_discriminator_that_has_stepped(tmp_path):
         report(generator, discriminator)
         """,
         tmp_path,
+        notes=1,  # the first iteration, in which one optimizer has stepped and the other has not
     )

@@ -120,6 +120,8 @@ def addmv(self: Array, matrix: Array, vector: Array, *, beta: Number = 1, alpha:
 
 @lowers("aten.addr.default")
 def addr(self: Array, left: Array, right: Array, *, beta: Number = 1, alpha: Number = 1) -> Array:
+    if self.dtype == jnp.bool_:
+        return (self & bool(beta)) | (outer(left, right) & bool(alpha))
     wide = opmath(left.dtype)
     return _plus(self, outer(cast(left, wide), cast(right, wide)), beta, alpha)
 

@@ -24,6 +24,7 @@ from .operands import (
     cast,
     constant,
     expand,
+    float_dtype,
     full,
     iota,
     is_float,
@@ -366,8 +367,9 @@ def native_dropout(input: Array, p: float, train: bool | None, *, key: Array) ->
 
 @lowers("aten.native_dropout_backward.default")
 def native_dropout_backward(grad_output: Array, mask: Array, scale: float) -> Array:
-    wide = opmath(grad_output.dtype)
-    return cast(cast(grad_output, wide) * cast(mask, wide) * _at(scale, wide), grad_output.dtype)
+    target = float_dtype(grad_output)
+    wide = opmath(target)
+    return cast(cast(grad_output, wide) * cast(mask, wide) * _at(scale, wide), target)
 
 
 @lowers_random("aten.rrelu_with_noise_functional.default")

@@ -1,0 +1,132 @@
+"""`python -m trainingcompiler.check`: the verdict on a step, and what it says when there is nothing to judge."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from small import batches, made, mlp, train_on
+
+import trainingcompiler as tc
+from trainingcompiler.frameworks.pytorch import inspection
+from trainingcompiler.frameworks.pytorch.checking import check
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
+
+SCRIPT = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+for _ in range(6):
+    x, y = torch.randn(16, 8), torch.randint(0, 4, (16,))
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.item()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+"""
+
+
+def run(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess:
+    path = folder / "train.py"
+    path.write_text(textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, "-m", "trainingcompiler.check", *words, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
+    )
+
+
+def inspect_one(model=mlp, optimizer=torch.optim.AdamW):
+    """The inspections of a short training run."""
+    seen = []
+    inspection.inspector = seen.append
+    tc.enable(tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True))
+    try:
+        objects = made(model, optimizer, lr=0.01)()
+        train_on(objects["model"], objects["optimizer"], batches(3))
+    finally:
+        inspection.inspector = None
+        tc.disable()
+    return seen
+
+
+def test_a_step_that_is_right(tmp_path):
+    done = run(tmp_path, SCRIPT, "--steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "[check]      equal up to rounding" in done.stderr
+    assert "step 2 at train.py:12" in done.stderr and "1 host reads" in done.stderr
+    assert "operators without a lowering: none" in done.stderr
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_every_result_is_compared(optimizer):
+    *_, last = inspect_one(optimizer=optimizer)
+    verdict = check(last)
+    assert verdict.first is None and not verdict.over
+    assert verdict.compared == len(last.results) > 6
+    assert any(name.startswith("new 0.weight") for name in last.names.values())
+
+
+def test_a_wrong_operator_is_found_by_name_line_and_values(monkeypatch):
+    right = LOWERINGS["aten.tanh.default"]
+    monkeypatch.setitem(LOWERINGS, "aten.tanh.default", lambda x: right(x) + jnp.where(x > 0, 1e-2, 0).astype(x.dtype))
+    *_, last = inspect_one()
+    verdict = check(last)
+    assert verdict.first is not None and verdict.over
+    assert verdict.first.operator == "aten.tanh.default"
+    assert verdict.first.where.startswith("small.py:")
+    assert verdict.first.compiled == pytest.approx(verdict.first.torchs + 1e-2, abs=1e-6)
+
+
+def test_a_wrong_result_of_the_executable_is_a_difference():
+    *_, last = inspect_one()
+    number = next(iter(last.names))
+    last.results[number] = np.asarray(last.results[number]) * 1.5
+    verdict = check(last)
+    assert verdict.over == [last.names[number]] and verdict.largest[0] > 0.3
+
+
+def test_a_difference_is_exit_code_1(tmp_path):
+    spoiled = """
+    import trainingcompiler.frameworks.pytorch.lower as table
+    right = table.LOWERINGS["aten.relu.default"]
+    table.LOWERINGS["aten.relu.default"] = lambda x: right(x) * 1.01
+    """
+    done = run(tmp_path, textwrap.dedent(spoiled) + SCRIPT)
+    assert done.returncode == 1, done.stderr
+    assert "the first operator at fault is aten.relu.default at train.py:" in done.stderr
+
+
+NOTHING = {
+    "no training": ("print('hello')", "the script reached no optimizer.step()"),
+    "one step": (SCRIPT.replace("range(6)", "range(1)"), "ended before its first compiled step"),
+    "a failure": (SCRIPT.replace("loss.backward()", "raise KeyError('lost')"), "failed before its first compiled step"),
+    "an exit": ("import sys; sys.exit(3)", "left with exit code 3"),
+    "no capture": (
+        SCRIPT.replace("model(x)", "model(x)[x.sum(1) > 0]").replace(", y)", ", y[x.sum(1) > 0])"),
+        "the step could not be captured (train.py:",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "says"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_check(script, says, tmp_path):
+    done = run(tmp_path, script)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--steps=0"], ["--steps", "x"], ["--setps=2"]])
+def test_bad_words(words, tmp_path):
+    done = run(tmp_path, SCRIPT, *words)
+    assert done.returncode == 2 and done.stderr.startswith("trainingcompiler.check: --s")
