@@ -380,7 +380,7 @@ def _plain_form(func) -> Any:
     if len(arguments) == len(func._schema.arguments):
         return None
     packet = func._overloadpacket
-    for overload in map(packet.__getattr__, packet.overloads()):
+    for overload in (getattr(packet, name) for name in packet.overloads()):
         if [(argument.name, str(argument.type)) for argument in overload._schema.arguments] == arguments:
             return overload
     return None

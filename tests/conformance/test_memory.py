@@ -67,3 +67,14 @@ def test_factors_of_a_determinant_are_those_that_its_gradient_expects():
     assert_same_as_torch(torch.linalg.det, matrix.requires_grad_())
     assert_same_as_torch(torch.linalg.det, matrix.detach().mT.requires_grad_())
     assert_same_as_torch(lambda x: torch.linalg.slogdet(x.mT)[1], matrix)
+
+
+def test_results_that_are_written_to_where_they_are_to_go():
+    def function(x):
+        into = torch.zeros(2, 4)
+        with torch.no_grad():
+            torch.mm(x, x.mT, out=into[:, :2])
+            torch.add(x, 1, alpha=2, out=into[:, 2:])
+        return into
+
+    assert_same_as_torch(function, leaf(2, 2).detach())
