@@ -6,7 +6,7 @@ import functools
 import operator
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,14 @@ class CapturedStep:
     gradients: list[tuple[weakref.ref, int | None]]
 
 
-def capture(entries: list[Entry]) -> CapturedStep:
+def capture(
+    entries: list[Entry], constants: Callable[[torch.optim.Optimizer], frozenset] = lambda _: frozenset()
+) -> CapturedStep:
     """Replays entries on stand-ins and records what torch dispatches.
 
     Args:
         entries: What to capture; the slots that they read must be their own or have values.
+        constants: Gives the paths of an optimizer's hyperparameters that have to be constants.
 
     Returns:
         The graph and what its inputs and outputs are.
@@ -146,7 +149,7 @@ def capture(entries: list[Entry]) -> CapturedStep:
                 with contextlib.ExitStack() as prepared:
                     for optimizer in entry.optimizers:
                         of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
-                        prepared.enter_context(optimizers.traced(optimizer, of))
+                        prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
                     prepared.enter_context(twins.numbers_in_steps())
                     for fingerprint in entry.prints:
                         prepared.enter_context(fingerprint.restored())

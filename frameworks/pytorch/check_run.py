@@ -50,9 +50,9 @@ class CheckRun:
         lines.append(f"operators without a lowering: {', '.join(sorted(operators)) or 'none'}")
         if not self._last:
             return [*lines, self._why_nothing(failure)], NOTHING
-        step = self._last[-1]
+        where = next((inspected.where for inspected in self._last if inspected.where), None)
         programs = "one program" if len(self._last) == 1 else f"{len(self._last)} programs"
-        lines.append(f"step {self._seen} at {step.where}: {programs}, {self._reads} host reads before it ended")
+        lines.append(f"step {self._seen} at {where}: {programs}, values read by the script: {self._reads}")
         code = EQUAL
         for inspected in self._last:
             verdict = check(inspected)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref
+from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
 from trainingcompiler.frameworks.pytorch.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.recorder import HIDDEN_WRITES
@@ -20,6 +20,8 @@ from trainingcompiler.frameworks.pytorch.recorder import HIDDEN_WRITES
 # One operator, on equal inputs: sums of 10^4 terms in another order. A whole step may amplify that ten times.
 OPERATOR_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 STEP_FACTOR = 10.0
+_NOTHING = 1e-3  # of the step's largest value: a result below it consists of rounding
+_CANCELLED = 1e-2  # of an operator's largest input, likewise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +77,10 @@ def check(inspection: Inspection) -> Verdict:
     verdict = Verdict(compared=len(wanted), operators=len(nodes))
     every = _every_value(inspection, nodes)
     replayed = _replay(inspection, nodes, every)
+    largest = max((_largest(replayed[number]) for number in wanted), default=0.0)
     for number in wanted:
         right, judged = replayed[number], _tensor(inspection.results[number])
-        relative = _difference(right, judged)[0]
+        relative = _difference(right, judged, _NOTHING * largest)[0]
         if relative >= verdict.largest[0]:
             verdict.largest = (relative, inspection.names.get(number, "a result"))
         if relative > STEP_FACTOR * OPERATOR_TOLERANCES.get(right.dtype, 0.0):
@@ -102,7 +105,9 @@ def _first_difference(inspection: Inspection, nodes: list[Node], every: dict[int
             continue
         for number, right in run_node(node, every).items():
             judged = every[number]
-            relative, place = _difference(right, judged)
+            # Sums cancel: the gradient of a bias before BatchNorm is nothing but the rounding of its summands.
+            given = max((_largest(every[read]) for read in references(node)), default=0.0)
+            relative, place = _difference(right, judged, _CANCELLED * given)
             if relative > OPERATOR_TOLERANCES.get(right.dtype, 0.0):
                 return Difference(
                     operator=node.operator,
@@ -177,15 +182,23 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
         return tensor_of(jax.numpy.asarray(array)).clone()
 
 
-def _difference(right: torch.Tensor, judged: torch.Tensor) -> tuple[float, int]:
-    """The largest difference relative to the largest value, and where; infinite where only one of them is finite."""
+def _largest(tensor: torch.Tensor) -> float:
+    values = tensor.detach().double().abs()
+    values = values[values.isfinite()]
+    return values.max().item() if values.numel() else 0.0
+
+
+def _difference(right: torch.Tensor, judged: torch.Tensor, least: float) -> tuple[float, int]:
+    """The largest difference relative to the largest value, or to `least`, and where it is.
+
+    It is infinite where only one of the two is finite.
+    """
     if right.numel() == 0:
         return 0.0, 0
     one, other = right.detach().double().flatten(), judged.detach().double().flatten()
     same = (one == other) | (one.isnan() & other.isnan())
     difference = torch.where(same, 0.0, (one - other).abs().nan_to_num(nan=float("inf")))
-    finite = one[one.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
+    scale = max(_largest(one), least)
     place = int(difference.argmax())
     largest = difference[place].item()
     if largest == 0.0:

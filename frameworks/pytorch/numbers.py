@@ -131,3 +131,24 @@ def guarded_math() -> Iterator[None]:
     names = [name for name in vars(math) if callable(getattr(math, name)) and not name.startswith("_")]
     with mock.patch.dict(vars(math), {name: guard(getattr(math, name)) for name in names}):
         yield
+
+
+def smallest(*items: Any, **options: Any) -> Any:
+    """`min`, which gives a `TracedNumber` where it is given one."""
+    return _extreme(min, torch.minimum, items, options)
+
+
+def largest(*items: Any, **options: Any) -> Any:
+    """`max`, which gives a `TracedNumber` where it is given one."""
+    return _extreme(max, torch.maximum, items, options)
+
+
+def _extreme(plain: Callable, function: Callable, items: tuple, options: dict) -> Any:
+    if len(items) != 2 or options or not any(isinstance(item, TracedNumber) for item in items):
+        return plain(*items, **options)
+    one, other = items
+    traced = one if isinstance(one, TracedNumber) else other
+    tensors = [
+        item.tensor if isinstance(item, TracedNumber) else torch.full_like(traced.tensor, item) for item in items
+    ]
+    return TracedNumber(plain(float.__float__(one), float.__float__(other)), function(*tensors))

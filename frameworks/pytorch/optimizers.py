@@ -1,14 +1,17 @@
 """What capture has to know of `torch.optim`: hyperparameters as inputs, one operator for a whole group."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.numbers import largest, smallest
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 
 NEW_STATE = "the optimizer creates state for new parameters"
@@ -18,7 +21,9 @@ _FUSABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Ad
 
 
 @contextlib.contextmanager
-def traced(optimizer: torch.optim.Optimizer, number: Callable[[Any, float], float]) -> Iterator[None]:
+def traced(
+    optimizer: torch.optim.Optimizer, number: Callable[[Any, float], float], constants: frozenset
+) -> Iterator[None]:
     """Prepares an optimizer for running its `step` under capture, and puts it back.
 
     Every float in its groups is replaced by what `number(path, value)` returns, unless it is zero: whether it is zero
@@ -28,24 +33,31 @@ def traced(optimizer: torch.optim.Optimizer, number: Callable[[Any, float], floa
     Args:
         optimizer: Any optimizer.
         number: Makes a traced number of the hyperparameter at `path`, `(group, name)` or `(group, name, index)`.
+        constants: The paths that stay plain numbers.
     """
     saved = [dict(group) for group in optimizer.param_groups]
     try:
         for index, group in enumerate(optimizer.param_groups):
             for name, value in group.items():
-                if _is_number(value):
+                if _is_number(value) and (index, name) not in constants:
                     group[name] = number((index, name), value)
                 elif type(value) is tuple and any(_is_number(item) for item in value):
                     group[name] = tuple(
-                        number((index, name, place), item) if _is_number(item) else item
+                        number((index, name, place), item)
+                        if _is_number(item) and (index, name, place) not in constants
+                        else item
                         for place, item in enumerate(value)
                     )
             if type(optimizer) in _FUSABLE and not group.get("differentiable"):
                 group["fused"], group["foreach"] = True, False
-            elif "foreach" in group:
+                continue
+            if "foreach" in group:
                 group["foreach"] = False
+            if "capturable" in group:
+                group["capturable"] = True
         prepared = [dict(group) for group in optimizer.param_groups]
-        yield
+        with _asking_no_values(optimizer):
+            yield
         if any(
             group.get(name) is not value
             for group, before in zip(optimizer.param_groups, prepared, strict=True)
@@ -56,6 +68,19 @@ def traced(optimizer: torch.optim.Optimizer, number: Callable[[Any, float], floa
         for group, old in zip(optimizer.param_groups, saved, strict=True):
             group.clear()
             group.update(old)
+
+
+@contextlib.contextmanager
+def _asking_no_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lets torch's optimizers take their tensor-only paths, and `min` and `max` in their code know traced numbers."""
+    with contextlib.ExitStack() as stack:
+        if type(optimizer) not in _FUSABLE and any("capturable" in group for group in optimizer.param_groups):
+            # Or they read their step counts on the host; and the capturable path asks for a GPU, unless compiled.
+            stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", lambda: True))
+        code = inspect.unwrap(type(optimizer).step).__globals__
+        if not {"min", "max"} & set(code):
+            stack.enter_context(mock.patch.dict(code, {"min": smallest, "max": largest}))
+        yield
 
 
 def number_at(optimizer: torch.optim.Optimizer, path: tuple) -> float:

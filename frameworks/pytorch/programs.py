@@ -114,7 +114,7 @@ class ProgramCache:
         with phase("capture", f"{name} at {where}" if where else name) as running:
             unknown = entries[-1].outputs is None
             try:
-                captured = capture(entries)
+                captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants)
             except (CaptureError, NumberUsed):
                 raise
             except Exception as error:  # an error of the script's, most likely: torch will say which

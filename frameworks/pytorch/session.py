@@ -250,7 +250,8 @@ class Session:
                 return self._record_nothing(function, args, kwargs, error)
             except Exception as error:  # the call's own mistake, or one of fake tensors: torch will say which
                 self.tape.entries.pop()
-                failure = CaptureError(reason=f"{type(error).__name__}: {error}".split("\n")[0], where=entry.where)
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                failure = CaptureError(reason=reason, where=entry.where or user_line())
                 return self._record_nothing(function, args, kwargs, failure)
         return self._results(entry, planned, args, kwargs)
 
@@ -562,4 +563,6 @@ def _functional_name(name: str) -> str:
 
 
 def _unusable(error: NumberUsed) -> CaptureError:
-    return CaptureError(reason="the step decides by the value of a number that is computed in it", where=user_line())
+    unusable = CaptureError("the step decides by the value of a number that is computed in it", user_line())
+    unusable.__cause__ = error  # shown by --debug
+    return unusable

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -30,7 +35,7 @@ _FUSED_OPTIMIZERS = {
 # Functions whose numbers a 0-d tensor can stand in for without changing the result's dtype.
 _TAKES_TENSOR = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide pow lerp addcmul addcdiv maximum minimum where fill "
-    "clamp clamp_min clamp_max __radd__ __rsub__ __rmul__ __rdiv__ __rtruediv__ __rpow__ __pow__ __add__ __sub__ "
+    "clamp clamp_min clamp_max eq ne __radd__ __rsub__ __rmul__ __rdiv__ __rtruediv__ __rpow__ __pow__ __add__ __sub__ "
     "__mul__ __div__ __truediv__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__".split()
 )
 
@@ -155,6 +160,12 @@ class Twins(TorchFunctionMode):
                 with self:  # Python runs inside: checkpointed blocks, custom functions
                     return _backward(*args, **kwargs)
             return self._real(func(*args, **kwargs))
+        except DynamicOutputShapeException as error:
+            raise CaptureError(
+                reason=f"the shape of a result depends on values ({error.func})",
+                where=user_line(),
+                operator=str(error.func),
+            ) from None
         except DataDependentOutputException as error:
             raise CaptureError(
                 reason=f"the step asks for the value of a tensor while it is being captured ({error.func})",
@@ -170,6 +181,8 @@ class Twins(TorchFunctionMode):
         if plain not in _TAKES_TENSOR:
             raise NumberUsed(numbers[0].source)
         first = next(argument for argument in args if isinstance(argument, torch.Tensor))
+        if plain.startswith("clamp"):
+            return self._clamped(plain, in_place, *args, **kwargs)
         alpha = kwargs.pop("alpha", None)
         value = kwargs.pop("value", None)
         if alpha is not None:
@@ -184,8 +197,19 @@ class Twins(TorchFunctionMode):
         if plain == "lerp":
             args = (*args[:2], args[2].to(first.dtype))
         result = func(*args, **kwargs)
-        expected = torch.result_type(first, 1.0)
+        expected = torch.bool if plain in ("eq", "ne") else torch.result_type(first, 1.0)
         return result if in_place or result.dtype is expected else result.to(expected)
+
+    @staticmethod
+    def _clamped(plain, in_place, tensor, *limits, **named):
+        """`clamp`, whose limits torch would read on the host if they came as 0-d tensors."""
+        names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(plain, ("min", "max"))
+        result = tensor
+        for name, limit in {**dict(zip(names, limits, strict=False)), **named}.items():
+            if limit is not None:
+                limit = limit.tensor if isinstance(limit, TracedNumber) else torch.as_tensor(limit)
+                result = (torch.maximum if name == "min" else torch.minimum)(result, limit.to(tensor.dtype))
+        return tensor.copy_(result) if in_place else result
 
     @staticmethod
     def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:

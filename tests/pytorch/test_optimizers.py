@@ -63,7 +63,7 @@ def test_lbfgs_is_eager_and_says_so():
             loss.backward()
             return loss
 
-        return [float(optimizer.step(functools.partial(closure, x, y))) for x, y in data]
+        return [optimizer.step(functools.partial(closure, x, y)).item() for x, y in data]
 
     run = assert_same_training(made(mlp, torch.optim.LBFGS, lr=0.1), loop, batches(20), may_fall_back=True)
     assert "closure" in run.fallbacks()[0].reason and STATUS["LBFGS"] == "eager"
