@@ -26,7 +26,7 @@ PASSES, UNSUPPORTED, EXCLUDED, MISMATCH = "passes", "unsupported", "excluded", "
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
 """The dtypes of samples that are tested, where an entry has them on the CPU."""
 
-SAMPLES = 10
+SAMPLES = 12
 """The most samples of an entry and dtype, spread over those that PyTorch generates."""
 
 

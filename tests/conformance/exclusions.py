@@ -1,6 +1,7 @@
 """Entries of the database that no compiled training step can contain, or whose results cannot be compared, and why."""
 
 import re
+from typing import NamedTuple
 
 import torch
 
@@ -32,9 +33,25 @@ GAUGED = frozenset(
 """Entries whose results are unique only up to a sign, a phase or an order: compared after the function by which
 PyTorch's own tests of gradients remove that freedom."""
 
-TIED = {"kthvalue": 1, "topk": 1, "mode": 0, "sort": 0, "argsort": 0}
-"""Entries whose indices may be those of any of several equal values, so that these are compared instead; and where
-`dim` stands among their arguments."""
+
+class Tie(NamedTuple):
+    """Where `dim` stands among an entry's arguments, what it is by default, and whether the last result is indices."""
+
+    dim_position: int = 0
+    dim_default: int = -1
+    has_indices: bool = True
+
+
+TIED = {
+    "kthvalue": Tie(1),
+    "topk": Tie(1),
+    "mode": Tie(),
+    "sort": Tie(),
+    "argsort": Tie(),
+    "msort": Tie(dim_default=0, has_indices=False),
+}
+"""Entries that may choose any of several equal values, so that these are compared in place of their indices, and of
+gradients what does not depend on the choice."""
 
 
 def exclusion(name: str, dtype: torch.dtype) -> str:

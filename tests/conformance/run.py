@@ -20,6 +20,7 @@ from report import FAILURES, summary, write
 
 _LIMIT_S = 240
 _ENTRIES_PER_WORKER = 150  # compiled code and torch's caches add up
+_REPORT_EVERY = 100
 
 
 class Worker:
@@ -102,6 +103,8 @@ def check_all(pending: queue.Queue, verdicts: list[dict]) -> None:
         worker = worker or Worker()
         verdict = worker.check(name, dtype)
         verdicts.append(verdict)
+        if not len(verdicts) % _REPORT_EVERY:
+            sys.stderr.write(f"{len(verdicts)} done, {pending.qsize()} to go\n")
         if verdict["status"] in FAILURES:
             sys.stderr.write(f"{verdict['status']}: {name} {dtype}: {verdict['note']}\n")
         if not worker.is_alive() or worker.checked >= _ENTRIES_PER_WORKER:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import torch
 from comparison import distance
+from exclusions import Tie
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 from trainingcompiler.errors import CaptureError
@@ -54,9 +55,9 @@ class Trial:
         refusal: Why the captured program could not be lowered, if it could not.
     """
 
-    def __init__(self, operator: OpInfo, sample: SampleInput, is_gauged: bool = False, dim_position: int | None = None):
+    def __init__(self, operator: OpInfo, sample: SampleInput, is_gauged: bool = False, tie: Tie | None = None):
         self._operator, self._process = operator, sample.output_process_fn_grad
-        self._is_gauged, self._dim_position = is_gauged, dim_position
+        self._is_gauged, self._tie = is_gauged, tie
         self.arguments = map_leaves(_Leaves(), (sample.input, sample.args, sample.kwargs))
         self._before = {id(leaf): _array(leaf) for leaf in _tensors(self.arguments)}
         # A view's memory may be larger than itself, and only the original's has what lies beyond.
@@ -78,9 +79,10 @@ class Trial:
         if cotangents is None:
             cotangents = [_ramp(root) for root in roots]
         gradients = torch.autograd.grad(roots, leaves, cotangents, allow_unused=True) if roots and leaves else ()
-        if self._dim_position is not None:
-            dim = kwargs.get("dim", args[self._dim_position] if len(args) > self._dim_position else -1)
-            result = _selected(result, input, dim)
+        if self._tie is not None:
+            position, default, has_indices = self._tie
+            dim = kwargs.get("dim", args[position] if len(args) > position else default)
+            result = _selected(result, input, dim) if has_indices else result
             gradients = [_by_value(gradient, input, dim) for gradient in gradients]
         return _tensors(processed if self._is_gauged else result), list(gradients), cotangents
 
