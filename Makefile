@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance gpu-plan lint clean
+.PHONY: help demo test bench conformance fuzz gpu-plan lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
+	@echo "make fuzz      2,000 training loops by chance, compared with eager (an hour)"
 	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
 	@echo "make clean     remove the environment and everything that was built"
 
@@ -48,6 +49,9 @@ $(GPU)/.ready: $(READY)
 	$(GPU)/bin/pip install --quiet torch==2.13.0
 	$(GPU)/bin/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,dev,cuda12]'
 	@touch $@
+
+fuzz: $(READY)
+	FUZZ_LOOPS=2000 $(BIN)/python -m pytest -q tests/fuzz
 
 gpu-plan: $(GPU)/.ready
 	JAX_PLATFORMS=cpu $(GPU)/bin/python -m pytest tests/gpu

@@ -39,7 +39,10 @@ class TracedGenerator:
 
         replaced: dict[str, Callable] = {"get_rng_state": get, "set_rng_state": restore}
         replaced |= {name: _refuse for name in ("manual_seed", "seed")}
-        with mock.patch.multiple(torch, **replaced), mock.patch.multiple(torch.random, **replaced):
+        with contextlib.ExitStack() as stack:
+            for owner in (torch, torch.random):
+                for name, function in replaced.items():
+                    stack.enter_context(mock.patch.object(owner, name, function))
             yield
 
 

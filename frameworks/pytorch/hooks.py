@@ -80,7 +80,7 @@ class Hooks:
         if not getattr(original, "hooked", False):  # torch does this when the first optimizer of the class is made
             original = Optimizer.profile_hook_step(original)
             vars(original)["hooked"] = True
-            owner.step = original
+            setattr(owner, "step", original)  # noqa: B010
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

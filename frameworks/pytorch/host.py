@@ -156,9 +156,13 @@ class _Reads:
     places: tuple[Place, ...]
 
 
-@functools.cache
 def _reads(item: Any) -> _Reads:
     """What a function or the methods of a class mention, with the user's functions that they call."""
+    return _reads_once(item)
+
+
+@functools.cache
+def _reads_once(item: Any) -> _Reads:
     names: set[str] = set()
     places: dict[tuple, Place] = {}
     any_name = False
@@ -194,7 +198,8 @@ def _reads(item: Any) -> _Reads:
 
 def _plain_function(value: Any) -> FunctionType | None:
     while isinstance(value, functools.partial | MethodType | staticmethod | classmethod | property):
-        value = value.fget if isinstance(value, property) else getattr(value, "__func__", None) or value.func
+        names = ("fget", "__func__", "func")
+        value = next(getattr(value, name) for name in names if getattr(value, name, None) is not None)
     value = getattr(value, "__wrapped__", value)
     return value if isinstance(value, FunctionType) else None
 

@@ -122,7 +122,11 @@ def assert_same_training(
 
 
 def assert_same(
-    eager: Run, compiled: Run, twin: Run | None = None, float64_tolerance: float = FLOAT64_TOLERANCE
+    eager: Run,
+    compiled: Run,
+    twin: Run | None = None,
+    float64_tolerance: float = FLOAT64_TOLERANCE,
+    floor: float = FLOAT32_TOLERANCE,
 ) -> None:
     """Asserts that two runs have seen the same and left the same behind.
 
@@ -131,6 +135,7 @@ def assert_same(
         compiled: What to judge.
         twin: A second eager run with other rounding, for float32; None for float64.
         float64_tolerance: The largest relative difference without a twin.
+        floor: The largest relative difference with one, however quiet it is.
     """
     right, judged = dict(_values(eager)), dict(_values(compiled))
     noisy = dict(_values(twin)) if twin is not None else None
@@ -147,7 +152,7 @@ def assert_same(
         tolerance = float64_tolerance
         if noisy is not None:
             noise = _largest(value.double() - noisy[name].double()) / scale
-            tolerance = max(TWIN_FACTOR * noise, FLOAT32_TOLERANCE)
+            tolerance = max(TWIN_FACTOR * noise, floor)
         assert difference <= tolerance, f"{name}: relative difference {difference:.3g} > {tolerance:.3g}"
 
 

@@ -64,7 +64,7 @@ def test_a_step_that_is_right(tmp_path):
     done = run(tmp_path, SCRIPT, "--steps=2")
     assert done.returncode == 0, done.stderr
     assert "[check]      equal up to rounding" in done.stderr
-    assert "step 2 at train.py:12: 2 programs, values read by the script: 1" in done.stderr
+    assert "step 2 at train.py:11: 2 programs, values read by the script: 1" in done.stderr
     assert "operators without a lowering: none" in done.stderr
 
 
