@@ -368,9 +368,8 @@ class Session:
         return True
 
     def finish(self) -> None:
-        """Computes everything that has been asked for; a step that was aborted half-way stays undone."""
+        """Computes everything that has been asked for, gradients of a step that was aborted half-way included."""
         self._guard.rest()
-        self.tape.entries = [entry for entry in self.tape.entries if entry.function is not torch.Tensor.backward]
         self.commit()
         for slot in self.tape.live_slots():
             self.value(slot)

@@ -33,6 +33,7 @@ def loop(**changes) -> Loop:
 )
 @given(LOOPS)
 @example(loop())
+@example(loop(clip="value", events=((8, "two calls"), (9, "skip the step"))))  # clipping outlived its gradients
 @example(loop(layers=("batch norm",), events=((3, "freeze"),)))  # fake kernels make a gradient that nobody asked for
 def test_a_loop_by_chance(loop):
     """In float64, against the noise of eager itself: a twin whose rows are summed in the opposite order.
