@@ -1,6 +1,5 @@
 """Who runs the next step: the compiled program or torch, by the user's word or by measurement."""
 
-import statistics as median_of
 import time
 
 import torch
@@ -9,6 +8,8 @@ from trainingcompiler.events import EngineChosen, emit
 from trainingcompiler.statistics import current as statistics
 
 _SHORT_STEP_S = 0.05
+_FEW, _MANY = 3, 10  # steps of each engine that are timed; more where they are short or close to each other
+_CLEAR = 1.3  # one engine is so many times as fast as the other
 _NOISE = 1.05  # two engines within 5% are equal: repeated runs of the same step differ by that much
 
 
@@ -57,14 +58,14 @@ class EngineChoice:
         self._turn = "eager" if self._turn == "xla" else "xla"
         if self._fruitless > 3:  # nothing is being compiled: there is nothing to choose
             self.chosen = "xla"
-        elif all(len(times) >= self._needed() for times in self._times_s.values()):
-            self._choose()
+        elif all(len(times) >= _FEW for times in self._times_s.values()):
+            self._decide()
 
-    def _needed(self) -> int:
-        eager = self._times_s["eager"]
-        return 3 if eager and min(eager) > _SHORT_STEP_S else 10
-
-    def _choose(self) -> None:
-        eager_s, xla_s = (median_of.median(self._times_s[engine]) for engine in ("eager", "xla"))
+    def _decide(self) -> None:
+        # The fastest of each: what else runs on the machine only ever adds time.
+        eager_s, xla_s = (min(self._times_s[engine]) for engine in ("eager", "xla"))
+        is_clear = eager_s > _SHORT_STEP_S and not 1 / _CLEAR < xla_s / eager_s < _CLEAR
+        if not is_clear and min(map(len, self._times_s.values())) < _MANY:
+            return
         self.chosen = "xla" if xla_s <= eager_s * _NOISE else "eager"
         emit(EngineChosen(engine=self.chosen, eager_ms=eager_s * 1000, xla_ms=xla_s * 1000))
