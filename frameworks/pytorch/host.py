@@ -199,7 +199,7 @@ def _reads_once(item: Any) -> _Reads:
 def _plain_function(value: Any) -> FunctionType | None:
     while isinstance(value, functools.partial | MethodType | staticmethod | classmethod | property):
         names = ("fget", "__func__", "func")
-        value = next(getattr(value, name) for name in names if getattr(value, name, None) is not None)
+        value = next((getattr(value, name) for name in names if getattr(value, name, None) is not None), None)
     value = getattr(value, "__wrapped__", value)
     return value if isinstance(value, FunctionType) else None
 

@@ -94,7 +94,8 @@ class ModuleWatch:
         for place, value in fingerprint.values:
             if type(value) is float:
                 number = self._numbers.setdefault(place.key, _Number())
-                number.values.add(value)
+                if len(number.values) <= _STEADY:  # more need not be remembered of a run of a million steps
+                    number.values.add(value)
                 if len(number.values) == 1:
                     continue
                 if not number.fixed:

@@ -41,7 +41,8 @@ def test_double_backward(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="create_graph" if False else "",
+        says="the loop uses backward on a result",
+        line="loss.backward(create_graph=True)",
     )
 
 
