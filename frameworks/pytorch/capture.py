@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.graph import Graph
 from trainingcompiler.frameworks.pytorch.host import Place, attributes_of, frozen
 from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
@@ -141,6 +141,9 @@ def capture(
                 fake = twins.fake_like(snapshot.shape, snapshot.dtype)
                 twins.stand_in(tensor, fake)
                 leaves.append((index, len(entry.leaves) + place, recorder.value_of(fake)))
+            for optimizer in entry.optimizers:
+                if entry.outputs is not None and first_steps.makes_state(optimizer):
+                    first_steps.make_state(optimizer, twins.has_gradient)
             with twins.recording():
                 if entry.seed is not None:
                     seed = twins.fake_like((), torch.int64)

@@ -32,7 +32,7 @@ class EngineChoice:
         self._optimizer: torch.optim.Optimizer | None = None
         self._last_end_s = 0.0
         self._compiles = 0
-        self._turn = "eager"
+        self._turn = "xla"
         self._fruitless = 0
 
     @property

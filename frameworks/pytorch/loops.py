@@ -2,12 +2,13 @@
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainingcompiler.errors import GradientNotKeptError
-from trainingcompiler.frameworks.pytorch import optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 
 
@@ -56,9 +57,10 @@ class OptimizerBook:
         return self._habits[optimizer]
 
     def trains(self, module: nn.Module, watch: ModuleWatch) -> bool:
-        """Whether optimizers train the module's parameters, each of which has stepped at least once.
+        """Whether optimizers train the module's parameters, each of which can be captured.
 
-        The first step of an optimizer runs in torch: it creates the optimizer's state.
+        The first step of an optimizer runs in torch, unless it is known beforehand what it leaves: state, and
+        gradients that the script throws away.
         """
         fingerprint = watch.fingerprint(module)
         known = self._trained.get(id(module))
@@ -66,9 +68,14 @@ class OptimizerBook:
             return known[2]
         self._update_owners()
         owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
-        trained = bool(owners) and all(self.habits(owner).steps > 0 for owner in owners.values())
+        trained = bool(owners) and all(map(self.is_ready, owners.values()))
         self._trained[id(module)] = (fingerprint, self._changes, trained)
         return trained
+
+    def is_ready(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer's next step can be captured: it has stepped before, or its first step is understood."""
+        habits = self.habits(optimizer)
+        return habits.steps > 0 or ((habits.clears or habits.zeroes) and first_steps.makes_state(optimizer))
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that updates a parameter."""
@@ -134,11 +141,15 @@ class OptimizerBook:
                 "or TrainingCompilerConfig(keep_gradients=True)."
             )
 
-    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
-        """Notes a `zero_grad`."""
+    def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """Notes a `zero_grad` of an optimizer, which may be older than we are, or of a module."""
+        if isinstance(owner, torch.optim.Optimizer):
+            self.habits(owner)
         self._after_step = False
-        for owner in {id(o): o for p in parameters if (o := self.owner(p)) is not None}.values():
-            habits = self.habits(owner)
+        for optimizer in {id(o): o for p in parameters if (o := self.owner(p)) is not None}.values():
+            habits = self.habits(optimizer)
+            if not habits.clears and not habits.zeroes:
+                self._changes += 1
             habits.clears |= set_to_none
             habits.zeroes |= not set_to_none
         for parameter in parameters if self._consumed else ():

@@ -141,7 +141,7 @@ class Session:
     def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
         if closure is not None:
             return "optimizer.step() was given a closure"
-        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.habits(optimizer).steps:
+        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.is_ready(optimizer):
             return f"{type(optimizer).__name__} steps eagerly"
         return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
 
@@ -200,13 +200,13 @@ class Session:
         self.book.writes_gradient(tensor, gradient)
         return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
 
-    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+    def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
         """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
         if self._unwatched():
             return
         if self._has_backward() and not self._drop_backward({id(parameter) for parameter in parameters}):
             self.commit()
-        self.book.clears_gradients(parameters, set_to_none)
+        self.book.clears_gradients(owner, parameters, set_to_none)
 
     def settle(self) -> None:
         """Brings the buffers of modules up to date, as far as nothing needs a gradient through the tape."""

@@ -26,8 +26,8 @@ class GradientWatcher(Protocol):
     def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Is called for `tensor.grad = gradient`; returns what to store."""
 
-    def clears_gradients(self, parameters: list[torch.Tensor], set_to_none: bool) -> None:
-        """Is called before the `zero_grad` of an optimizer or a module."""
+    def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """Is called before the `zero_grad` of an optimizer or a module, the owner."""
 
 
 _watchers: list[GradientWatcher] = []
@@ -75,7 +75,7 @@ def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]])
     def watched(owner: Any, set_to_none: bool = True) -> None:
         if not is_replaying():
             for watcher in _watchers:
-                watcher.clears_gradients(parameters_of(owner), set_to_none)
+                watcher.clears_gradients(owner, parameters_of(owner), set_to_none)
         with undeferred():
             zero_grad(owner, set_to_none)
 

@@ -144,6 +144,12 @@ class Twins(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return tensor_hooks.stored_gradient(self._fakes[id(real)])
 
+    def has_gradient(self, real: torch.Tensor) -> bool:
+        """Whether a real tensor has a gradient at this point of the recording."""
+        if id(real) in self._fakes:
+            return self.gradient(real) is not None
+        return tensor_hooks.real_gradient(real) is not None
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         args, kwargs = self._swap(args), {name: self._swap(value) for name, value in kwargs.items()}

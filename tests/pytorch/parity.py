@@ -51,17 +51,18 @@ def train(
     make: Callable[[], dict[str, Any]], loop: Loop, data: list, *, compiled: bool, seed: int = 0, **config
 ) -> Run:
     """Runs `loop(make(), data)`, compiled or not."""
-    torch.manual_seed(seed)
-    objects = make()
-    run = Run([], objects)
     if not compiled:
-        run.observed = loop(objects, data)
-        return run
+        torch.manual_seed(seed)
+        objects = make()
+        return Run(loop(objects, data), objects)
+    run = Run([], {})
     before = copy.copy(statistics())
     unsubscribe = subscribe(run.events.append)
     tc.enable(tc.TrainingCompilerConfig(**{"engine": "xla", "quiet": True, **config}))
     try:
-        run.observed = loop(objects, data)
+        torch.manual_seed(seed)
+        run.objects = make()  # after enabling, as under the launcher
+        run.observed = loop(run.objects, data)
     finally:
         tc.disable()
         unsubscribe()

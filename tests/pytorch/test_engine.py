@@ -81,7 +81,7 @@ def test_a_busy_machine_does_not_decide(clock, chosen):
     for index in range(60):
         if choice.chosen is None:
             engine = "xla" if choice.defers else "eager"
-            clock.now_s += {"eager": 0.15, "xla": 0.11}[engine] + (0.4 if engine == "xla" and index % 5 else 0.0)
+            clock.now_s += {"eager": 0.15, "xla": 0.11}[engine] + (0.4 if engine == "xla" and index % 4 else 0.0)
             choice.stepped(of, engine)
     assert choice.chosen == "xla" and chosen[0].xla_ms == pytest.approx(110)
 
