@@ -1,4 +1,6 @@
-"""Compiled executables kept between runs: JAX's own persistent cache, bounded, and healed when an entry is damaged.
+"""Compiled executables kept between runs: in a store of our own, and in JAX's persistent cache, both bounded and healed.
+
+Programs with a digest go to the store, which needs no lowering to find them; whatever else JAX compiles goes to its cache.
 
 A cached executable is machine code. Whoever can write to the cache's folder can run code in every process that reads
 it, so the folder is made private to the user, and sharing it is for people who trust each other.
@@ -22,9 +24,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from trainingcompiler.config import default_cache_dir
 from trainingcompiler.errors import ConfigError
 from trainingcompiler.events import CacheDamaged, Note, emit
+from trainingcompiler.store import ENTRY, ExecutableStore
 
 _ENTRY, _USED = "-cache", "-atime"  # the suffixes of JAX's files: an executable, and when it was last used
 _FOLDER = "executables-jax-"
+_JAXS_SHARE = 10  # one part in ten is for what is compiled without a digest: helpers of a few KB each
 _COMPLAINT = re.compile(
     r"Error (?P<verb>reading|writing) persistent compilation cache entry for '(?P<program>.*?)': "
     r"(?P<error>(?P<kind>\w+):.*)",
@@ -58,8 +62,8 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
     Args:
         directory: The folder, made if need be; None is `default_cache_dir()`. Executables go into a subfolder named
             after the JAX version. See the module's note on trust.
-        size_limit_bytes: Bound on that subfolder's executables, the least recently used going first. Those of other
-            JAX versions are removed where they would make the total larger. 0 keeps nothing.
+        size_limit_bytes: Bound on that subfolder's executables, the least recently used going first; a tenth of it is
+            for JAX's own cache. Those of other JAX versions are removed where they would make the total larger. 0 keeps nothing.
 
     Returns:
         The folder in use, or None where executables are not kept; where nobody asked for that, a `Note` says why.
@@ -67,7 +71,9 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
     Raises:
         ConfigError: `directory` was given and cannot be made or written.
     """
+    global _store
     _counts()
+    _store = None
     already = _option("jax_compilation_cache_dir")
     if not _option("jax_enable_compilation_cache"):
         emit(Note(text="compiled executables are not kept: JAX_ENABLE_COMPILATION_CACHE is off"))
@@ -93,7 +99,8 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
         return None
     if folder.stat().st_mode & 0o002:
         emit(Note(text=f"anyone on this machine can write to {folder}, and so run code as you: chmod o-w {folder}"))
-    _point_jax_at(folder, size_limit_bytes)
+    _point_jax_at(folder, size_limit_bytes // _JAXS_SHARE)
+    _store = ExecutableStore(folder=folder, size_limit_bytes=size_limit_bytes - size_limit_bytes // _JAXS_SHARE)
     return str(folder)
 
 
@@ -137,6 +144,14 @@ def hits_and_misses() -> CacheCounts:
     """Returns a copy of the counts since the cache was first enabled in this process."""
     counts = _counts()
     return CacheCounts(counts.hits, counts.misses, counts.saved_s)
+
+
+_store: ExecutableStore | None = None
+
+
+def store() -> ExecutableStore | None:
+    """Where executables are kept by their programs' digests; None where nothing is kept, or JAX's own option rules."""
+    return _store
 
 
 _listening: CacheCounts | None = None
@@ -230,9 +245,13 @@ def _remove_other_versions(base: Path, current: Path, size_limit_bytes: int) -> 
         if total <= size_limit_bytes:
             return
         total -= _size_bytes(folder)
-        for entry in folder.glob(f"*{_ENTRY}"):
+        for entry in _entries(folder):
             _remove(entry)
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in folder.glob(f"*{_ENTRY}"))
+    return sum(entry.stat().st_size for entry in _entries(folder))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [*folder.glob(f"*{_ENTRY}"), *folder.glob(f"*{ENTRY}")]

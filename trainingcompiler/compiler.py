@@ -10,11 +10,13 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from trainingcompiler import cache
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import phase
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
 
 
@@ -98,20 +100,8 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
         UsageError: The target is a described GPU, and XLA's compiler for GPUs is not installed.
     """
     target = target or Target.local()
-    sharding = target.sharding()
-    placed: dict[str, Any] = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
-    with jax.enable_x64(True):
-        with phase("lower", program.name), compiling_for(target):
-            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(
-                _abstract(program.state), _abstract(program.inputs)
-            )
-        start_s = time.perf_counter()
-        keeping = contextlib.nullcontext() if target.described is None else _not_kept()
-        with phase("compile", program.name) as running, watching() as outcome, keeping:
-            compiled = lowered.compile()
-            running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))
-        compile_time_s = time.perf_counter() - start_s
-    statistics().cache_hits += bool(outcome.hit)
+    store = cache.store() if program.digest is not None and target.described is None else None
+    compiled, compile_time_s = (store and _kept(program, store)) or _made(program, target, store)
     analysis: Any = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,
@@ -127,6 +117,43 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
             "script, and run with --engine=eager until it is mended."
         )
     return Executable(program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
+
+
+def _kept(program: StepProgram, store: ExecutableStore) -> tuple[Any, float] | None:
+    if not store.has(program):
+        return None
+    start_s = time.perf_counter()
+    with phase("load", program.name) as running:
+        kept = store.load(program)
+        load_time_s = time.perf_counter() - start_s
+        if kept is not None:
+            running.detail += f", cache hit, saved {max(0.0, kept.making_time_s - load_time_s):.1f} s"
+    if kept is None:
+        return None
+    statistics().cache_hits += 1
+    return kept.compiled, load_time_s
+
+
+def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -> tuple[Any, float]:
+    """Lowers and compiles; what the store keeps, JAX's own cache need not keep as well."""
+    start_s = time.perf_counter()
+    sharding = target.sharding()
+    placed: dict[str, Any] = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
+    with jax.enable_x64(True):
+        with phase("lower", program.name), compiling_for(target):
+            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(
+                _abstract(program.state), _abstract(program.inputs)
+            )
+        compile_start_s = time.perf_counter()
+        keeping = _not_kept() if store or target.described else contextlib.nullcontext()
+        with phase("compile", program.name) as running, watching() as outcome, keeping:
+            compiled = lowered.compile()
+            running.detail = ", ".join(filter(None, [running.detail, outcome.detail or (store and "not in the cache")]))
+        compile_time_s = time.perf_counter() - compile_start_s
+    statistics().cache_hits += bool(outcome.hit)
+    if store is not None:
+        store.save(program, compiled, time.perf_counter() - start_s)
+    return compiled, compile_time_s
 
 
 @contextlib.contextmanager

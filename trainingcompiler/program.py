@@ -45,6 +45,8 @@ class StepProgram:
         state: What the step writes. Its buffers are donated: the step updates them in place.
         inputs: What the step only reads: the batch, hyperparameters, seeds, and parameters that it does not write.
         outputs: What the step returns besides its state.
+        digest: Equal for equal functions, in every process: of everything that decides what `function` computes. None
+            where the adapter cannot tell; such a program is lowered at every start.
     """
 
     name: str
@@ -52,3 +54,4 @@ class StepProgram:
     state: tuple[TensorSpec, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    digest: str | None = None

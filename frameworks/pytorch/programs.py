@@ -20,6 +20,7 @@ from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_h
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
+from trainingcompiler.frameworks.pytorch.digests import digest_of
 from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.lower import checks
@@ -200,8 +201,9 @@ class CompiledTape:
         self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
         self._seeds = [entry for entry, _ in captured.seeds]
         self._numbers = [source for source, _ in captured.numbers]
-        precisions = {entry.ambient.precision for entry in entries}
-        function = lower(captured.graph, [item.new_value for item in donated] + output_values, precisions)
+        precisions = sorted({entry.ambient.precision for entry in entries})
+        returned = [item.new_value for item in donated] + output_values
+        function = lower(captured.graph, returned, precisions)
         state_values = [item.value for item in donated]
         input_values = [item.value for item in read]
         input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
@@ -215,7 +217,6 @@ class CompiledTape:
             with checks.collecting() as conditions:
                 results = function(values)
             new_state, outputs = tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
-            self._is_checked = bool(conditions)
             if not conditions:
                 return new_state, outputs
             # The selection is fused into the update, which reads the old value anyway.
@@ -225,10 +226,10 @@ class CompiledTape:
             )
             return tuple(kept), (*outputs, holds)
 
+        self._outputs = len(output_values)
         self._inspected: tuple | None = None
         if inspection.inspector is not None:
             given = [*state_values, *input_values, *number_values]
-            returned = [item.new_value for item in donated] + output_values
             self._inspected = captured.graph, given, returned, _names(entries, written)
         leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
         arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
@@ -243,9 +244,9 @@ class CompiledTape:
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
             outputs=(),
+            digest=digest_of(captured.graph, returned, [state_values, input_values, number_values, *precisions]),
         )
         self.program = program if results else None
-        self._is_checked = False
         self._executable: compiler.Executable | None = None
 
     def compile(self) -> None:
@@ -323,8 +324,8 @@ class CompiledTape:
         jax.block_until_ready((new_state, outputs))
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
-        if self._is_checked:
-            outputs, holds = outputs[:-1], outputs[-1]
+        if len(outputs) > self._outputs:
+            *outputs, holds = outputs
             if not holds:
                 raise PassingCaptureError(reason=_REFUSED, where=self._where)
         if self._inspected is not None:
@@ -333,7 +334,7 @@ class CompiledTape:
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
             slots[index].value = tensor_of(array)
-        held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
+        held = Held(self, tuple(outputs[len(self._exports) :]), tensors[self._donated + self._read :])
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None

@@ -9,40 +9,12 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from trainingcompiler import cache, events
 from trainingcompiler.errors import ConfigError
 
-OPTIONS = (
-    "jax_compilation_cache_dir",
-    "jax_compilation_cache_max_size",
-    "jax_enable_compilation_cache",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
+pytestmark = pytest.mark.usefixtures("jax_options")
 LIMIT_BYTES = 10**8
-
-
-@pytest.fixture(autouse=True)
-def jax_options():
-    """Every test begins and ends with JAX's cache as it was."""
-    before = {name: getattr(jax.config, name) for name in OPTIONS}
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    jax.clear_caches()
-
-
-@pytest.fixture
-def seen():
-    collected: list[events.Event] = []
-    unsubscribe = events.subscribe(collected.append)
-    yield collected
-    unsubscribe()
 
 
 def compile_program() -> cache.CompileOutcome:

@@ -1,0 +1,60 @@
+"""The digest of a captured step: equal graphs, equal digests, in every process."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainingcompiler.frameworks.pytorch.arrays import numpy_view
+from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.store import digest_of_code
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.layout, torch.memory_format, torch.device)
+
+
+class _Unknown(Exception):
+    """An argument whose text does not tell its value."""
+
+
+def digest_of(graph: Graph, results: list[int], roles: Iterable[Any]) -> str | None:
+    """A digest of everything that decides what a program of the graph computes, but for shapes of its inputs.
+
+    Args:
+        graph: The captured step.
+        results: Numbers of the values to compute.
+        roles: What else decides: which values are state and which inputs, and the like.
+
+    Returns:
+        The digest; None where an operator has an argument of a kind that is not known to have a text of its own.
+    """
+    try:
+        parts = [digest_of_code(Path(__file__).parent), _text(list(roles)), _text(results)]
+        for node in graph.live_nodes(results):
+            parts.append(_node(node))
+        for value, constant in graph.constants.items():
+            array = numpy_view(constant.contiguous())
+            parts.append(f"{value} {array.dtype} {array.shape} {array.tobytes().hex()}")
+    except _Unknown:
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _node(node: Node) -> str:
+    kwargs = [[name, value] for name, value in node.kwargs.items()]
+    metas = [meta and [list(meta[0]), meta[1]] for meta in node.metas]
+    seed = node.seed and list(node.seed)
+    return _text([node.operator, node.args, kwargs, node.outputs, metas, seed, node.casts])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Ref):
+        return f"%{value.id}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    if type(value) in _PLAIN:
+        return repr(value)
+    if isinstance(value, int):  # a torch.Size's own, an enumeration
+        return repr(int(value))
+    raise _Unknown

@@ -1,0 +1,147 @@
+"""Executables kept by the digests of their programs: a second start neither lowers nor compiles."""
+
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from trainingcompiler import cache, compiler, events, store
+from trainingcompiler.program import StepProgram, TensorSpec
+
+pytestmark = pytest.mark.usefixtures("jax_options")
+LIMIT_BYTES = 10**8
+
+
+def program(digest: str | None = "one", factor: float = 2.0, rows: int = 3, name: str = "kept_program") -> StepProgram:
+    """Doubles its state and returns its input plus one."""
+
+    def spec(label, role):
+        return TensorSpec(name=label, shape=(rows,), dtype=np.dtype(np.float32), role=role)
+
+    return StepProgram(
+        name=name,
+        function=lambda state, inputs: ((state[0] * factor,), (inputs[0] + 1.0,)),
+        state=(spec("weight", "parameter"),),
+        inputs=(spec("batch", "batch"),),
+        outputs=(),
+        digest=digest,
+    )
+
+
+def run(executable) -> list[float]:
+    rows = executable.program.state[0].shape
+    (new,), (output,) = executable((jax.numpy.ones(rows, np.float32),), (np.zeros(rows, np.float32),))
+    return [float(new[0]), float(output[0])]
+
+
+def entries(folder) -> list:
+    return sorted(folder.glob("executables-jax-*/*-program"))
+
+
+def phases(seen) -> list[str]:
+    return [event.name for event in seen if isinstance(event, events.PhaseEnded)]
+
+
+def test_a_second_compile_only_loads(tmp_path, seen):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    first = compiler.compile(program())
+    assert phases(seen) == ["lower", "compile"] and len(entries(tmp_path)) == 1
+    assert seen[-1].detail == "kept_program, not in the cache"
+    seen.clear()
+    second = compiler.compile(program())
+    assert phases(seen) == ["load"] and seen[-1].detail.startswith("kept_program, cache hit, saved ")
+    assert run(first) == run(second) == [2.0, 1.0]
+    assert second.memory == first.memory
+    assert not list(
+        tmp_path.glob("executables-jax-*/jit_kept_program-*-cache")
+    )  # JAX's own cache does not keep it as well
+
+
+@pytest.mark.parametrize("other", [{"digest": "another"}, {"rows": 4}])
+def test_another_program_is_compiled(tmp_path, seen, other):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    compiler.compile(program())
+    seen.clear()
+    assert run(compiler.compile(program(**{"factor": 3.0, **other}))) == [3.0, 1.0]
+    assert phases(seen) == ["lower", "compile"] and len(entries(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_default_matmul_precision", "highest"), ("jax_default_prng_impl", "rbg")]
+)
+def test_an_option_that_decides_is_part_of_the_key(tmp_path, name, value):
+    before = getattr(jax.config, name)
+    mine = store._key(program())
+    jax.config.update(name, value)
+    try:
+        assert store._key(program()) != mine
+    finally:
+        jax.config.update(name, before)
+    assert store._key(program()) == mine
+
+
+def test_flags_of_xla_are_part_of_the_key(monkeypatch):
+    mine = store._key(program())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert store._key(program()) != mine
+
+
+def test_a_program_without_a_digest_is_left_to_jax(tmp_path, seen):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    compiler.compile(program(digest=None))
+    assert not entries(tmp_path) and list(tmp_path.glob("executables-jax-*/jit_kept_program-*-cache"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "flipped", "another pickle"])
+def test_a_damaged_entry_is_said_and_replaced(tmp_path, seen, damage):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    compiler.compile(program())
+    (entry,) = entries(tmp_path)
+    sound = entry.read_bytes()
+    middle = len(sound) // 2
+    flipped = sound[:middle] + bytes([sound[middle] ^ 0xFF]) + sound[middle + 1 :]
+    damaged = {"truncated": sound[:middle], "empty": b"", "garbage": b"garbage" * 9, "flipped": flipped}
+    entry.write_bytes(damaged.get(damage, store.zlib.compress(store.pickle.dumps(("a", "b")))))
+    seen.clear()
+    assert run(compiler.compile(program())) == [2.0, 1.0]
+    assert [event.path for event in seen if isinstance(event, events.CacheDamaged)] == [str(entry)]
+    assert phases(seen) == ["load", "lower", "compile"]
+    seen.clear()
+    compiler.compile(program())
+    assert phases(seen) == ["load"]
+
+
+def test_the_least_recently_used_go_first(tmp_path):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    for name in ("a", "b"):
+        compiler.compile(program(name=name))
+    a, b = entries(tmp_path)
+    os.utime(a, (time.time() - 100,) * 2)
+    os.utime(b, (time.time() - 200,) * 2)
+    compiler.compile(program(name="b"))  # used again
+    cache.enable_persistent_cache(str(tmp_path), int(2.5 * a.stat().st_size / 0.9))  # a tenth is for JAX's own
+    compiler.compile(program(name="c"))
+    assert [entry.name[0] for entry in entries(tmp_path)] == ["b", "c"]
+
+
+def test_a_disk_that_takes_nothing_is_said(tmp_path, seen, monkeypatch):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "replace", full)
+    assert run(compiler.compile(program())) == [2.0, 1.0]
+    notes = [event.text for event in seen if isinstance(event, events.Note)]
+    assert notes == ["kept_program is not kept for the next run: [Errno 28] No space left on device"]
+    assert not list(tmp_path.glob("executables-jax-*/*.part"))
+
+
+def test_code_is_part_of_its_digest(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = store.digest_of_code(tmp_path)
+    store.digest_of_code.cache_clear()
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert store.digest_of_code(tmp_path) != first

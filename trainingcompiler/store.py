@@ -1,0 +1,158 @@
+"""Executables kept between runs, found by what they were made of: a second start neither lowers nor compiles.
+
+JAX's own cache is asked with the lowered program, so that every start has to trace and lower it first; this one is asked
+with the program's digest. An entry is machine code inside a pickle: the note on trust in `cache` holds here too.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import platform
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+from trainingcompiler.events import CacheDamaged, Note, emit
+from trainingcompiler.program import StepProgram, TensorSpec
+
+ENTRY = "-program"  # the suffix of an entry's file
+_INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", "thread_guard", "x64", "transfer_guard")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptExecutable:
+    """What a store has of a program: the loaded executable, and the seconds it once took to lower and compile."""
+
+    compiled: Any
+    making_time_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutableStore:
+    """A folder of executables.
+
+    Attributes:
+        folder: It exists, and belongs to the user alone.
+        size_limit_bytes: Bound on all entries together; the least recently used go first.
+    """
+
+    folder: Path
+    size_limit_bytes: int
+
+    def has(self, program: StepProgram) -> bool:
+        """Whether there is an entry for the program, sound or not."""
+        return self._path(program).exists()
+
+    def load(self, program: StepProgram) -> KeptExecutable | None:
+        """The executable of a program for this process's device, if it was kept.
+
+        An entry that cannot be understood is removed, and said.
+        """
+        path = self._path(program)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        try:
+            executable, structures, making_time_s = pickle.loads(zlib.decompress(data))
+            return KeptExecutable(serialize_executable.deserialize_and_load(executable, *structures), making_time_s)
+        except Exception as error:  # whatever damage looks like
+            path.unlink(missing_ok=True)
+            emit(CacheDamaged(path=str(path), error=f"{type(error).__name__}: {error}".split("\n")[0]))
+            return None
+
+    def save(self, program: StepProgram, compiled: Any, making_time_s: float) -> None:
+        """Keeps an executable. A failure is said, and is no error: the run can go on."""
+        executable, *structures = serialize_executable.serialize(compiled)
+        data = zlib.compress(pickle.dumps((executable, structures, making_time_s)), level=1)
+        try:
+            self._write(self._path(program), data)
+            self._forget_beyond_limit()
+        except OSError as error:
+            emit(Note(text=f"{program.name} is not kept for the next run: {error}"))
+
+    def _path(self, program: StepProgram) -> Path:
+        return self.folder / f"{program.name}-{_key(program)}{ENTRY}"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def _forget_beyond_limit(self) -> None:
+        entries = sorted(self.folder.glob(f"*{ENTRY}"), key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
+        total = 0
+        for entry in entries:
+            total += entry.stat().st_size
+            if total > self.size_limit_bytes:
+                entry.unlink(missing_ok=True)
+
+
+@functools.cache
+def digest_of_code(folder: Path) -> str:
+    """A digest of all Python code in a folder: another version of it may make another program of the same step."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def _key(program: StepProgram) -> str:
+    parts = [
+        program.digest,
+        *map(_described, (program.state, program.inputs, program.outputs)),
+        *_surroundings(),
+        *_options(),
+    ]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
+
+
+def _described(specs: Iterable[TensorSpec]) -> list[tuple]:
+    return [(spec.shape, str(spec.dtype)) for spec in specs]
+
+
+@functools.cache
+def _surroundings() -> list[str]:
+    """What does not change in a process: versions, the device, the processor that machine code is made for."""
+    device: Any = jax.devices()[0]
+    return [
+        digest_of_code(Path(__file__).parent),
+        jax.__version__,
+        jaxlib.__version__,
+        device.client.platform_version,
+        device.device_kind,
+        str(device.client.device_count()),
+        platform.machine(),
+        *_processor(),
+    ]
+
+
+def _processor() -> list[str]:
+    """The instruction sets of the processor, where the system tells: a home folder may be shared by unlike machines."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return [platform.processor()]
+
+
+def _options() -> list[str]:
+    """Whatever options decide what is compiled: XLA's by its variable, JAX's but for those known to be indifferent."""
+    values = jax.config.values  # type: ignore[attr-defined]
+    options = [f"{k}={v}" for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)]
+    return [os.environ.get("XLA_FLAGS", ""), *options]
