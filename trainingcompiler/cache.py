@@ -1,6 +1,7 @@
-"""Compiled executables kept between runs: in a store of our own, and in JAX's persistent cache, both bounded and healed.
+"""Compiled executables kept between runs, bounded, and healed where an entry is damaged.
 
-Programs with a digest go to the store, which needs no lowering to find them; whatever else JAX compiles goes to its cache.
+Programs with a digest are kept in a store of our own, which needs no lowering to find them (`store`); JAX's own
+persistent cache keeps whatever else it compiles.
 
 A cached executable is machine code. Whoever can write to the cache's folder can run code in every process that reads
 it, so the folder is made private to the user, and sharing it is for people who trust each other.
@@ -63,7 +64,8 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
         directory: The folder, made if need be; None is `default_cache_dir()`. Executables go into a subfolder named
             after the JAX version. See the module's note on trust.
         size_limit_bytes: Bound on that subfolder's executables, the least recently used going first; a tenth of it is
-            for JAX's own cache. Those of other JAX versions are removed where they would make the total larger. 0 keeps nothing.
+            for JAX's own cache. Those of other JAX versions are removed where they would make the total larger. 0
+            keeps nothing.
 
     Returns:
         The folder in use, or None where executables are not kept; where nobody asked for that, a `Note` says why.

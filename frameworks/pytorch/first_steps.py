@@ -1,4 +1,4 @@
-"""The state that an optimizer's first step would make, made ahead, so that the first step is compiled like all others."""
+"""The state that an optimizer's first step would make, made ahead, so that the first step is compiled too."""
 
 import inspect
 from collections.abc import Callable

@@ -56,7 +56,7 @@ def test_a_second_compile_only_loads(tmp_path, seen):
     assert second.memory == first.memory
     assert not list(
         tmp_path.glob("executables-jax-*/jit_kept_program-*-cache")
-    )  # JAX's own cache does not keep it as well
+    )  # nor does JAX
 
 
 @pytest.mark.parametrize("other", [{"digest": "another"}, {"rows": 4}])
