@@ -148,7 +148,8 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
         keeping = _not_kept() if store or target.described else contextlib.nullcontext()
         with phase("compile", program.name) as running, watching() as outcome, keeping:
             compiled = lowered.compile()
-            running.detail = ", ".join(filter(None, [running.detail, outcome.detail or (store and "not in the cache")]))
+            news = "not in the cache" if store else outcome.detail
+            running.detail = ", ".join(filter(None, [running.detail, news]))
         compile_time_s = time.perf_counter() - compile_start_s
     statistics().cache_hits += bool(outcome.hit)
     if store is not None:

@@ -153,6 +153,6 @@ def _processor() -> list[str]:
 
 def _options() -> list[str]:
     """Whatever options decide what is compiled: XLA's by its variable, JAX's but for those known to be indifferent."""
-    values = jax.config.values  # type: ignore[attr-defined]
+    values = jax.config.values
     options = [f"{k}={v}" for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)]
     return [os.environ.get("XLA_FLAGS", ""), *options]

@@ -10,7 +10,6 @@ from torch import nn
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import NumberSource
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.guard import versions
 from trainingcompiler.frameworks.pytorch.modules import Fingerprint, ModuleWatch
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
@@ -69,9 +68,8 @@ class CallBook:
         )
         key = (function_key, structure, constants, ambient)
         modules: tuple[nn.Module, ...] = ()
-        written: tuple[int, ...] = ()
         if isinstance(function, nn.Module):
-            modules, written = (function,), versions(fingerprint.parameters)
+            modules = (function,)
         return Entry(
             function,
             structure,
@@ -82,7 +80,6 @@ class CallBook:
             where=where,
             optimizers=optimizers,
             modules=modules,
-            versions=written,
             prints=prints,
         )
 

@@ -18,6 +18,9 @@ class StateGuard(TorchFunctionMode):
     change it or its gradient (`p.data.clamp_()`).
 
     Modes are a stack: the guard goes up only on an empty one, and comes down only from the top.
+
+    Attributes:
+        is_up: Whether it watches. Under somebody else's mode (`with torch.device("cpu")`) it cannot.
     """
 
     def __init__(self, on_write: Callable[[], None], on_touch: Callable[[], None]):
@@ -26,7 +29,7 @@ class StateGuard(TorchFunctionMode):
         self._on_touch = on_touch
         self._states: list[frozenset[int]] = []
         self._after_backward = False
-        self._is_up = False
+        self.is_up = False
 
     def watch(self, state: frozenset[int]) -> None:
         """Begins to watch for writes to the tensors with these identities."""
@@ -42,14 +45,14 @@ class StateGuard(TorchFunctionMode):
         """Ends watching."""
         self._states.clear()
         self._after_backward = False
-        if self._is_up and _get_current_function_mode() is self:
+        if self.is_up and _get_current_function_mode() is self:
             self.__exit__(None, None, None)
-            self._is_up = False
+            self.is_up = False
 
     def _go_up(self) -> None:
-        if not self._is_up and _get_current_function_mode() is None:
+        if not self.is_up and _get_current_function_mode() is None:
             self.__enter__()
-            self._is_up = True
+            self.is_up = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if (self._states or self._after_backward) and args and not is_replaying():

@@ -325,7 +325,7 @@ class CompiledTape:
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
         if len(outputs) > self._outputs:
-            *outputs, holds = outputs
+            outputs, holds = outputs[:-1], outputs[-1]
             if not holds:
                 raise PassingCaptureError(reason=_REFUSED, where=self._where)
         if self._inspected is not None:
@@ -334,7 +334,7 @@ class CompiledTape:
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
             slots[index].value = tensor_of(array)
-        held = Held(self, tuple(outputs[len(self._exports) :]), tensors[self._donated + self._read :])
+        held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None

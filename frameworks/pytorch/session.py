@@ -259,6 +259,8 @@ class Session:
         entry = self.calls.entry(function, args, kwargs, optimizers)
         self.tape.entries.append(entry)
         self._guard_state(entry)
+        if entry.prints and not self._guard.is_up:
+            entry.versions = versions(entry.prints[0].parameters)
         return entry
 
     def _guard_state(self, entry: Entry) -> None:
@@ -437,14 +439,13 @@ class Session:
 
     def _check_parameters(self, entries: list[Entry]) -> None:
         for entry in entries:
-            for module in entry.modules:
-                if entry.versions != versions(self.calls.modules.fingerprint(module).parameters):
-                    self.tape.entries.clear()
-                    raise RuntimeError(
-                        f"A parameter of {type(module).__name__} was modified in place after the call at {entry.where} "
-                        "and before its backward(), which needs the value that the call saw. Modify it before the "
-                        "call, or after optimizer.step()."
-                    )
+            if entry.versions and entry.versions != versions(entry.prints[0].parameters):
+                self.tape.entries.clear()
+                raise RuntimeError(
+                    f"A parameter of {type(entry.function).__name__} was modified in place after the call at "
+                    f"{entry.where} and before its backward(), which needs the value that the call saw. Modify it "
+                    "before the call, or after optimizer.step()."
+                )
 
     def _check_gradients(self, entries: list[Entry]) -> None:
         for entry in entries:

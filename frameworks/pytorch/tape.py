@@ -117,7 +117,7 @@ class Entry:
         outputs: The slots of its tensor results; None until a capture has found them.
         result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
         modules: The modules that it calls, as far as is known.
-        versions: The in-place writes to the parameters of the module at the call.
+        versions: The in-place writes to the parameters of the module at the call, where no guard sees them.
         closure: Tensors that the function reads without being given them, with snapshots of their values.
         prints: The fingerprints of the modules at the call.
         seed: A snapshot of the seed of its random numbers, if it draws any.

@@ -54,9 +54,7 @@ def test_a_second_compile_only_loads(tmp_path, seen):
     assert phases(seen) == ["load"] and seen[-1].detail.startswith("kept_program, cache hit, saved ")
     assert run(first) == run(second) == [2.0, 1.0]
     assert second.memory == first.memory
-    assert not list(
-        tmp_path.glob("executables-jax-*/jit_kept_program-*-cache")
-    )  # nor does JAX
+    assert not list(tmp_path.glob("executables-jax-*/jit_kept_program-*-cache"))  # nor does JAX
 
 
 @pytest.mark.parametrize("other", [{"digest": "another"}, {"rows": 4}])

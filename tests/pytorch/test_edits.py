@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, sgd, train_on
+from small import batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,3 +128,25 @@ def test_parameters_edited_between_backward_and_step(edit):
         return losses
 
     assert_same_training(sgd(), loop, batches(), max_compiles=4, may_fall_back=True)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_write_that_no_guard_sees(step):
+    """Under a mode of the script's own the guard cannot watch; torch's counts of writes are compared instead."""
+
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        losses = train_on(model, optimizer, data[:step])
+        with torch.device("cpu"):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data[step][0]), data[step][1])
+            with torch.no_grad():
+                model[3].weight.add_(1.0)
+            with pytest.raises(RuntimeError, match="modified"):  # "by an inplace operation", in torch's own words
+                loss.backward()
+                optimizer.step()
+            model[3].weight.data.sub_(1.0)
+        return losses + train_on(model, optimizer, data[step:])
+
+    run = assert_same_training(made(mlp, torch.optim.Adam, lr=0.01), loop, batches())
+    assert not run.fallbacks()
