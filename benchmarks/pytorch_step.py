@@ -95,8 +95,9 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             except WorkerFailed:
                 row["failed"] = True
                 continue
-            row["two_steps_cold_s"] = cold.first["two_steps_s"]
-            row["two_steps_warm_s"] = workers[engine].first["two_steps_s"]
+            for name in ("first_step", "two_steps"):
+                row[f"{name}_cold_s"] = cold.first[f"{name}_s"]
+                row[f"{name}_warm_s"] = workers[engine].first[f"{name}_s"]
             row["peak_rss_mib"] = cold.first["peak_rss_mib"]
         for engine, result in take_turns(workers, rounds).items():
             if "failed" in result:

@@ -1,7 +1,7 @@
 """What the benchmark prints and writes: a table, a JSON file, a figure.
 
-A row is a dict: `model`, `engine`, `two_steps_cold_s`, `two_steps_warm_s`, `ms` (median), `ms_all`, `host_ms`,
-`peak_rss_mib`, `steps`, `loss`; or `model`, `engine` and `failed`.
+A row is a dict: `model`, `engine`, `first_step_cold_s`, `first_step_warm_s`, `two_steps_cold_s`, `two_steps_warm_s`,
+`ms` (median), `ms_all`, `host_ms`, `peak_rss_mib`, `steps`, `loss`; or `model`, `engine` and `failed`.
 """
 
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 
 COLUMNS = {
     "engine": ("engine", "{}"),
+    "first_step_cold_s": ("first step cold (s)", "{:.2f}"),
+    "first_step_warm_s": ("warm (s)", "{:.2f}"),
     "two_steps_cold_s": ("two steps cold (s)", "{:.2f}"),
     "two_steps_warm_s": ("warm (s)", "{:.2f}"),
     "ms": ("ms/step", "{:.2f}"),

@@ -17,8 +17,8 @@ class EngineChoice:
     """Decides before every step who runs it.
 
     With `auto`, the two engines take turns on the script's own first steps, so that drift of the machine hits both
-    alike and no batch is skipped or used twice; then the faster one keeps the run. The first step, which creates the
-    optimizer's state, and every step that compiled something are left out.
+    alike and no batch is skipped or used twice; then the faster one keeps the run. The first step, which has no
+    beginning, and every step that compiled something are left out.
 
     Attributes:
         engine: `"xla"`, `"eager"` or `"auto"`, as the user said.
