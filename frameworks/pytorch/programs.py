@@ -321,6 +321,7 @@ class CompiledTape:
         with jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
         jax.block_until_ready((new_state, outputs))
+        statistics().launches += 1
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
         if self._is_checked:

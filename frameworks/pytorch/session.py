@@ -21,7 +21,7 @@ from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import hooks_of, parameters_of
+from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -118,6 +118,11 @@ class Session:
         if self._unwatched():
             return original(optimizer, *args, **kwargs)
         closure = args[0] if args else kwargs.get("closure")
+        if closure is not None and self.deferring and calls_closure_once(optimizer):
+            with torch.enable_grad():
+                loss = closure()
+            self.step(optimizer, original, (), {})
+            return loss
         if self.deferring and hooks_of(optimizer) and not self._fallbacks.covers(optimizer):
             reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
             self._fallbacks.leave(CaptureError(reason, user_line()), [optimizer])
