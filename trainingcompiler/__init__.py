@@ -47,7 +47,10 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_ADAPTERS = {"torch": "trainingcompiler.frameworks.pytorch"}
+_ADAPTERS = {
+    "torch": "trainingcompiler.frameworks.pytorch",
+    "accelerate": "trainingcompiler.frameworks.huggingface",
+}
 """Framework -> the module whose `enable(config)` and `disable()` hook it."""
 
 _withdrawals: list[Callable[[], None]] = []

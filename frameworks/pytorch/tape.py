@@ -22,16 +22,18 @@ class Slot:
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
+        finite: Whether the program sees to it that no value is infinite or not a number, so that nobody need look.
         wrapper: A weak reference to the `DeferredTensor` that the loop holds.
     """
 
-    __slots__ = ("__weakref__", "committed", "freed", "meta", "value", "wrapper")
+    __slots__ = ("__weakref__", "committed", "finite", "freed", "meta", "value", "wrapper")
 
     def __init__(self, meta: torch.Tensor):
         self.meta = meta
         self.value: torch.Tensor | None = None
         self.committed = False
         self.freed = False
+        self.finite = False
         self.wrapper: weakref.ref | None = None
 
     @property
