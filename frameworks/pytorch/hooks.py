@@ -64,6 +64,8 @@ class Hooks:
         def patch_step_function(optimizer):
             original_patch(optimizer)
             self._hook_step(type(optimizer))
+            if "param_groups" in vars(optimizer):  # not a new one: a state has been loaded
+                session.book.register(optimizer)
 
         self._replace(Optimizer, "add_param_group", add_param_group)
         self._replace(Optimizer, "_patch_step_function", patch_step_function)

@@ -56,19 +56,22 @@ class OptimizerBook:
         return self._habits[optimizer]
 
     def trains(self, module: nn.Module, watch: ModuleWatch) -> bool:
-        """Whether optimizers train the module's parameters, each of which has stepped at least once.
-
-        The first step of an optimizer runs in torch: it creates the optimizer's state.
-        """
+        """Whether optimizers train the module's parameters, each of which has the state that its steps need."""
         fingerprint = watch.fingerprint(module)
         known = self._trained.get(id(module))
         if known is not None and known[0] is fingerprint and known[1] == self._changes:
             return known[2]
         self._update_owners()
         owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
-        trained = bool(owners) and all(self.habits(owner).steps > 0 for owner in owners.values())
+        trained = bool(owners) and all(map(self.has_state, owners.values()))
         self._trained[id(module)] = (fingerprint, self._changes, trained)
         return trained
+
+    def has_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer's state exists: it has stepped once, in torch, or what a checkpoint held was loaded."""
+        if self.habits(optimizer).steps:
+            return True
+        return all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that updates a parameter."""

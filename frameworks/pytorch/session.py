@@ -140,7 +140,7 @@ class Session:
     def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
         if closure is not None:
             return "optimizer.step() was given a closure"
-        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.habits(optimizer).steps:
+        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.has_state(optimizer):
             return f"{type(optimizer).__name__} steps eagerly"
         return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
 
@@ -255,7 +255,7 @@ class Session:
         return self._results(entry, planned, args, kwargs)
 
     def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
-        entry = self.calls.entry(function, args, kwargs, optimizers)
+        entry = self.calls.entry(function, args, kwargs, optimizers, self.tape.entries)
         self.tape.entries.append(entry)
         self._guard_state(entry)
         return entry

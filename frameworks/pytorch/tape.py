@@ -126,6 +126,7 @@ class Entry:
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
         frees: The slots whose graph the entry frees.
         where: The script's line.
+        turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
     """
 
@@ -143,6 +144,7 @@ class Entry:
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
     where: str | None = None
+    turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def leaf(self, position: int) -> Any:
