@@ -18,15 +18,14 @@ _hooks: Hooks | None = None
 
 
 def enable(config: TrainingCompilerConfig) -> None:
-    """Hooks Accelerate and the Trainer, whether or not they are imported yet.
+    """Hooks what has been imported of Accelerate and transformers; called again when more of it has been.
 
     Args:
         config: The options; `engine="eager"` needs no hooks.
     """
     global _hooks
-    disable()
     if config.engine != "eager":
-        _hooks = Hooks()
+        _hooks = _hooks or Hooks()
         _hooks.install()
 
 

@@ -1,12 +1,12 @@
 """Installs the adapter in Accelerate and in the Trainer: where they look into the middle of a step."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from trainingcompiler import imports
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface import scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
@@ -19,21 +19,24 @@ class Hooks:
 
     def __init__(self):
         self._replaced: list[tuple[Any, str, Any]] = []
-        self._withdrawals: list[Callable[[], None]] = []
+        self._waiting = [
+            ("accelerate.accelerator", "Accelerator", {"clip_grad_norm_": _clip}),
+            ("transformers.trainer", "Trainer", {"train": _run, "evaluate": _run, "predict": _run}),
+            ("transformers.generation.utils", "GenerationMixin", {"generate": _generate}),
+        ]
 
     def install(self) -> None:
-        """Hooks each library now, or as soon as the script imports it."""
-        for module, hook in (
-            ("accelerate.accelerator", self._hook_accelerator),
-            ("transformers.trainer", self._hook_trainer),
-            ("transformers.generation.utils", self._hook_generation),
-        ):
-            self._withdrawals.append(imports.after_import(module, hook))
+        """Hooks what has been imported since the last call."""
+        for item in tuple(self._waiting):
+            module, kind, methods = item
+            owner = vars(sys.modules[module]).get(kind) if module in sys.modules else None
+            if owner is not None:
+                self._waiting.remove(item)
+                for name, inside in methods.items():
+                    self._replace(owner, name, inside)
 
     def uninstall(self) -> None:
         """Leaves the libraries as they were."""
-        for withdraw in self._withdrawals:
-            withdraw()
         for owner, name, original in reversed(self._replaced):
             setattr(owner, name, original)
         self._replaced.clear()
@@ -48,22 +51,6 @@ class Hooks:
 
         self._replaced.append((owner, name, original))
         setattr(owner, name, method)
-
-    def _hook_accelerator(self) -> None:
-        from accelerate import Accelerator
-
-        self._replace(Accelerator, "clip_grad_norm_", _clip)
-
-    def _hook_trainer(self) -> None:
-        from transformers import Trainer
-
-        for name in ("train", "evaluate", "predict"):
-            self._replace(Trainer, name, _run)
-
-    def _hook_generation(self) -> None:
-        from transformers.generation.utils import GenerationMixin
-
-        self._replace(GenerationMixin, "generate", _generate)
 
 
 def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
