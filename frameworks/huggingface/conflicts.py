@@ -24,7 +24,9 @@ def check(arguments: Any) -> None:
     Raises:
         UsageError: At least one does; all of them are named.
     """
-    found = [f"{name}={getattr(arguments, name)!r}: {cure}" for name, cure in _CURES.items() if _is_set(arguments, name)]
+    found = [
+        f"{name}={getattr(arguments, name)!r}: {cure}" for name, cure in _CURES.items() if _is_set(arguments, name)
+    ]
     if found:
         raise UsageError("\n  - ".join(["these training arguments cannot be used with trainingcompiler:", *found]))
 

@@ -17,6 +17,7 @@ METADATA_METHODS = frozenset(
     "is_conj is_neg is_inference __len__ storage_offset get_device".split()
 )
 
+
 class Owner(Protocol):
     """Who records calls on deferred tensors, and computes them when somebody looks."""
 

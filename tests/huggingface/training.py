@@ -10,7 +10,15 @@ from parity import Run, assert_same, train
 from tasks import Task
 
 
-def trainer(objects: dict[str, Any], data: list, folder: Path, *, reverse: bool = False, **options: Any) -> hf.Trainer:
+def trainer(
+    objects: dict[str, Any],
+    data: list,
+    folder: Path,
+    *,
+    reverse: bool = False,
+    kind: type[hf.Trainer] = hf.Trainer,
+    **options: Any,
+) -> hf.Trainer:
     """The stock Trainer, quiet, with warm-up and clipping.
 
     Args:
@@ -18,6 +26,7 @@ def trainer(objects: dict[str, Any], data: list, folder: Path, *, reverse: bool 
         data: The examples.
         folder: For checkpoints.
         reverse: Whether to turn the rows of every batch round: the same model, summed in another order.
+        kind: A subclass of the Trainer.
         **options: For `TrainingArguments`; `trainer`, for the Trainer itself.
     """
     given = options.pop("trainer", {})
@@ -27,13 +36,15 @@ def trainer(objects: dict[str, Any], data: list, folder: Path, *, reverse: bool 
     )  # fmt: skip
     collate = given.pop("data_collator", hf.default_data_collator)
     arguments = hf.TrainingArguments(str(folder), **{**plain, **options})
-    return hf.Trainer(
+    made = kind(
         model=objects["model"],
         args=arguments,
         train_dataset=data,
         data_collator=(lambda rows: collate(rows[::-1])) if reverse else collate,
         **given,
     )
+    made.remove_callback(hf.PrinterCallback)
+    return made
 
 
 def losses(done: hf.Trainer) -> list[float]:
@@ -60,7 +71,6 @@ def assert_same_trainer(
     def run(compiled: bool, reverse: bool = False) -> Run:
         def loop(objects, data):
             made = trainer(objects, data, folder / f"{compiled}{reverse}", reverse=reverse, **copy.deepcopy(options))
-            made.remove_callback(hf.trainer_callback.PrinterCallback)
             objects["trainer"] = made
             use(made)
             return losses(made)
