@@ -67,9 +67,9 @@ class Buckets:
         if self.labels_differ:
             fills |= {"decoder_input_ids": self.pad_id, "decoder_attention_mask": 0}
         labels = inputs.get("labels")
-        if isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.ndim == 2:
-            if self.labels_differ or labels.shape[1] == length:
-                fills["labels"] = _IGNORED
+        is_index = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.ndim == 2
+        if is_index and (self.labels_differ or labels.shape[1] == length):
+            fills["labels"] = _IGNORED
         tensors = {name: inputs.get(name) for name in fills}
         return {n: fills[n] for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.ndim == 2}
 
@@ -138,8 +138,8 @@ def _tried(trainer: Any, samples: Samples) -> Buckets | None:
 
 
 _OWN_LENGTHS = (
-    "each length is compiled once, and lengths beyond the 32nd run eagerly. Pad in the collator (pad_to_multiple_of=64) "
-    "for fewer"
+    "each length is compiled once, and lengths beyond the 32nd run eagerly. For fewer, pad in the collator "
+    "(pad_to_multiple_of=64)"
 )
 
 

@@ -11,7 +11,7 @@ _CURES = {
     "fsdp": "it shards the model by itself; leave it out, or run without trainingcompiler (--no-compile)",
     "auto_find_batch_size": "it looks for a batch size by running out of memory, and every try would be compiled; set "
     "per_device_train_batch_size",
-    "use_liger_kernel": "its Triton kernels cannot be compiled into the step; leave it out, XLA fuses the same operators",
+    "use_liger_kernel": "its Triton kernels cannot be compiled into the step; leave it out, XLA fuses operators itself",
 }
 
 
