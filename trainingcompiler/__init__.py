@@ -47,8 +47,13 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_ADAPTERS = {"torch": "trainingcompiler.frameworks.pytorch"}
-"""Framework -> the module whose `enable(config)` and `disable()` hook it."""
+_ADAPTERS = {
+    "torch": "trainingcompiler.frameworks.pytorch",
+    "accelerate": "trainingcompiler.frameworks.huggingface",
+    "transformers.trainer": "trainingcompiler.frameworks.huggingface",
+    "transformers.generation.utils": "trainingcompiler.frameworks.huggingface",
+}
+"""What a script imports -> the module whose `enable(config)` and `disable()` hook it."""
 
 _withdrawals: list[Callable[[], None]] = []
 
@@ -80,7 +85,7 @@ def disable() -> None:
     """Takes back what `enable` did: steps from now on run as the framework runs them."""
     while _withdrawals:
         _withdrawals.pop()()
-    for adapter in _ADAPTERS.values():
+    for adapter in reversed(dict.fromkeys(_ADAPTERS.values())):
         if adapter in sys.modules:
             sys.modules[adapter].disable()
 

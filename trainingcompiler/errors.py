@@ -53,9 +53,11 @@ class CaptureError(_StepError):
 
     Attributes:
         culprit: The object at fault, such as an optimizer, if the rest of the step could be compiled without it.
+        leaves: Whether the step's modules and optimizers run eagerly from now on, whatever they are called with.
     """
 
     culprit: object = None
+    leaves: bool = True
 
 
 class PassingCaptureError(CaptureError):

@@ -19,6 +19,7 @@ class RunStatistics:
         compiles: Programs compiled or loaded from the cache.
         compile_time_s: What capturing, lowering and compiling them took.
         cache_hits: Those of them that came from the cache.
+        launches: Times that a compiled program has run.
         host_reads: Times the script has looked at a value that a compiled step computes.
         fallbacks: Times a step had to run eagerly because it could not be compiled.
         started_s: The moment from which the time to the first step counts.
@@ -32,6 +33,7 @@ class RunStatistics:
     compiles: int = 0
     compile_time_s: float = 0.0
     cache_hits: int = 0
+    launches: int = 0
     host_reads: int = 0
     fallbacks: int = 0
     started_s: float = field(default_factory=time.monotonic)

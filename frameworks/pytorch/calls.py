@@ -1,6 +1,6 @@
 """Turns a call that the loop makes into an entry of the tape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ class CallBook:
         self.modules = ModuleWatch()
         self._numbers: dict[tuple, _Numbers] = {}
 
-    def entry(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
+    def entry(
+        self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = (), before: Sequence[Entry] = ()
+    ) -> Entry:
         """An entry for `function(*args, **kwargs)`.
 
         Args:
@@ -37,6 +39,7 @@ class CallBook:
                 are state.
             kwargs: Keyword arguments, likewise.
             optimizers: The optimizers that the call steps.
+            before: The entries before it: `0.9 * x + 0.1 * y` is two calls with a number of their own each.
 
         Raises:
             CaptureError: The call cannot be replayed.
@@ -59,8 +62,10 @@ class CallBook:
             function_key = (id(function), fingerprint)
         kinds = tuple(_kind(leaf) for leaf in encoded)
         numbers: tuple[int, ...] = ()
+        turn = 0
         if float in kinds:
-            history = self._numbers.setdefault((function_key, structure, ambient, kinds), _Numbers())
+            turn = sum(other.key[:2] == (function_key, structure) for other in before)
+            history = self._numbers.setdefault((function_key, structure, ambient, kinds, turn), _Numbers())
             numbers = history.changing(encoded)
         constants = tuple(
             ("number", leaf > 0) if place in numbers else (kind, leaf) if kind is float else kind
@@ -81,6 +86,7 @@ class CallBook:
             optimizers=optimizers,
             modules=modules,
             prints=prints,
+            turn=turn,
         )
 
     def fix_number(self, entry: Entry, source: NumberSource) -> None:
@@ -92,7 +98,7 @@ class CallBook:
             return
         position = source.position
         kinds = tuple(map(_kind, entry.leaves))
-        self._numbers[(entry.key[0], entry.structure, entry.ambient, kinds)].fixed.add(position)
+        self._numbers[(entry.key[0], entry.structure, entry.ambient, kinds, entry.turn)].fixed.add(position)
         entry.numbers = tuple(place for place in entry.numbers if place != position)
         constants = list(entry.key[2])
         constants[position] = (float, entry.leaves[position])

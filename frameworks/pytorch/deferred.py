@@ -7,6 +7,16 @@ import torch
 
 from trainingcompiler.frameworks.pytorch.tape import Slot
 
+# What is known of a tensor without its values: attributes and methods.
+METADATA = frozenset(
+    "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
+    "itemsize nbytes is_cpu is_mps is_xpu is_mkldnn output_nr names is_inference".split()
+)
+METADATA_METHODS = frozenset(
+    "size dim numel nelement ndimension stride is_contiguous element_size is_floating_point is_complex is_signed "
+    "is_conj is_neg is_inference __len__ storage_offset get_device".split()
+)
+
 
 class Owner(Protocol):
     """Who records calls on deferred tensors, and computes them when somebody looks."""

@@ -48,7 +48,8 @@ class Fallbacks:
                 emit(Note(text=f"one step ran eagerly at {error.where}: {error.reason}"))
             return
         self.say(error)
-        self._left.update((id(item), item) for item in items)
+        if error.leaves:
+            self._left.update((id(item), item) for item in items)
 
     def say(self, error: CaptureError) -> None:
         """Tells that torch runs the step, once for each reason and place.

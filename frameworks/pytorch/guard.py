@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from trainingcompiler.frameworks.pytorch.deferred import METADATA_METHODS
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying
 
 
@@ -57,7 +58,7 @@ class StateGuard(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if (self._states or self._after_backward) and args and not is_replaying():
             name = getattr(func, "__name__", "")
-            looks = name == "__get__"
+            looks = name == "__get__" or name in METADATA_METHODS
             if looks and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
                 looks, name = False, "data_"
             if not looks:

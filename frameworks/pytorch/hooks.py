@@ -64,6 +64,8 @@ class Hooks:
         def patch_step_function(optimizer):
             original_patch(optimizer)
             self._hook_step(type(optimizer))
+            if "param_groups" in vars(optimizer):  # not a new one: a state has been loaded
+                session.book.register(optimizer)
 
         self._replace(Optimizer, "add_param_group", add_param_group)
         self._replace(Optimizer, "_patch_step_function", patch_step_function)
@@ -75,7 +77,7 @@ class Hooks:
         session = self.session
         owner = next(parent for parent in kind.__mro__ if "step" in parent.__dict__)
         original = owner.__dict__["step"]
-        if owner is Optimizer or getattr(original, "defers", False):
+        if owner is Optimizer or getattr(original, "defers", False) or _wraps_another(kind, owner):
             return
         if not getattr(original, "hooked", False):  # torch does this when the first optimizer of the class is made
             original = Optimizer.profile_hook_step(original)
@@ -107,6 +109,14 @@ class Hooks:
             return session.clip(original, args, kwargs)
 
         return clip
+
+
+def _wraps_another(kind: type[Optimizer], owner: type) -> bool:
+    """Whether optimizers of a class hand `step` on to another one, which is the one to watch.
+
+    Accelerate's has the groups of the inner one as a property; Lightning's takes `step` from a class of its own.
+    """
+    return isinstance(getattr(kind, "param_groups", None), property) or not issubclass(owner, Optimizer)
 
 
 def _subclasses(kind: type[Optimizer]) -> list[type[Optimizer]]:

@@ -73,9 +73,15 @@ class OptimizerBook:
         return trained
 
     def is_ready(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimizer's next step can be captured: it has stepped before, or its first step is understood."""
+        """Whether the optimizer's next step can be captured: it has stepped before, or its first step is understood.
+
+        That is so where its state was loaded or can be made ahead, and the script is known to clear gradients.
+        """
         habits = self.habits(optimizer)
-        return habits.steps > 0 or ((habits.clears or habits.zeroes) and first_steps.makes_state(optimizer))
+        if habits.steps or not (habits.clears or habits.zeroes):
+            return habits.steps > 0
+        loaded = all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
+        return loaded or first_steps.makes_state(optimizer)
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that updates a parameter."""

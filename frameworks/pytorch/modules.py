@@ -15,6 +15,10 @@ from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
 _STEADY = 2  # as many values of a number that cannot be an input are compiled as constants
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks that only compute, so that capture may run them: input embeddings are made to require gradients, for
+# checkpointing and for adapters on frozen weights.
+_PURE_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+_PURE_SOURCES = ("transformers.", "peft.")
 _APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")
 
@@ -145,7 +149,8 @@ class Fingerprint:
             # Assignments to attributes of modules are noticed; everything else has to be looked at.
             if id(place.owner) not in spaces or is_mutable(value):
                 self._unseen.append((place, value if type(image) is not int else None, image))
-        self.hooked = next((n or type(m).__name__ for n, m in module.named_modules() if _has_hooks(m)), None)
+        self.hooked = next((n or type(m).__name__ for n, m in module.named_modules() if _has_opaque_hooks(m)), None)
+        self._hooks = tuple((id(part), len(hooks)) for part in module.modules() if (hooks := _hooks_of(part)))
         kinds = tuple((id(part), part.training) for part in module.modules())
         identities = (*map(id, self.parameters), *map(id, module.buffers()))
         self.tensors = frozenset(identities)
@@ -160,7 +165,7 @@ class Fingerprint:
         self._seal()
 
     def _seal(self) -> None:
-        self.key = (self.hooked, self._tensors, tuple(self._images.items()))
+        self.key = (self.hooked, self._hooks, self._tensors, tuple(self._images.items()))
         self.hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
@@ -216,5 +221,12 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (not is_mutable(one) and frozen(one) == frozen(other))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+def _hooks_of(module: nn.Module) -> list[Callable]:
+    return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
+
+
+def _has_opaque_hooks(module: nn.Module) -> bool:
+    return any(
+        getattr(hook, "__name__", "") not in _PURE_HOOKS or not hook.__module__.startswith(_PURE_SOURCES)
+        for hook in _hooks_of(module)
+    )

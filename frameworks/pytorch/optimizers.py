@@ -123,6 +123,12 @@ def hooks_of(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def calls_closure_once(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step(closure)` is `closure()` and then `step()`, as in all of torch's optimizers but LBFGS."""
+    owner = next(parent for parent in type(optimizer).__mro__ if "step" in parent.__dict__)
+    return owner.__module__.startswith("torch.optim.") and owner is not torch.optim.LBFGS and not hooks_of(optimizer)
+
+
 class HostState:
     """What an optimizer keeps outside of tensors: `state["step"] += 1`, `self.k += 1`, `group["t"] += 1`."""
 

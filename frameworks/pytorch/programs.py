@@ -33,7 +33,7 @@ from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
 
 _REFUSED = "a value is out of range, such as an index: torch is to say which"
-_MOST_PROGRAMS = 32  # for one loop; beyond, its shapes or constants change too often for compiling to pay
+_MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too often for compiling them to pay
 
 
 class Purpose(enum.Enum):
@@ -106,6 +106,11 @@ class ProgramCache:
 
     def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "CompiledTape":
         where = next((entry.where for entry in entries if entry.where), None)
+        if len(self._loops.get(_loop(entries), ())) >= _MOST_PROGRAMS:
+            reason = f"this loop has been compiled {_MOST_PROGRAMS} times; other shapes or constants are not compiled"
+            error = CaptureError(reason, where)
+            error.leaves = False
+            raise error
         name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
         if all(isinstance(entry.function, nn.Module) for entry in entries) and not any(
             entry.ambient.grad for entry in entries
@@ -131,20 +136,14 @@ class ProgramCache:
         return compiled
 
     def _explain(self, entries: list[Entry], where: str | None, compile_time_s: float) -> None:
-        loop = tuple(entry.key[0][0] if isinstance(entry.function, nn.Module) else entry.key[0] for entry in entries)
         shapes = tuple(
             (index, place, leaf.shape, leaf.dtype)
             for index, entry in enumerate(entries)
             for place, leaf in enumerate(entry.leaves)
             if isinstance(leaf, Input)
         )
-        seen = self._loops.setdefault(loop, [])
+        seen = self._loops.setdefault(_loop(entries), [])
         seen.append(shapes)
-        if len(seen) > _MOST_PROGRAMS:
-            raise CaptureError(
-                reason=f"this loop has been compiled {_MOST_PROGRAMS} times for different shapes or constants",
-                where=where,
-            )
         if len(seen) == 1 or len(seen[-2]) != len(shapes):
             return
         for old, new in zip(seen[-2], shapes, strict=True):
@@ -322,6 +321,7 @@ class CompiledTape:
         with jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
         jax.block_until_ready((new_state, outputs))
+        statistics().launches += 1
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
         if len(outputs) > self._outputs:
@@ -383,6 +383,11 @@ class Held:
     def apply(self) -> None:
         """Makes it so."""
         self.program.apply(self.arrays, self.tensors)
+
+
+def _loop(entries: list[Entry]) -> tuple:
+    """What is called, whatever the shapes."""
+    return tuple(entry.key[0][0] if isinstance(entry.function, nn.Module) else entry.key[0] for entry in entries)
 
 
 def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:

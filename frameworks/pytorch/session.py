@@ -16,12 +16,12 @@ from torch import nn
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
-from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, DeferredTensor
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import hooks_of, parameters_of
+from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -32,14 +32,6 @@ from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, u
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
 from trainingcompiler.statistics import current as statistics
 
-_META = frozenset(
-    "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
-    "itemsize nbytes is_cpu is_mps is_xpu is_mkldnn output_nr names is_inference".split()
-)
-_META_METHODS = frozenset(
-    "size dim numel nelement ndimension stride is_contiguous element_size is_floating_point is_complex is_signed "
-    "is_conj is_neg is_inference __len__ storage_offset get_device".split()
-)
 _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
     "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
@@ -94,12 +86,14 @@ class Session:
         name = getattr(function, "__name__", "")
         if name == "__get__":
             attribute = getattr(getattr(function, "__self__", None), "__name__", "")
-            if attribute in _META:
+            if attribute in METADATA:
                 return getattr(args[0].slot.meta, attribute)
             if attribute in ("grad", "_grad"):
                 return None
-        elif name in _META_METHODS:
+        elif name in METADATA_METHODS:
             return function(args[0].slot.meta, *args[1:], **kwargs)
+        elif name in ("isnan", "isinf") and args[0].slot.finite:
+            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool)
         if name in _READS and not is_replaying():
             statistics().host_reads += 1
         if is_replaying() or name in _READS or not self._any_pending(args, kwargs):
@@ -118,6 +112,11 @@ class Session:
         if self._unwatched():
             return original(optimizer, *args, **kwargs)
         closure = args[0] if args else kwargs.get("closure")
+        if closure is not None and self.deferring and calls_closure_once(optimizer):
+            with torch.enable_grad():
+                loss = closure()
+            self.step(optimizer, original, (), {})
+            return loss
         if self.deferring and hooks_of(optimizer) and not self._fallbacks.covers(optimizer):
             reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
             self._fallbacks.leave(CaptureError(reason, user_line()), [optimizer])
@@ -175,7 +174,7 @@ class Session:
 
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
-        if self._unwatched() or not self._has_backward():
+        if self._unwatched() or not self.has_backward:
             with undeferred():
                 return original(*args, **kwargs)
         parameters = args[0] if args else kwargs.pop("parameters")
@@ -187,7 +186,7 @@ class Session:
         """What has to happen before `tensor.grad` is read."""
         if self._unwatched():
             return
-        if self._has_backward():
+        if self.has_backward:
             self.commit()
         self.book.reads_gradient(tensor)
 
@@ -195,7 +194,7 @@ class Session:
         """What to store for `tensor.grad = gradient`."""
         if self._unwatched():
             return gradient
-        if self._has_backward():
+        if self.has_backward:
             self.commit()
         self.book.writes_gradient(tensor, gradient)
         return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
@@ -204,7 +203,7 @@ class Session:
         """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
         if self._unwatched():
             return
-        if self._has_backward() and not self._drop_backward({id(parameter) for parameter in parameters}):
+        if self.has_backward and not self._drop_backward({id(parameter) for parameter in parameters}):
             self.commit()
         self.book.clears_gradients(owner, parameters, set_to_none)
 
@@ -256,7 +255,7 @@ class Session:
         return self._results(entry, planned, args, kwargs)
 
     def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
-        entry = self.calls.entry(function, args, kwargs, optimizers)
+        entry = self.calls.entry(function, args, kwargs, optimizers, self.tape.entries)
         self.tape.entries.append(entry)
         self._guard_state(entry)
         if entry.prints and not self._guard.is_up:
@@ -420,11 +419,11 @@ class Session:
 
     def _sweep(self) -> None:
         """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
-        if self.tape and not self._has_backward() and not self.tape.live_slots():
+        if self.tape and not self.has_backward and not self.tape.live_slots():
             self.commit()
 
     def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
-        self._backward_compiled |= self._has_backward()
+        self._backward_compiled |= self.has_backward
         for entry in entries:
             for slot in entry.outputs or ():
                 slot.committed = True
@@ -530,7 +529,9 @@ class Session:
             for leaf in flatten((args, kwargs))[0]
         )
 
-    def _has_backward(self) -> bool:
+    @property
+    def has_backward(self) -> bool:
+        """Whether a backward is on the tape, so that only the tape knows the gradients."""
         return bool(self._called_since_backward)
 
     def _real(self, value: Any) -> Any:

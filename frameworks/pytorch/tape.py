@@ -22,16 +22,18 @@ class Slot:
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
+        finite: Whether the program sees to it that no value is infinite or not a number, so that nobody need look.
         wrapper: A weak reference to the `DeferredTensor` that the loop holds.
     """
 
-    __slots__ = ("__weakref__", "committed", "freed", "meta", "value", "wrapper")
+    __slots__ = ("__weakref__", "committed", "finite", "freed", "meta", "value", "wrapper")
 
     def __init__(self, meta: torch.Tensor):
         self.meta = meta
         self.value: torch.Tensor | None = None
         self.committed = False
         self.freed = False
+        self.finite = False
         self.wrapper: weakref.ref | None = None
 
     @property
@@ -124,6 +126,7 @@ class Entry:
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
         frees: The slots whose graph the entry frees.
         where: The script's line.
+        turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
     """
 
@@ -141,6 +144,7 @@ class Entry:
     seed: Input | None = None
     numbers: tuple[int, ...] = ()
     where: str | None = None
+    turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def leaf(self, position: int) -> Any:

@@ -73,6 +73,8 @@ def train(
         eager_steps=after.eager_steps - before.eager_steps,
         compiles=after.compiles - before.compiles,
         fallbacks=after.fallbacks - before.fallbacks,
+        launches=after.launches - before.launches,
+        host_reads=after.host_reads - before.host_reads,
     )
     return run
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainingcompiler.events import Recompiled
+from trainingcompiler.frameworks.pytorch import programs
 
 
 def in_the_loop(objects, x, y, number):
@@ -102,3 +103,19 @@ def test_a_new_shape_in_one_argument_is_named():
     run = train(make, loop, batches(), compiled=True)
     (recompiled,) = [event for event in run.events if isinstance(event, Recompiled)]
     assert "weights" in recompiled.changed and "float32[3] -> float32[5]" in recompiled.changed
+
+
+def test_beyond_the_bound_new_shapes_run_eagerly_and_known_ones_stay_compiled(monkeypatch):
+    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 2)
+
+    def loop(objects, data):
+        sizes = [16, 15, 14, 13, 16, 15]
+        batches_of_sizes = [(x[: sizes[i % 6]], y[: sizes[i % 6]]) for i, (x, y) in enumerate(data)]
+        return train_on(objects["model"], objects["optimizer"], batches_of_sizes)
+
+    run = assert_same_training(sgd(), loop, batches(24), may_fall_back=True)
+    assert run.statistics.compiles == 2
+    assert run.statistics.eager_steps == 12  # of each six steps, the one with 13 rows and the two with 16
+    assert {fallback.reason for fallback in run.fallbacks()} == {
+        "this loop has been compiled 2 times; other shapes or constants are not compiled"
+    }

@@ -1,0 +1,80 @@
+"""Installs the adapter in Accelerate and in the Trainer: where they look into the middle of a step."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainingcompiler.frameworks import pytorch
+from trainingcompiler.frameworks.huggingface import scope
+from trainingcompiler.frameworks.huggingface.conflicts import check
+from trainingcompiler.frameworks.huggingface.loop import compiled_loop
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+
+
+class Hooks:
+    """The libraries' own functions, and ours in their place while installed."""
+
+    def __init__(self):
+        self._replaced: list[tuple[Any, str, Any]] = []
+        self._waiting = [
+            ("accelerate.accelerator", "Accelerator", {"clip_grad_norm_": _clip}),
+            ("transformers.trainer", "Trainer", {"train": _run, "evaluate": _run, "predict": _run}),
+            ("transformers.generation.utils", "GenerationMixin", {"generate": _generate}),
+        ]
+
+    def install(self) -> None:
+        """Hooks what has been imported since the last call."""
+        for item in tuple(self._waiting):
+            module, kind, methods = item
+            owner = vars(sys.modules[module]).get(kind) if module in sys.modules else None
+            if owner is not None:
+                self._waiting.remove(item)
+                for name, inside in methods.items():
+                    self._replace(owner, name, inside)
+
+    def uninstall(self) -> None:
+        """Leaves the libraries as they were."""
+        for owner, name, original in reversed(self._replaced):
+            setattr(owner, name, original)
+        self._replaced.clear()
+
+    def _replace(self, owner: Any, name: str, inside: Callable) -> None:
+        """Puts `inside(original, owner's instance, ...)` in the place of a method."""
+        original = owner.__dict__[name]
+
+        @functools.wraps(original)
+        def method(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            return inside(original, instance, *args, **kwargs)
+
+        self._replaced.append((owner, name, original))
+        setattr(owner, name, method)
+
+
+def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+    """Accelerate looks at every gradient first, for sharded ones; a compiled step has none."""
+    session = pytorch.session()
+    if session is None or not session.has_backward:
+        return original(accelerator, parameters, max_norm, norm_type=norm_type)
+    accelerator.unscale_gradients()
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+
+def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    if not scope.compiles(trainer.args):
+        with undeferred():
+            return original(trainer, *args, **kwargs)
+    check(trainer.args)
+    with compiled_loop(trainer):
+        return original(trainer, *args, **kwargs)
+
+
+def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generating is no training: it calls the model with another shape for every token."""
+    session = pytorch.session()
+    if session is not None:
+        session.settle()
+    with undeferred():
+        return original(model, *args, **kwargs)

@@ -1,0 +1,87 @@
+"""Whether padding a batch changes what is trained: tried on one batch, not believed."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.huggingface.buckets import Buckets
+
+# Relative to the largest value. Sums of another length round differently, by about 1e-6 in float32 and 1e-2 in 16 bits;
+# a mean over tokens that forgets the mask changes values by a third or more in this trial.
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 5e-2
+
+
+def reason_not_to_pad(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> str | None:
+    """Why the trainer's batches are not to be padded; None where the loss and all results stay the same.
+
+    Args:
+        trainer: A `transformers.Trainer`.
+        batch: A collated batch.
+        buckets: The lengths it would be padded to; here it is padded far beyond them.
+    """
+    from transformers import Trainer
+
+    kind = type(trainer)
+    if kind.compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
+        return "the loss is computed by code of your own, which padding may change"
+    if any(isinstance(module, _BatchNorm) for module in trainer.model.modules()):
+        return "the model has batch normalization, whose statistics padding would change"
+    length = batch["input_ids"].shape[1]
+    longest = getattr(getattr(trainer.model, "config", None), "max_position_embeddings", None) or 2 * length
+    padded_length = min(2 * length, max(longest, length), max(buckets.lengths[-1], length))
+    if padded_length == length:
+        return None
+    far = type(buckets)(lengths=(padded_length,), pad_id=buckets.pad_id, labels_differ=buckets.labels_differ)
+    with undeferred(), _evaluating(trainer.model), torch.no_grad():
+        try:
+            plain = _results(trainer, batch)
+            padded = _results(trainer, far.pad(batch))
+        except Exception:  # the Trainer will meet the same error, and tell it
+            return "a trial with one batch failed"
+    limit = _TOLERANCE_16_BITS if _is_16_bits(trainer) else _TOLERANCE
+    mask = batch.get("attention_mask")
+    worst = max((_difference(one, other, mask) for one, other in zip(plain, padded, strict=True)), default=0.0)
+    return None if worst <= limit else f"padding changes what the model computes (by {worst:.1g} in a trial)"
+
+
+def _results(trainer: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The loss, and every floating tensor that the model returns for the examples or for their tokens."""
+    loss, outputs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)), return_outputs=True)
+    found = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
+    results = [value for value in found if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return [loss, *results]
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> float:
+    if one.ndim > 1 and one.shape[1] < other.shape[1]:
+        other = other[:, : one.shape[1]]
+    if one.shape != other.shape:
+        return 0.0  # something of the inside, which the loss speaks for
+    if mask is not None and one.shape[:2] == mask.shape:  # what stands at padding is nobody's business
+        one, other = one[mask.bool()], other[mask.bool()]
+    scale = max(one.abs().max().item(), 1e-6)
+    return (one.double() - other.double()).abs().max().item() / scale
+
+
+def _is_16_bits(trainer: Any) -> bool:
+    short = {torch.bfloat16, torch.float16}
+    return trainer.args.bf16 or trainer.args.fp16 or any(p.dtype in short for p in trainer.model.parameters())
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; every module is put back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,85 @@
+"""Optimizers inside others, closures, loaded states, and numbers that stand twice in a loop."""
+
+import torch
+from parity import assert_same, assert_same_training, train
+from small import adamw, batches, mlp, sgd, train_on
+from torch.nn import functional as F
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that hands everything on, as Accelerate's does: it never calls `Optimizer.__init__`."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.optimizer = inner
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self.optimizer.param_groups = groups
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+def test_an_optimizer_around_another_is_looked_through():
+    def loop(objects, data):
+        return train_on(objects["model"], Wrapper(objects["optimizer"]), data)
+
+    run = assert_same_training(sgd(), loop, batches(), max_compiles=1)
+    assert run.statistics.launches == run.statistics.compiled_steps == len(batches()) - 1
+
+
+def test_two_constants_of_one_operator_are_no_changing_number():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            out = objects["model"](x)
+            loss = F.cross_entropy(out, y) * 0.9 + out.pow(2).mean() * 0.1
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), max_compiles=1)
+
+
+def test_a_loaded_optimizer_needs_no_step_in_torch_first():
+    """So that a resumed run repeats the uninterrupted one to the last bit."""
+
+    def whole(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    uninterrupted = train(adamw(), whole, batches(), compiled=True)
+    first = train(adamw(), whole, batches()[:12], compiled=True)
+
+    def resumed(objects, data):
+        objects["model"].load_state_dict(first.objects["model"].state_dict())
+        objects["optimizer"].load_state_dict(first.objects["optimizer"].state_dict())
+        return first.observed + whole(objects, data)
+
+    second = train(adamw(), resumed, batches()[12:], compiled=True)
+    assert second.statistics.eager_steps == 0
+    assert_same(uninterrupted, second, float64_tolerance=0.0)
+
+
+def test_the_shape_of_a_parameter_may_be_asked_before_the_step():
+    def loop(objects, data):
+        losses, model = [], objects["model"]
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            assert sum(parameter.numel() for parameter in model.parameters()) > 0
+            objects["optimizer"].step()
+            losses.append(loss.detach())
+        return [value.item() for value in losses]
+
+    run = assert_same_training(sgd(mlp), loop, batches(), max_compiles=1)
+    assert run.statistics.launches == run.statistics.compiled_steps
