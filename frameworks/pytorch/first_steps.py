@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.optimizers import of_torch
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
 
@@ -17,7 +18,7 @@ def makes_state(optimizer: torch.optim.Optimizer) -> bool:
     what a buffer of zeros gives, unless there is dampening.
     """
     owners = [next((k for k in type(optimizer).__mro__ if name in vars(k)), None) for name in ("step", "_init_group")]
-    if any(owner is None or owner.__module__.split(".")[:2] != ["torch", "optim"] for owner in owners):
+    if any(owner is None or not of_torch(owner) for owner in owners):
         return False
     return not isinstance(optimizer, torch.optim.SGD) or not any(
         group["momentum"] and group["dampening"] for group in optimizer.param_groups

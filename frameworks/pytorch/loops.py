@@ -69,6 +69,9 @@ class OptimizerBook:
         self._update_owners()
         owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
         trained = bool(owners) and all(map(self.is_ready, owners.values()))
+        if trained and any(not self.habits(owner).steps for owner in owners.values()):
+            # A gradient that no optimizer clears is there from the second step on: that would be another program.
+            trained = all(self.owner(p) is not None for p in fingerprint.parameters if p.requires_grad)
         self._trained[id(module)] = (fingerprint, self._changes, trained)
         return trained
 

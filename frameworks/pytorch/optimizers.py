@@ -27,8 +27,9 @@ def traced(
     """Prepares an optimizer for running its `step` under capture, and puts it back.
 
     Every float in its groups is replaced by what `number(path, value)` returns, unless it is zero: whether it is zero
-    is part of the signature. Optimizers with a fused kernel use it, so that a group is one operator instead of a
-    dozen for each tensor (GPT-2 small: 1 node instead of 2,000); its lowering follows the single-tensor code.
+    is part of the signature, but for the learning rate of torch's own optimizers. Those with a fused kernel use it, so
+    that a group is one operator instead of a dozen for each tensor (GPT-2 small: 1 node instead of 2,000); its lowering
+    follows the single-tensor code.
 
     Args:
         optimizer: Any optimizer.
@@ -39,7 +40,7 @@ def traced(
     try:
         for index, group in enumerate(optimizer.param_groups):
             for name, value in group.items():
-                if _is_number(value) and (index, name) not in constants:
+                if (_is_number(value) or _is_rate(optimizer, name, value)) and (index, name) not in constants:
                     group[name] = number((index, name), value)
                 elif type(value) is tuple and any(_is_number(item) for item in value):
                     group[name] = tuple(
@@ -97,15 +98,16 @@ def pattern(optimizer: torch.optim.Optimizer, constants: frozenset) -> tuple:
         optimizer: Any optimizer.
         constants: Paths of the numbers that had to be captured as constants.
     """
-    return tuple(
-        (
-            tuple(map(id, group["params"])),
-            tuple(
-                (name, _pattern(value, (index, name), constants)) for name, value in group.items() if name != "params"
-            ),
-        )
-        for index, group in enumerate(optimizer.param_groups)
-    )
+    parts = []
+    for index, group in enumerate(optimizer.param_groups):
+        values = []
+        for name, value in group.items():
+            if _is_rate(optimizer, name, value) and (index, name) not in constants:
+                values.append((name, "rate"))
+            elif name != "params":
+                values.append((name, _pattern(value, (index, name), constants)))
+        parts.append((tuple(map(id, group["params"])), tuple(values)))
+    return tuple(parts)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -177,6 +179,16 @@ def drop_fake_state(optimizer: torch.optim.Optimizer) -> None:
 
 def _is_fake_state(state: Any) -> bool:
     return isinstance(state, dict) and any(isinstance(value, FakeTensor) for value in state.values())
+
+
+def of_torch(kind: type) -> bool:
+    """Whether a class is one of `torch.optim`'s own."""
+    return kind.__module__.split(".")[:2] == ["torch", "optim"]
+
+
+def _is_rate(optimizer: torch.optim.Optimizer, name: str, value: Any) -> bool:
+    """Whether it is a learning rate about which no code asks whether it is zero, as it is when a warm-up begins."""
+    return name == "lr" and type(value) is float and of_torch(type(optimizer))
 
 
 def _is_number(value: Any) -> bool:

@@ -85,3 +85,21 @@ def test_sparse_adam_is_eager_and_says_so():
         may_fall_back=True,
     )
     assert "sparse" in run.fallbacks()[0].reason and STATUS["SparseAdam"] == "eager"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_warm_up_from_zero_is_one_program(name):
+    """The first learning rate of most warm-ups is 0, about which torch's optimizers do not ask."""
+
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+        losses = []
+        for batch in data:
+            losses += train_on(model, optimizer, [batch])
+            schedule.step()
+        return losses
+
+    make = made(matrices if name == "Muon" else mlp, getattr(torch.optim, name))
+    loose = {"float64_tolerance": 2e-2} if name == "Muon" else {}  # as above
+    assert_same_training(make, loop, batches(12), max_compiles=1, dtypes=(torch.float64,), **loose)

@@ -208,7 +208,8 @@ def test_parameter_group_added_in_mid_run():
         objects["optimizer"].add_param_group({"params": objects["model"][0].parameters(), "lr": 0.001})
         return seen + train_on(objects["model"], objects["optimizer"], data[10:])
 
-    assert_same_training(make, loop, batches(), max_compiles=2)
+    # The parameters that no optimizer has get gradients again in the step after `model.zero_grad()`: one program more.
+    assert_same_training(make, loop, batches(), max_compiles=3)
 
 
 def test_a_new_optimizer_in_mid_run():
