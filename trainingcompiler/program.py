@@ -45,6 +45,8 @@ class StepProgram:
         state: What the step writes. Its buffers are donated: the step updates them in place.
         inputs: What the step only reads: the batch, hyperparameters, seeds, and parameters that it does not write.
         outputs: What the step returns besides its state.
+        is_deterministic: Whether two runs on equal arrays must give equal bits, whatever that costs.
+        recomputes: Whether it computes values again to save memory, which a schedule for speed would undo.
     """
 
     name: str
@@ -52,3 +54,5 @@ class StepProgram:
     state: tuple[TensorSpec, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    is_deterministic: bool = False
+    recomputes: bool = False
