@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
+from trainingcompiler.frameworks.pytorch.recomputation import Recomputation
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -93,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self.draws: tuple[Ref, int] | None = None
         self._decompositions = torch._decomp.decomposition_table
         self._inside: set[str] = set()  # the operators that are being decomposed
+        self._recomputation = Recomputation(self.graph, self._new_value)
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -355,7 +357,9 @@ class Recorder(TorchDispatchMode):
                 )
             seed = self.draws
             self.draws = (seed[0], seed[1] + 1)
-        self.graph.nodes.append(Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts))
+        node = Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts)
+        self._recomputation.fence(node)
+        self.graph.nodes.append(node)
 
 
 def unsupported(operator: str) -> CaptureError:
