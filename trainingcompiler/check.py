@@ -20,7 +20,9 @@ DIFFERENT, BAD_INPUT = 1, 2
 _USAGE = f"""usage: python -m {PROGRAM} [--steps K] [launcher options] script.py [script args]
 
 Runs K compiled steps ({STEPS}), then replays the last one in PyTorch on the same values and compares every result.
-Exit code 0: equal up to rounding. 1: different. 2: there was nothing to check."""
+Lists every operator of the step that has no lowering to XLA, what else runs eagerly, and how many values the script
+reads in a step.
+Exit code 0: equal up to rounding. 1: different. 2: there was nothing to check, or the script failed."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -44,6 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except checker.Enough:
         pass
     except SystemExit as leaving:
+        if isinstance(leaving.__context__, UsageError) and leaving.code == BAD_INPUT:
+            raise  # the worker has said what is wrong
         failure = leaving if leaving.code not in (None, 0, worker.BAD_INPUT) else None
     except BaseException as error:
         failure = error

@@ -1,6 +1,7 @@
 """Compiles a `StepProgram` ahead of time into an `Executable`."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
         compile_start_s = time.perf_counter()
         keeping = _not_kept() if store or target.described else contextlib.nullcontext()
         with phase("compile", program.name) as running, watching() as outcome, keeping:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options(program, target))
             news = "not in the cache" if store else outcome.detail
             running.detail = ", ".join(filter(None, [running.detail, news]))
         compile_time_s = time.perf_counter() - compile_start_s
@@ -155,6 +156,31 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
     if store is not None:
         store.save(program, compiled, time.perf_counter() - start_s)
     return compiled, compile_time_s
+
+
+def options(program: StepProgram, target: Target) -> dict[str, bool | str]:
+    """The options of XLA that a program needs on a target, by name."""
+    needed: dict[str, bool | str] = {}
+    if program.is_deterministic and target.platform == "cuda":  # on a CPU, XLA always is
+        needed["xla_gpu_deterministic_ops"] = True
+    if program.recomputes and target.platform == "cpu":
+        needed |= _schedule_for_memory()
+    return needed
+
+
+@functools.cache
+def _schedule_for_memory() -> dict[str, bool | str]:
+    """XLA:CPU's option for the schedule that needs least memory, by the name that this version of it knows.
+
+    Its schedule for many threads computes again as soon as it can, and then keeps the results: GPT-2 with 10 layers x
+    256, batch 8 x 512, checkpointed, has 2.0 GB of temporaries so, and 0.8 GB in the other order.
+    """
+    option: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    try:
+        jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), np.float32)).compile(compiler_options=option)
+    except jax.errors.JaxRuntimeError:
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # before jaxlib 0.10
+    return option
 
 
 @contextlib.contextmanager

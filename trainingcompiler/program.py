@@ -47,6 +47,8 @@ class StepProgram:
         outputs: What the step returns besides its state.
         digest: Equal for equal functions, in every process: of everything that decides what `function` computes. None
             where the adapter cannot tell; such a program is lowered at every start.
+        is_deterministic: Whether two runs on equal arrays must give equal bits, whatever that costs.
+        recomputes: Whether it computes values again to save memory, which a schedule for speed would undo.
     """
 
     name: str
@@ -55,3 +57,5 @@ class StepProgram:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     digest: str | None = None
+    is_deterministic: bool = False
+    recomputes: bool = False

@@ -116,6 +116,8 @@ def digest_of_code(folder: Path) -> str:
 def _key(program: StepProgram) -> str:
     parts = [
         program.digest,
+        program.is_deterministic,
+        program.recomputes,
         *map(_described, (program.state, program.inputs, program.outputs)),
         *_surroundings(),
         *_options(),

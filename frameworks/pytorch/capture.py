@@ -179,6 +179,8 @@ def capture(
         fakes.clear()
         del results, result
     twins.let_go()
+    if recorder.missing is not None:
+        raise recorder.missing
     if any(item.tensor() is None for item in lifted):
         raise CaptureError(
             reason="the step makes a tensor of host data while it runs (torch.from_numpy and the like); a compiled "

@@ -1,8 +1,12 @@
 """The PyTorch half of `trainingcompiler.check`: watches a script until its K-th compiled step, and judges that step."""
 
-from collections import Counter
+import os
+import sys
+from types import TracebackType
 
+from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import Event, FellBack, subscribe
+from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.pytorch import inspection
 from trainingcompiler.frameworks.pytorch.checking import Verdict, check
 from trainingcompiler.frameworks.pytorch.inspection import Inspection
@@ -29,10 +33,12 @@ class CheckRun:
         self._reads_before = 0
         self._reads = 0
         self._fallbacks: list[FellBack] = []
+        self._eager_steps = 0  # since the last compiled one, if something fell back
 
     def start(self) -> None:
         """Begins to watch."""
         inspection.inspector = self._ran
+        inspection.missing = []
         subscribe(self._note)
 
     def report(self, failure: BaseException | None) -> tuple[list[str], int]:
@@ -44,12 +50,14 @@ class CheckRun:
         Returns:
             The lines to print and the exit code.
         """
-        inspection.inspector = None
+        missing, inspection.inspector, inspection.missing = inspection.missing, None, None
         lines = [f"runs eagerly at {event.where}: {event.reason}" for event in self._fallbacks]
-        operators = Counter(event.operator for event in self._fallbacks if event.operator)
-        lines.append(f"operators without a lowering: {', '.join(sorted(operators)) or 'none'}")
+        lines += _unsupported(missing or [], self._fallbacks)
         if not self._last:
-            return [*lines, self._why_nothing(failure)], NOTHING
+            reads = statistics().host_reads  # of the one step that was recorded; torch ran the others
+            if self._fallbacks:
+                lines.append(f"the step is no program: it runs eagerly; values read by the script: {reads}")
+            return [*lines, f"nothing to check: {self._why_nothing(failure)}"], NOTHING
         where = next((inspected.where for inspected in self._last if inspected.where), None)
         programs = "one program" if len(self._last) == 1 else f"{len(self._last)} programs"
         lines.append(f"step {self._seen} at {where}: {programs}, values read by the script: {self._reads}")
@@ -60,13 +68,16 @@ class CheckRun:
             if verdict.first is not None:
                 code = DIFFERENT
         lines.append("different" if code else "equal up to rounding")
-        return lines, code
+        if failure is not None:
+            lines.append(f"after {self._seen} compiled steps {_failed(failure)}")
+        return lines, code or (EQUAL if failure is None else NOTHING)
 
     def _ran(self, inspected: Inspection) -> None:
         self._of_step.append(inspected)
         if not inspected.steps:
             return
         self._seen += 1
+        self._eager_steps = 0
         self._last, self._of_step = self._of_step, []
         reads = statistics().host_reads
         self._reads, self._reads_before = reads - self._reads_before, reads
@@ -74,19 +85,66 @@ class CheckRun:
             raise self.Enough
 
     def _note(self, event: Event) -> None:
-        if isinstance(event, FellBack):
-            self._fallbacks.append(event)
+        if not isinstance(event, FellBack):
+            return
+        session = pytorch.session()
+        if session is not None and not self._fallbacks:
+            count = session.book.on_step
+
+            def on_step(optimizer, engine: str) -> None:
+                count(optimizer, engine)
+                self._stepped(engine)
+
+            session.book.on_step = on_step
+        self._fallbacks.append(event)
+
+    def _stepped(self, engine: str) -> None:
+        """Ends a script whose steps torch runs: as many more as were to be compiled change nothing."""
+        self._eager_steps += engine == "eager"
+        if self._eager_steps == self._steps:
+            raise self.Enough
 
     def _why_nothing(self, failure: BaseException | None) -> str:
-        if isinstance(failure, SystemExit):
-            return f"nothing to check: the script left with exit code {failure.code} before its first compiled step"
+        script = os.path.basename(sys.argv[0])
         if failure is not None:
-            return f"nothing to check: the script failed before its first compiled step ({type(failure).__name__})"
+            return f"before its first compiled step {_failed(failure)}"
         if self._fallbacks:
-            return f"nothing to check: the step could not be captured ({self._fallbacks[0].where})"
+            return f"the step could not be captured ({self._fallbacks[0].where})"
         if statistics().steps:
-            return "nothing to check: the script ended before its first compiled step; it takes at least two steps"
-        return "nothing to check: the script reached no optimizer.step()"
+            return f"{script} ended before its first compiled step; it takes at least two steps"
+        return f"{script} reached no optimizer.step()"
+
+
+def _unsupported(missing: list[CaptureError], fallbacks: list[FellBack]) -> list[str]:
+    """Every operator without a lowering, each with the first line that uses it."""
+    places: dict[str, str | None] = {}
+    named: list[CaptureError | FellBack] = [*missing, *fallbacks]
+    for error in named:
+        if error.operator:
+            places.setdefault(error.operator, error.where)
+    found = [f"  {operator} at {where}" for operator, where in places.items()]
+    return [f"operators without a lowering: {len(found) or 'none'}", *found]
+
+
+def _failed(failure: BaseException) -> str:
+    if isinstance(failure, SystemExit):
+        return f"the script left with exit code {failure.code}"
+    where = _place(failure.__traceback__)
+    if isinstance(failure, SyntaxError):
+        where = f"{os.path.basename(failure.filename or '')}:{failure.lineno}"
+    return f"the script failed at {where} ({type(failure).__name__}: {failure})".split("\n")[0]
+
+
+def _place(trace: TracebackType | None) -> str:
+    """The innermost line of the script's own folder, or the innermost of all."""
+    folder = os.path.dirname(os.path.realpath(sys.argv[0])) + os.sep
+    places = []
+    while trace is not None:
+        path = os.path.realpath(trace.tb_frame.f_code.co_filename)
+        places.append((path.startswith(folder), f"{os.path.basename(path)}:{trace.tb_lineno}"))
+        trace = trace.tb_next
+    own = [place for is_own, place in places if is_own]
+    return (own or [place for _, place in places] or ["an unknown line"])[-1]
 
 
 def _described(inspected: Inspection, verdict: Verdict) -> list[str]:

@@ -15,6 +15,7 @@ from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
 from trainingcompiler.frameworks.pytorch.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.lowering import lower
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.recorder import HIDDEN_WRITES
 
 # One operator, on equal inputs: sums of 10^4 terms in another order. A whole step may amplify that ten times.
@@ -146,6 +147,8 @@ def run_node(node: Node, values: dict[int, torch.Tensor]) -> dict[int, torch.Ten
         whole = parent.clone(memory_format=torch.contiguous_format)
         _overload(node.operator.removeprefix("inverse:"))(whole, *rest, **kwargs).copy_(child)
         results = [whole]
+    elif node.operator == BARRIER:
+        results = list(args)
     else:
         if "._fused_" in node.operator:  # the table's own spelling takes hyperparameters as tensors
             kwargs = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}

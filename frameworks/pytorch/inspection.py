@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.graph import Graph
 
 
@@ -33,3 +34,6 @@ class Inspection:
 
 inspector: Callable[[Inspection], None] | None = None
 """Is shown every run of a program that was compiled while it was set; copies of all arrays are made for it."""
+
+missing: list[CaptureError] | None = None
+"""While it is a list, recording notes operators without a lowering there and goes on; capture fails at its end."""

@@ -13,6 +13,7 @@ from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERING
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lower.matmul import products_at, strictest
 from trainingcompiler.frameworks.pytorch.lower.random import node_key
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER, ordered
 from trainingcompiler.frameworks.pytorch.rewriting import for_gpu
 from trainingcompiler.targets import current as current_target
 
@@ -53,9 +54,9 @@ def lower(
 def _nodes(graph: Graph, results: list[int]) -> list[Node]:
     nodes = graph.live_nodes(results)
     target = current_target()
-    if target is None or target.platform != "cuda":
-        return nodes
-    return Graph(graph.inputs, for_gpu(nodes, graph.constants), graph.constants).live_nodes(results)
+    if target is not None and target.platform == "cuda":
+        nodes = Graph(graph.inputs, for_gpu(nodes, graph.constants), graph.constants).live_nodes(results)
+    return ordered(nodes, results)
 
 
 def _run_node_or_say(node: Node, values: dict[int, Any]) -> None:
@@ -76,6 +77,8 @@ def _run_node(node: Node, values: dict[int, Any]) -> None:
     kwargs = {name: _decode(value, values) for name, value in node.kwargs.items()}
     if node.operator.startswith("inverse:"):
         result = VIEW_INVERSES[node.operator.removeprefix("inverse:")](*args, **kwargs)
+    elif node.operator == BARRIER:
+        result = jax.lax.optimization_barrier(args)
     elif node.seed is not None:
         seed, index = node.seed
         result = RANDOM_LOWERINGS[node.operator](*args, key=node_key(values[seed.id], index), **kwargs)

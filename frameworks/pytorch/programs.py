@@ -27,6 +27,7 @@ from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import CellRegistry, input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.program import StepProgram, TensorSpec
@@ -244,6 +245,8 @@ class CompiledTape:
             ),
             outputs=(),
             digest=digest_of(captured.graph, returned, [state_values, input_values, number_values, *precisions]),
+            is_deterministic=any(entry.ambient.deterministic for entry in entries),
+            recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
         )
         self.program = program if results else None
         self._executable: compiler.Executable | None = None

@@ -14,8 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch import inspection
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
+from trainingcompiler.frameworks.pytorch.recomputation import Recomputation
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -82,6 +84,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         graph: What has been recorded.
         draws: The seed of the random operators that follow, and how many have been drawn from it; None without one.
+        missing: What the first operator without a lowering would have raised; see `inspection.missing`.
     """
 
     def __init__(self):
@@ -91,8 +94,10 @@ class Recorder(TorchDispatchMode):
         self._tensors: dict[int, _Tensor] = {}
         self._storages: dict[int, _Storage] = {}
         self.draws: tuple[Ref, int] | None = None
+        self.missing: CaptureError | None = None
         self._decompositions = torch._decomp.decomposition_table
         self._inside: set[str] = set()  # the operators that are being decomposed
+        self._recomputation = Recomputation(self.graph, self._new_value)
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -190,13 +195,26 @@ class Recorder(TorchDispatchMode):
             key = next((key for key in _COMPOSITE if func.has_kernel_for_dispatch_key(key)), None)
             kernel = None if key is None else functools.partial(func._op_dk, key)
         if kernel is None or name in self._inside:  # in the latter case it is written in nothing but itself
-            raise unsupported(name)
+            return self._go_past(func, name, args, kwargs)
         self._inside.add(name)
         try:
             with self:
                 return kernel(*args, **kwargs)
         finally:
             self._inside.discard(name)
+
+    def _go_past(self, func, name, args, kwargs):
+        """Notes an operator without a lowering, if somebody wants to know them all; the graph is of no use then."""
+        error = unsupported(name)
+        if inspection.missing is None:
+            raise error
+        inspection.missing.append(error)
+        self.missing = self.missing or error
+        result = func(*args, **kwargs)
+        for output in _flatten(result):
+            if isinstance(output, torch.Tensor) and id(output) not in self._tensors:
+                self._adopt(output, self._new_value())
+        return result
 
     def _mutate(self, func, name, args, kwargs):
         functional = _functional_name(name)
@@ -233,7 +251,7 @@ class Recorder(TorchDispatchMode):
         """Runs an operator with `out=` in its plain form, and copies the results to where they are to go."""
         plain = _plain_form(func)
         if plain is None or str(plain) in self._inside:
-            raise unsupported(name if plain is None else str(plain))
+            return self._go_past(func, name if plain is None else str(plain), args, kwargs)
         targets = [kwargs[argument.name] for argument in func._schema.arguments if argument.is_out]
         inputs = {key: value for key, value in kwargs.items() if not any(value is target for target in targets)}
         with self:
@@ -355,7 +373,9 @@ class Recorder(TorchDispatchMode):
                 )
             seed = self.draws
             self.draws = (seed[0], seed[1] + 1)
-        self.graph.nodes.append(Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts))
+        node = Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts)
+        self._recomputation.fence(node)
+        self.graph.nodes.append(node)
 
 
 def unsupported(operator: str) -> CaptureError:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
 # Where the positional arguments of attention end with `dropout_p, is_causal`.
@@ -52,11 +53,14 @@ class _Masks:
     def __init__(self, nodes: Sequence[Node], constants: dict[int, torch.Tensor]):
         self._values: dict[int, Any] = dict(constants)
         self._makers = {output: node for node in nodes for output in node.outputs if output is not None}
+        barriers = [node for node in nodes if node.operator == BARRIER]
+        self._behind = {new: old.id for node in barriers for new, old in zip(node.outputs, node.args, strict=True)}
         self._kinds: dict[int, str] = {}
 
     def kind(self, attention: Node) -> str:
         """What each query sees: `"causal"`, the keys up to its own place; `"all"` of them; or `"other"`."""
         number = attention.kwargs["attn_mask"].id
+        number = self._behind.get(number, number)  # a checkpointed block's is the one that was made before it
         if any(attention.args[_ATTENTION[attention.operator] :]):
             return "other"  # drops out, or is causal in addition to its mask
         if number not in self._kinds:

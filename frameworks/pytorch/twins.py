@@ -32,6 +32,7 @@ _FUSED_OPTIMIZERS = {
     torch._fused_sgd_: ("aten._fused_sgd.default", 3),
     torch._fused_adagrad_: ("aten._fused_adagrad.default", 4),
 }
+_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
 # Functions whose numbers a 0-d tensor can stand in for without changing the result's dtype.
 _TAKES_TENSOR = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide pow lerp addcmul addcdiv maximum minimum where fill "
@@ -162,7 +163,7 @@ class Twins(TorchFunctionMode):
         if numbers:
             return self._real(self._with_numbers(func, name, args, kwargs, numbers))
         try:
-            if func is torch.Tensor.backward:
+            if func in _BACKWARDS:
                 with self:  # Python runs inside: checkpointed blocks, custom functions
                     return _backward(*args, **kwargs)
             return self._real(func(*args, **kwargs))
@@ -281,14 +282,19 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
-def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None, **more):
     """What `torch.autograd.backward` does, without its question to the mode, during whose answer the mode is off."""
-    (gradient,) = torch.autograd._make_grads((tensor,), (gradient,), is_grads_batched=False)
-    inputs = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    tensors = _tuple(tensors)
+    gradients = _tuple(more.get("gradient", grad_tensors)) or (None,) * len(tensors)  # `Tensor.backward` has one
+    gradients = torch.autograd._make_grads(tensors, gradients, is_grads_batched=False)
     retain_graph = create_graph if retain_graph is None else retain_graph
     torch.autograd.graph._engine_run_backward(
-        (tensor,), (gradient,), retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True
+        tensors, gradients, retain_graph, create_graph, _tuple(inputs), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def _tuple(tensors: Any) -> tuple:
+    return () if tensors is None else (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
 
 
 def _numbers(arguments: tuple) -> list[TracedNumber]:

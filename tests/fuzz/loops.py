@@ -1,64 +1,61 @@
-"""Training loops by chance: a description that Hypothesis draws and shrinks, and the loop that it describes."""
+"""Training loops by chance: a description that Hypothesis draws, and the ordinary script that it stands for."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
 
-ROWS, FEATURES, CLASSES = 6, 5, 3
+STEPS = 10
+_BIASED = ("nn.Linear(5, 5{})", "nn.LayerNorm(5{})")
 _LAYERS = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "linear": lambda: nn.Linear(FEATURES, FEATURES),
-    "layer norm": lambda: nn.LayerNorm(FEATURES),
-    "batch norm": lambda: nn.BatchNorm1d(FEATURES),
-    "bilinear": lambda: _Squared(),
+    "tanh": "nn.Tanh()",
+    "relu": "nn.ReLU()",
+    "gelu": "nn.GELU()",
+    "linear": _BIASED[0],
+    "layer norm": _BIASED[1],
+    "batch norm": "nn.BatchNorm1d(5)",
+    "bilinear": "Squared()",
 }
-_LOSSES = {
-    "cross entropy": F.cross_entropy,
-    "label smoothing": lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
-    "squared error": lambda out, y: F.mse_loss(out, F.one_hot(y, CLASSES).to(out.dtype)),
-    "margin": F.multi_margin_loss,
-    "of probabilities": lambda out, y: -out.softmax(1)[torch.arange(len(y)), y].log().mean(),
-}
-_OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
-}
-_SCHEDULES = {
-    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
-    "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5),
-}
-_READS = ("loss before backward", "logits before backward", "loss before step", "gradient before step", "loss at end")
-_EVENTS = (
-    "evaluate",
-    "train mode",
-    "save",
-    "load",
-    "edit a weight",
-    "freeze",
-    "unfreeze",
-    "halve the rate",
-    "clear the state",
-    "skip the step",
-    "smaller batch",
-    "two calls",
-    "copy the model",
-)
-
-
-class _Squared(nn.Module):
+_SQUARED = """
+class Squared(nn.Module):
     def forward(self, x):
         return x * x.mean(1, keepdim=True)
+"""
+_LOSSES = {
+    "cross entropy": "F.cross_entropy({}, y)",
+    "label smoothing": "F.cross_entropy({}, y, label_smoothing=0.1)",
+    "squared error": "F.mse_loss({}, F.one_hot(y, 3).double())",
+    "margin": "F.multi_margin_loss({}, y)",
+    "of probabilities": "-({}).softmax(1)[torch.arange(len(y)), y].log().mean()",
+}
+_OPTIMIZERS = {
+    "sgd": "SGD({}, lr=0.05)",
+    "momentum": "SGD({}, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)",
+    "adam": "Adam({}, lr=0.01)",
+    "adamw": "AdamW({}, lr=0.01, amsgrad=True)",
+    "rmsprop": "RMSprop({}, lr=0.01, momentum=0.5)",
+    "adagrad": "Adagrad({}, lr=0.05)",
+}
+_SCHEDULES = {
+    "step": "StepLR({}, 3, 0.5)",
+    "cosine": "CosineAnnealingLR({}, 10)",
+    "warm-up": "LinearLR({}, 0.1, total_iters=5)",
+}
+_READS = ("loss before backward", "logits before backward", "loss before step", "gradient before step", "loss at end")
+_BEFORE = {  # what an event does before the step's forward
+    "evaluate": "model.eval()\nwith torch.no_grad():\n    seen.append(model(data[0][0]).sum().item())\nmodel.train()",
+    "train mode": "model.train()",
+    "save": "saved = {name: value.clone() for name, value in model.state_dict().items()}",
+    "load": "if saved is not None:\n    model.load_state_dict(saved)",
+    "edit a weight": "with torch.no_grad():\n    model[0].weight.mul_(0.9)",
+    "freeze": "model[0].requires_grad_(False)",
+    "unfreeze": "model[0].requires_grad_(True)",
+    "halve the rate": "for group in optimizers[0].param_groups:\n    group['lr'] *= 0.5",
+    "clear the state": "for optimizer in optimizers:\n    optimizer.state.clear()",
+    "copy the model": "seen.append(copy.deepcopy(model)(data[0][0]).sum().item())",
+}
+_EVENTS = (*_BEFORE, "skip the step", "smaller batch", "two calls")
+_ZERO = "for optimizer in optimizers:\n    optimizer.zero_grad({})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,152 +95,111 @@ LOOPS = st.builds(
     schedule=st.sampled_from([None, *sorted(_SCHEDULES)]),
     accumulate=st.sampled_from([1, 1, 1, 2, 3]),
     clip=st.sampled_from([None, None, "norm", "value"]),
-    zero=st.sampled_from(["first", "last", "model", "to zeros", "between"]),
+    zero=st.sampled_from(["first", "last", "model", "to zeros"]),
     reads=st.frozensets(st.sampled_from(_READS), max_size=3),
     weight=st.sampled_from([None, None, 0.5, "annealed"]),
     events=st.lists(st.tuples(st.integers(2, 9), st.sampled_from(_EVENTS)), max_size=4).map(tuple),
 )
-STEPS = 10
 
 
-def make(loop: Loop):
-    """A factory of the loop's model and optimizers, as `parity.train` wants it."""
+def script(loop: Loop, reverse: bool = False) -> str:
+    """The loop as an ordinary script; it leaves `model`, `optimizers` and `seen`, the numbers that it has looked at.
 
-    def made():
-        layers = [layer for i, layer in enumerate(loop.layers) if layer != "batch norm" or layer not in loop.layers[:i]]
-        model = nn.Sequential(
-            nn.Linear(FEATURES, FEATURES), *(_LAYERS[layer]() for layer in layers), nn.Linear(FEATURES, CLASSES)
-        )
-        tail = model[-1]
-        if "batch norm" in layers:
-            # A bias before it has a true gradient of zero; adaptive optimizers would normalize its rounding.
-            for module in model[: layers.index("batch norm") + 1]:
-                if getattr(module, "bias", None) is not None:
-                    module.bias = None
-        halves = [list(model[:-1].parameters()), list(tail.parameters())]
-        groups = halves if len(loop.optimizers) == 2 else [halves[0] + halves[1]]
-        named = {
-            f"optimizer{i}": _OPTIMIZERS[name](g)
-            for i, (name, g) in enumerate(zip(loop.optimizers, groups, strict=False))
-        }
-        return {"model": model, **named}
+    Args:
+        loop: What to write down.
+        reverse: Whether to turn the rows of every batch around: eager's own noise, in sums of another order.
+    """
+    happening = {name for _, name in loop.events}
+    parts = [
+        "import copy\n" if "copy the model" in happening else "",
+        "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n",
+        _SQUARED if "bilinear" in loop.layers else "",
+        "torch.set_default_dtype(torch.float64)\ntorch.manual_seed(0)",
+        f"model = nn.Sequential({', '.join(_layers(loop))})",
+        f"optimizers = [{', '.join(_optimizers(loop))}]",
+        f"schedules = [torch.optim.lr_scheduler.{_SCHEDULES[loop.schedule].format('o')} for o in optimizers]"
+        if loop.schedule
+        else "",
+        f"data = [(torch.randn(6, 5), torch.randint(0, 3, (6,))) for _ in range({STEPS * loop.accumulate})]",
+        "seen, saved = [], None" if "load" in happening or "save" in happening else "seen = []",
+        f"for step in range({STEPS}):",
+        _indented(_step(loop, reverse)),
+        "print(seen)\nfor name, value in model.state_dict().items():\n    print(name, value.double().sum().item())\n",
+    ]
+    return "\n".join(part for part in parts if part)
 
-    return made
+
+def _layers(loop: Loop) -> list[str]:
+    layers = [layer for i, layer in enumerate(loop.layers) if layer != "batch norm" or layer not in loop.layers[:i]]
+    # A bias before BatchNorm has a true gradient of zero; adaptive optimizers would normalize its rounding.
+    normalized = layers.index("batch norm") + 1 if "batch norm" in layers else 0
+    every = [_BIASED[0], *(_LAYERS[layer] for layer in layers)]
+    written = [
+        layer.format(", bias=False" if position < normalized else "") if layer in _BIASED else layer
+        for position, layer in enumerate(every)
+    ]
+    return [*written, "nn.Linear(5, 3)"]
 
 
-def batches(loop: Loop) -> list:
-    """The data: `(float[rows, features], int64[rows])` for every micro-batch."""
-    generator = torch.Generator().manual_seed(1)
+def _optimizers(loop: Loop) -> list[str]:
+    halves = ["model[:-1].parameters()", "model[-1].parameters()"]
+    groups = halves if len(loop.optimizers) == 2 else ["model.parameters()"]
     return [
-        (
-            torch.randn(ROWS, FEATURES, generator=generator),
-            torch.randint(0, CLASSES, (ROWS,), generator=generator),
-        )
-        for _ in range(STEPS * loop.accumulate)
+        f"torch.optim.{_OPTIMIZERS[name].format(group)}" for name, group in zip(loop.optimizers, groups, strict=True)
     ]
 
 
-def run(loop: Loop, reverse: bool = False):
-    """The loop itself, as `parity.train` wants it; `reverse` turns the rows of every batch around."""
+def _step(loop: Loop, reverse: bool) -> str:
+    steps: dict[str, list[int]] = {}
+    for at, name in loop.events:
+        steps.setdefault(name, []).append(at)
+    clear = {
+        "model": "model.zero_grad()",
+        "to zeros": _ZERO.format("set_to_none=False"),
+    }.get(loop.zero, _ZERO.format(""))
+    clip = {
+        "norm": "seen.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())",
+        "value": "nn.utils.clip_grad_value_(model.parameters(), 0.05)",
+        None: "",
+    }[loop.clip]
+    lines = [_when(steps[name], _BEFORE[name]) for name in _BEFORE if name in steps]
+    lines += [clear] if loop.zero != "last" else []
+    start = "step" if loop.accumulate == 1 else f"step * {loop.accumulate}"
+    stop = "step + 1" if loop.accumulate == 1 else f"(step + 1) * {loop.accumulate}"
+    lines += [f"for x, y in data[{start} : {stop}]:", _indented(_micro_step(loop, steps, reverse)), clip]
+    if "gradient before step" in loop.reads:
+        lines.append("if model[-1].weight.grad is not None:\n    seen.append(model[-1].weight.grad.sum().item())")
+    update = "for optimizer in optimizers:\n    optimizer.step()"
+    skipped = steps.get("skip the step")
+    lines.append(f"if step not in {skipped}:\n{_indented(update)}" if skipped else update)
+    lines.append("for schedule in schedules:\n    schedule.step()" if loop.schedule else "")
+    lines += [clear] if loop.zero == "last" else []
+    lines.append("seen.append(last.item())" if "loss at end" in loop.reads else "")
+    return "\n".join(line for line in lines if line)
 
-    def train(objects: dict[str, Any], data: list) -> list[float]:
-        return _Running(loop, objects, reverse).train(data)
 
-    return train
+def _micro_step(loop: Loop, steps: dict[str, list[int]], reverse: bool) -> str:
+    loss, small, twice = _LOSSES[loop.loss], steps.get("smaller batch"), steps.get("two calls")
+    share = f"loss / {loop.accumulate}" if loop.accumulate > 1 else "loss"
+    lines = [
+        _when(small, "x, y = x[:-1], y[:-1]") if small else "",
+        "x, y = x.flip(0), y.flip(0)" if reverse else "",
+        "out = model(x)",
+        "seen.append(out.argmax(1).double().mean().item())" if "logits before backward" in loop.reads else "",
+        f"loss = {loss.format('out')}",
+        _when(twice, f"loss = loss + {loss.format('model(-x)')}") if twice else "",
+        f"loss = loss * {'(1 - step / 20)' if loop.weight == 'annealed' else loop.weight}" if loop.weight else "",
+        "seen.append(loss.item())" if "loss before backward" in loop.reads else "",
+        f"({share}).backward()",
+        "seen.append(loss.item())" if "loss before step" in loop.reads else "",
+        "last = loss.detach()" if "loss at end" in loop.reads else "",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
-class _Running:
-    def __init__(self, loop: Loop, objects: dict[str, Any], reverse: bool):
-        self.loop = loop
-        self.reverse = reverse
-        self.objects = objects
-        self.model = objects["model"]
-        self.optimizers = [value for name, value in objects.items() if name != "model"]
-        self.schedules = [_SCHEDULES[loop.schedule](o) for o in self.optimizers] if loop.schedule else []
-        self.seen: list[float] = []
-        self.saved: Any = None
+def _when(steps: list[int], body: str) -> str:
+    return f"if step in {sorted(set(steps))}:\n{_indented(body)}"
 
-    def train(self, data: list) -> list[float]:
-        count = self.loop.accumulate
-        for step in range(STEPS):
-            events = {event for at, event in self.loop.events if at == step}
-            self.before(events, data[0][0])
-            self.clear({"first", "to zeros", "model"})
-            for x, y in data[step * count : (step + 1) * count]:
-                if "smaller batch" in events:
-                    x, y = x[:-1], y[:-1]
-                if self.reverse:
-                    x, y = x.flip(0), y.flip(0)
-                self.micro_step(step, x, y, "two calls" in events)
-            if self.loop.clip == "norm":
-                self.seen.append(nn.utils.clip_grad_norm_(self.model.parameters(), 0.5).item())
-            elif self.loop.clip == "value":
-                nn.utils.clip_grad_value_(self.model.parameters(), 0.05)
-            if "gradient before step" in self.loop.reads and self.model[-1].weight.grad is not None:
-                self.seen.append(self.model[-1].weight.grad.sum().item())
-            if "skip the step" not in events:
-                for optimizer in self.optimizers:
-                    optimizer.step()
-            for schedule in self.schedules:
-                schedule.step()
-            self.clear({"last", "between"})
-            if "loss at end" in self.loop.reads:
-                self.seen.append(self.last.item())
-        return self.seen
 
-    def micro_step(self, step: int, x: torch.Tensor, y: torch.Tensor, twice: bool) -> None:
-        out = self.model(x)
-        if "logits before backward" in self.loop.reads:
-            self.seen.append(out.argmax(1).double().mean().item())
-        loss = _LOSSES[self.loop.loss](out, y)
-        if twice:
-            loss = loss + _LOSSES[self.loop.loss](self.model(-x), y)
-        if self.loop.weight is not None:
-            loss = loss * (1.0 - step / 20 if self.loop.weight == "annealed" else self.loop.weight)
-        if "loss before backward" in self.loop.reads:
-            self.seen.append(loss.item())
-        if loss.requires_grad:
-            (loss / self.loop.accumulate).backward()
-        if "loss before step" in self.loop.reads:
-            self.seen.append(loss.item())
-        self.last = loss.detach()
-
-    def clear(self, moments: set[str]) -> None:
-        if self.loop.zero not in moments:
-            return
-        if self.loop.zero == "model":
-            self.model.zero_grad()
-            return
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=self.loop.zero != "to zeros")
-
-    def before(self, events: set[str], x: torch.Tensor) -> None:
-        model = self.model
-        if "evaluate" in events:
-            model.eval()
-            with torch.no_grad():
-                self.seen.append(model(x).sum().item())
-        if "train mode" in events or "evaluate" in events:
-            model.train()
-        if "save" in events:
-            self.saved = {name: value.clone() for name, value in model.state_dict().items()}
-        if "load" in events and self.saved is not None:
-            model.load_state_dict(self.saved)
-        if "edit a weight" in events:
-            with torch.no_grad():
-                model[0].weight.mul_(0.9)
-        if "freeze" in events:
-            model[0].requires_grad_(False)
-        if "unfreeze" in events:
-            model[0].requires_grad_(True)
-        if "halve the rate" in events:
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= 0.5
-        if "clear the state" in events:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
-        if "copy the model" in events:
-            import copy
-
-            self.seen.append(copy.deepcopy(model)(x).sum().item())
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())

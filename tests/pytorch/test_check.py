@@ -107,11 +107,57 @@ def test_a_difference_is_exit_code_1(tmp_path):
     assert "the first operator at fault is aten.relu.default at train.py:" in done.stderr
 
 
+UNKNOWN = """
+def operator(name):
+    @torch.library.custom_op(f"check_tests::{name}", mutates_args=(), device_types="cpu")
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+    run.register_fake(torch.empty_like)
+    return run
+inner, outer, behind = map(operator, ("inner", "outer", "behind"))
+outer.register_autograd(lambda _, gradient: behind(gradient))
+inner.register_autograd(lambda _, gradient: gradient)
+"""
+
+
+def test_every_operator_without_a_lowering_is_listed(tmp_path):
+    """Those of forward, of the loss and of backward, each with its line; two steps in torch are enough to know."""
+    body = SCRIPT.replace("model(x)", "outer(inner(model(x)).relu())").replace("range(6)", "range(1000)")
+    head, tail = body.split("torch.manual_seed(0)")
+    done = run(
+        tmp_path,
+        head + UNKNOWN + "torch.manual_seed(0)" + tail.replace("optimizer.step()", "print(_); optimizer.step()"),
+        "--steps=2",
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    texts = (tmp_path / "train.py").read_text().splitlines()
+    call, look, behind = (
+        f"train.py:{next(number for number, text in enumerate(texts, 1) if words in text)}"
+        for words in ("outer(inner", "loss.item()", "behind(gradient)")
+    )
+    start = lines.index("[check]      operators without a lowering: 3")
+    assert {line.removeprefix("[check]        ") for line in lines[start + 1 : start + 4]} == {
+        f"check_tests.inner.default at {call}",
+        f"check_tests.outer.default at {call}",
+        f"check_tests.behind.default at {behind}",
+    }
+    assert "the step is no program: it runs eagerly; values read by the script: 1" in done.stderr
+    assert lines[-1] == f"[check]      nothing to check: the step could not be captured ({look})"
+    assert len(done.stdout.split()) < 5  # of 1000: torch has shown what it can
+
+
+FAILING = SCRIPT.replace("loss.backward()", "raise KeyError('lost')")
 NOTHING = {
-    "no training": ("print('hello')", "the script reached no optimizer.step()"),
-    "one step": (SCRIPT.replace("range(6)", "range(1)"), "ended before its first compiled step"),
-    "a failure": (SCRIPT.replace("loss.backward()", "raise KeyError('lost')"), "failed before its first compiled step"),
-    "an exit": ("import sys; sys.exit(3)", "left with exit code 3"),
+    "no training": ("print('hello')", "train.py reached no optimizer.step()"),
+    "one step": (SCRIPT.replace("range(6)", "range(1)"), "train.py ended before its first compiled step"),
+    "a failure": (FAILING, "before its first compiled step the script failed at train.py:13 (KeyError: 'lost')"),
+    "a late failure": (
+        SCRIPT.replace("loss.backward()", "loss.backward(); 1 / (3 - _)"),
+        "after 2 compiled steps the script failed at train.py:13 (ZeroDivisionError: division by zero)",
+    ),
+    "an exit": ("import sys; sys.exit(3)", "before its first compiled step the script left with exit code 3"),
+    "no syntax": ("x = (", "the script failed at train.py:1 (SyntaxError: '(' was never closed (train.py, line 1))"),
     "no capture": (
         SCRIPT.replace("model(x)", "model(x)[x.sum(1) > 0]").replace(", y)", ", y[x.sum(1) > 0])"),
         "the step could not be captured (train.py:",
@@ -124,6 +170,13 @@ def test_nothing_to_check(script, says, tmp_path):
     done = run(tmp_path, script)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
+
+
+def test_no_such_module(tmp_path):
+    words = [sys.executable, "-m", "trainingcompiler.check", "-m", "no_such_module"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no module no_such_module" in done.stderr
+    assert "optimizer.step" not in done.stderr
 
 
 @pytest.mark.parametrize("words", [["--steps=0"], ["--steps", "x"], ["--setps=2"]])
