@@ -171,6 +171,7 @@ ARCHITECTURES = [
         num_heads=8, head_dim=8, n_groups=1, state_size=8, chunk_size=4)),
     Architecture("rwkv", "decoder", hf.AutoModelForCausalLM, _text, dict(attention_hidden_size=32, context_length=64)),
     *_many("encoder", hf.AutoModelForSequenceClassification, _classes, _ENCODERS),
+    *_many("encoder", hf.AutoModelForMaskedLM, _text, "deberta deberta-v2"),
     Architecture("big_bird", "encoder", hf.AutoModelForSequenceClassification, _classes,
                  dict(attention_type="original_full")),
     Architecture("longformer", "encoder", hf.AutoModelForSequenceClassification, _classes, dict(attention_window=[4, 4])),

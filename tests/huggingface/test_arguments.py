@@ -91,7 +91,9 @@ def test_a_conflict_in_the_arguments_is_an_error_at_once(tmp_path):
     with pytest.raises(tc.UsageError, match="auto_find_batch_size=True"):
         TrainingArguments(str(tmp_path), training_compiler=True, auto_find_batch_size=True, **QUIET)
     assert pytorch.session() is None
-    TrainingArguments(str(tmp_path), auto_find_batch_size=True, **QUIET)  # without the flag it is the Trainer's business
+    TrainingArguments(
+        str(tmp_path), auto_find_batch_size=True, **QUIET
+    )  # without the flag it is the Trainer's business
 
 
 def test_off_in_the_environment_wins(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ def run(folder: Path, *, compiled: bool, resume: Path | None = None, **changes) 
 
     done = train(lambda: {"model": gpt2(**changes)}, loop, DATA, compiled=compiled)
     assert not done.fallbacks()
+    assert not compiled or done.statistics.compiles == 2  # one for each micro-batch; saving changes nothing
     return done.objects["model"].state_dict(), done.observed
 
 
