@@ -19,9 +19,9 @@ class Hooks:
 
     def __init__(self):
         self._replaced: list[tuple[Any, str, Any]] = []
-        self._waiting = [
+        self._waiting: list[tuple[str, str, dict[str, Callable]]] = [
             ("accelerate.accelerator", "Accelerator", {"clip_grad_norm_": _clip}),
-            ("transformers.trainer", "Trainer", {"train": _run, "evaluate": _run, "predict": _run}),
+            ("transformers.trainer", "Trainer", {"train": _run, "evaluate": _run, "predict": _run, **_LOOKS}),
             ("transformers.generation.utils", "GenerationMixin", {"generate": _generate}),
         ]
 
@@ -33,7 +33,8 @@ class Hooks:
             if owner is not None:
                 self._waiting.remove(item)
                 for name, inside in methods.items():
-                    self._replace(owner, name, inside)
+                    if name in vars(owner):  # not every version looks everywhere
+                        self._replace(owner, name, inside)
 
     def uninstall(self) -> None:
         """Leaves the libraries as they were."""
@@ -60,6 +61,15 @@ def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float
         return original(accelerator, parameters, max_norm, norm_type=norm_type)
     accelerator.unscale_gradients()
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+
+def _has_mixed_mesh_grads(original: Callable, trainer: Any, model: Any) -> bool:
+    """The Trainer looks at every gradient once, in the first step, for sharded ones."""
+    session = pytorch.session()
+    return original(trainer, model) if session is None or not session.has_backward else False
+
+
+_LOOKS = {"_has_mixed_mesh_grads": _has_mixed_mesh_grads}
 
 
 def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, buckets_for
@@ -21,6 +22,8 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
     if isinstance(getattr(trainer.training_step, "__self__", None), _Loop):  # evaluation during training
         yield
         return
+    if trainer.args.save_strategy != "no":
+        _name_in_config(trainer.model)
     loop = _Loop(trainer)
     before = {name: vars(trainer).get(name) for name in ("training_step", "prediction_step")}
     trainer.training_step, trainer.prediction_step = loop.training_step, loop.prediction_step
@@ -29,6 +32,13 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             delattr(trainer, name) if value is None else setattr(trainer, name, value)
+
+
+def _name_in_config(model: Any) -> None:
+    """Writes into the configuration what `save_pretrained` will write into it, or the first save would recompile."""
+    if isinstance(model, PreTrainedModel):
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
 
 
 class _Loop:

@@ -343,6 +343,12 @@ class Session:
             and not self._needs_gradient(args[1:], kwargs)
         )
         result = self._record(functional, args, kwargs) if simple else None
+        if (
+            isinstance(result, DeferredTensor)
+            and torch.can_cast(result.dtype, total.dtype)
+            and result.dtype != total.dtype
+        ):
+            result = self._record(torch.Tensor.to, (result, total.dtype), {})
         if not isinstance(result, DeferredTensor) or (result.dtype, result.shape) != (total.dtype, total.shape):
             return function(*self._real(args), **self._real(kwargs))
         slot = result.slot

@@ -83,3 +83,19 @@ def test_the_shape_of_a_parameter_may_be_asked_before_the_step():
 
     run = assert_same_training(sgd(mlp), loop, batches(), max_compiles=1)
     assert run.statistics.launches == run.statistics.compiled_steps
+
+
+def test_a_total_of_another_dtype_stays_on_the_tape():
+    def loop(objects, data):
+        total = torch.zeros((), dtype=torch.float32)
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            total += loss.detach()
+            objects["optimizer"].step()
+        assert total.dtype == torch.float32
+        return [total.item()]
+
+    run = assert_same_training(sgd(), loop, batches(), float64_tolerance=1e-6)  # 24 sums, rounded to float32
+    assert run.statistics.launches == run.statistics.compiled_steps
