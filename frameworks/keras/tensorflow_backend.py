@@ -11,6 +11,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
+from trainingcompiler.frameworks.tensorflow import fallback
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 
@@ -37,6 +38,10 @@ def uninstall() -> None:
 def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
     """Has `model` train through compiled steps; `jit_compile` is what the script gave to `model.compile`."""
     _taken[model] = (config, jit_compile)
+    own = type(model).make_train_function
+    if own is not TensorFlowTrainer.make_train_function and "__class__" not in own.__code__.co_freevars:  # no super()
+        where = f"{own.__code__.co_filename.rsplit('/', 1)[-1]}:{own.__code__.co_firstlineno}"
+        fallback.leave(CaptureError("the model has a make_train_function of its own", where), config)
 
 
 def forget(model: Any) -> None:

@@ -4,7 +4,10 @@
 of it, and what it returns is checked against what the function's graph says.
 """
 
+import functools
+import os
 import re
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +173,7 @@ def _operations(graph: Any) -> list[Any]:
     return found
 
 
-_UNSUPPORTED = re.compile(
-    r"(?P<type>\w+) \(No registered '\w+' OpKernel for XLA_CPU_JIT[^{]*\)\{\{node (?P<node>[^}]+)\}\}"
-)
+_UNSUPPORTED = re.compile(r"(?P<type>\w+) \(No registered '\w+' OpKernel for XLA_CPU_JIT[^\n]*?\{\{node (?P<node>[^}]+)\}\}")
 _NODE = re.compile(r"\{\{node (?P<node>[^}]+)\}\}")
 
 
@@ -192,9 +193,15 @@ def _explained(error: Exception, concrete: Any) -> CaptureError:
 
 
 def _line(operation: Any) -> str | None:
-    """The innermost line of the traceback that is the script's own: in neither TensorFlow, Keras nor this package."""
+    """The innermost line of the traceback that is the script's own: of no package, and of neither Python nor us."""
     for frame in reversed(operation.traceback or ()):
-        name = frame.filename.replace("\\", "/")
-        if not re.search(r"/(tensorflow|keras|trainingcompiler|frameworks)/|^<|/lib/python3", name):
-            return f"{name.rsplit('/', 1)[-1]}:{frame.lineno}"
+        if not frame.filename.startswith(("<", *_foreign_folders())):
+            return f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return None
+
+
+@functools.cache
+def _foreign_folders() -> tuple[str, ...]:
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    packages = [os.path.dirname(os.path.dirname(tf.__file__)), sysconfig.get_paths()["stdlib"]]
+    return (ours, *packages)

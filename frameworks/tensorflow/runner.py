@@ -2,15 +2,15 @@
 
 import functools
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, FallbackError, TrainingCompilerError
-from trainingcompiler.events import FellBack, Note, Recompiled, emit
+from trainingcompiler.errors import CaptureError, TrainingCompilerError
+from trainingcompiler.events import Recompiled, emit
+from trainingcompiler.frameworks.tensorflow import fallback
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
 from trainingcompiler.frameworks.tensorflow.programs import TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
@@ -100,21 +100,9 @@ class StepRunner:
         Raises:
             FallbackError: `fallback="error"` forbids it.
         """
-        if self._config.fallback == "error":
-            raise FallbackError(error.reason, error.where or self._where, error.operator) from error
+        error.where = error.where or self._where
+        fallback.leave(error, self._config)
         self.is_native = True
-        statistics().fallbacks += 1
-        emit(
-            FellBack(
-                reason=error.reason,
-                where=error.where or self._where,
-                permanent=True,
-                operator=error.operator,
-                how="as TensorFlow runs it",
-            )
-        )
-        if self._config.debug:
-            emit(Note(text="".join(traceback.format_exception(error))))
 
     def _run(self, engine: str, key: tuple, step: TracedStep, leaves: Sequence[Any]) -> Any:
         if engine == XLA:

@@ -52,7 +52,7 @@ READERS = {
     "operator": lambda model: [(w.value + 0.0).numpy() for w in model.weights],
     "call": lambda model: [model(data()[0]).numpy()],
     "predict_on_batch": lambda model: [model.predict_on_batch(data()[0])],
-    "test_on_batch": lambda model: [np.array(model.test_on_batch(*data()))[:1]],
+    "test_on_batch": lambda model: [np.array(model.test_on_batch(*data()))],
     "get_state_tree": lambda model: tf.nest.flatten(model.get_state_tree(value_format="numpy_array")["trainable_variables"]),
 }
 
