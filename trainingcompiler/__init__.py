@@ -68,7 +68,7 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     hooked = dict(adapters.HOOKED)
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
-        hooked = {framework: hooked[framework] for framework in adapters.ALWAYS_HOOKED}
+        hooked = {name: adapter for name, adapter in hooked.items() if name in adapters.ALWAYS_HOOKED}
     else:
         statistics.current()
         events.end_at_exit()

@@ -1,5 +1,6 @@
 """Which adapter a function belongs to, told by what it uses, without importing a framework."""
 
+import dis
 import functools
 import sys
 import types
@@ -58,9 +59,9 @@ def _frameworks_used_by(item: Any, depth: int) -> Iterator[str]:
     code = getattr(item, "__code__", None)
     if code is None:
         return
-    for name in code.co_names:
-        if name in item.__globals__:
-            yield from _frameworks_of(item.__globals__[name], depth)
+    for instruction in dis.get_instructions(code):  # `co_names` has the names of attributes as well
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in item.__globals__:
+            yield from _frameworks_of(item.__globals__[instruction.argval], depth)
     for cell in item.__closure__ or ():
         try:
             value = cell.cell_contents

@@ -1,4 +1,5 @@
-"""The Keras adapter: `model.compile` is hooked, and `fit` trains through compiled steps; everything else stays Keras's."""
+"""The Keras adapter: `model.compile` is hooked, and `fit` trains through compiled steps; everything else stays
+Keras's."""
 
 import importlib
 from typing import Any

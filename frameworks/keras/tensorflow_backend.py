@@ -72,7 +72,7 @@ class TrainFunction:
         if jit_compile in (True, False):
             engines.remove(TF_GRAPH if jit_compile else TF_XLA)
         self._runner = StepRunner(
-            self._step, lambda data: native(iter([data])), config, name="train_step", engines=engines
+            self._step, lambda data: native(iter([data])), config, name="train_step", labels=_labels, engines=engines
         )
         self._is_checked = False
 
@@ -114,6 +114,13 @@ def _obstacle(model: Any) -> CaptureError | None:
     if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy() or model._distribute_strategy:
         return CaptureError("the model was made under a tf.distribute strategy, which distributes its steps itself")
     return None
+
+
+def _labels(data: Any) -> list[str]:
+    """What a person calls the leaves of a batch."""
+    parts = data if isinstance(data, tuple) else (data,)
+    names = ["x", "y", "sample_weight"] if len(parts) <= 3 else [f"part {index}" for index in range(len(parts))]
+    return [name for name, part in zip(names, parts, strict=False) for _ in tf.nest.flatten(part)]
 
 
 def _without_optionals(data: Any) -> Any:

@@ -1,14 +1,14 @@
 """TensorFlow's own bridge to XLA: a step that assigns variables, as StableHLO with its state named.
 
-`tf.function.experimental_get_compiler_ir` is documented as a tool for debugging, so `check_version` asks for what we use
-of it, and what it returns is checked against what the function's graph says.
+`tf.function.experimental_get_compiler_ir` is documented as a tool for debugging, so `check_version` asks for what we
+use of it, and what it returns is checked against what the function's graph says.
 """
 
 import functools
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class BridgedStep:
     inputs: tuple[Any, ...]
 
 
-def export(function: Callable, specs: Sequence[tf.TensorSpec], name: str) -> BridgedStep:
+def export(function: Any, specs: Sequence[tf.TensorSpec], name: str) -> BridgedStep:
     """Traces a step, and has TensorFlow translate it.
 
     Args:
@@ -130,7 +130,7 @@ def _program(
 
 def _spec(item: Any, in_batch: bool) -> TensorSpec:
     if isinstance(item, tf.Variable):
-        return _tensor_spec(item.name.removesuffix(":0"), item, "parameter" if item.trainable else "optimizer")
+        return _tensor_spec(item.name.removesuffix(":0"), item, "parameter" if item.trainable else "buffer")
     if in_batch:
         return _tensor_spec(item.name or "input", item, "batch")
     return _tensor_spec("constant", item, "constant")
@@ -173,7 +173,9 @@ def _operations(graph: Any) -> list[Any]:
     return found
 
 
-_UNSUPPORTED = re.compile(r"(?P<type>\w+) \(No registered '\w+' OpKernel for XLA_CPU_JIT[^\n]*?\{\{node (?P<node>[^}]+)\}\}")
+_UNSUPPORTED = re.compile(
+    r"(?P<type>\w+) \(No registered '\w+' OpKernel for XLA_CPU_JIT[^\n]*?\{\{node (?P<node>[^}]+)\}\}"
+)
 _NODE = re.compile(r"\{\{node (?P<node>[^}]+)\}\}")
 
 

@@ -1,8 +1,9 @@
-"""The places where TensorFlow looks at a variable: its handle, the call of a graph that holds one, a `tf.data` pipeline.
+"""The places where TensorFlow looks at a variable: its handle, the call of a graph that holds one, a `tf.data`
+pipeline.
 
-Reads in Python (`numpy()`, `assign`, `get_weights`, checkpoints, a saved model) and TensorFlow's C++ fast path all fetch
-`_handle` from the object. A graph was given the handle when it was traced, so its calls are watched; so are the functions
-of datasets, which run in threads that nobody calls.
+Reads in Python (`numpy()`, `assign`, `get_weights`, checkpoints, a saved model) and TensorFlow's C++ fast path all
+fetch `_handle` from the object. A graph was given the handle when it was traced, so its calls are watched; so are the
+functions of datasets, which run in threads that nobody calls.
 """
 
 import functools

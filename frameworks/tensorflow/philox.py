@@ -1,8 +1,8 @@
 """Philox random bits as a loop, in place of XLA:CPU's own expansion of them.
 
-XLA:CPU expands `rng_bit_generator` into ten unrolled rounds and fuses those into whoever reads the bits, four times over
-under a concatenation: 400 ns a number and two seconds of compiling, measured for a dropout of 64 x 64 numbers. The same rounds
-as a loop over arrays take 10 ns a number. The bits are the same (`tests/tensorflow/test_philox.py`).
+XLA:CPU expands `rng_bit_generator` into ten unrolled rounds and fuses those into whoever reads the bits, four times
+over under a concatenation: 400 ns a number and two seconds of compiling, measured for a dropout of 64 x 64 numbers.
+The same rounds as a loop over arrays take 10 ns a number. The bits are the same (`tests/tensorflow/test_philox.py`).
 """
 
 from typing import Any

@@ -16,6 +16,10 @@ from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
 from trainingcompiler.statistics import current as statistics
 
 
+class NothingTrained(CaptureError):
+    """A step has been traced, and changes nothing."""
+
+
 class TracedStep:
     """A step for one signature of its arguments: exported, compiled on first use, and able to run.
 
@@ -52,7 +56,7 @@ class TracedStep:
         self._read = [state.cell_of(item) if isinstance(item, tf.Variable) else item for item in self.bridged.inputs]
         self._read = [item if isinstance(item, state.Cell) else _array(item) for item in self._read]
         if not self._state:
-            raise CaptureError("it assigns no variable, so it trains nothing")
+            raise NothingTrained("it assigns no variable, so it trains nothing")
         self._executable: compiler.Executable | None = None
 
     def compile(self) -> None:

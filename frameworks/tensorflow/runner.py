@@ -12,7 +12,7 @@ from trainingcompiler.errors import CaptureError, TrainingCompilerError
 from trainingcompiler.events import Recompiled, emit
 from trainingcompiler.frameworks.tensorflow import fallback
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
-from trainingcompiler.frameworks.tensorflow.programs import TracedStep, is_input
+from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
 
 _MOST_PROGRAMS = 32  # for one step; beyond, its shapes or constants change too often for compiling to pay
@@ -34,7 +34,7 @@ class StepRunner:
         config: TrainingCompilerConfig,
         *,
         name: str,
-        labels: Sequence[str] = (),
+        labels: Callable[..., Sequence[str]] | None = None,
         autograph: bool = False,
         engines: Sequence[str] = (XLA, TF_GRAPH, TF_XLA),
         where: str | None = None,
@@ -46,7 +46,7 @@ class StepRunner:
             native: Does the same as TensorFlow would without us; called with the same arguments.
             config: The options; `engine` narrows `engines`.
             name: What the program is called.
-            labels: What a person calls the arguments, one per argument.
+            labels: What a person calls the leaves of the arguments, given the arguments.
             autograph: Whether Python's control flow in `function` is converted while tracing.
             engines: Who may run the step.
             where: The script's line that the step belongs to, if it is known.
@@ -75,6 +75,8 @@ class StepRunner:
         if step is None:
             try:
                 step = self._trace(key, args, leaves)
+            except NothingTrained:
+                raise
             except CaptureError as error:
                 return self._fall_back(error, args)
         engine = self._choice.next
@@ -131,20 +133,21 @@ class StepRunner:
         statistics().compile_time_s += time.perf_counter() - start_s
         if self._choice.next == XLA:
             step.compile()
-        self._explain(key, leaves, time.perf_counter() - start_s)
+        self._explain(key, args, time.perf_counter() - start_s)
         self._steps[key] = step
         if self._typical is None:
             self._typical = key
         return step
 
-    def _explain(self, key: tuple, leaves: Sequence[Any], compile_time_s: float) -> None:
+    def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
         """Says what made a further program necessary."""
         if not self._steps:
             return
         last = next(reversed(self._steps))
+        labels = self._labels(*args) if self._labels else [f"input {index}" for index in range(len(key))]
         changed = [
-            f"{self._label(index, len(leaves))} {_described(old)} -> {_described(new)}"
-            for index, (old, new) in enumerate(zip(last[1:], key[1:], strict=False))
+            f"{label} {_described(old)} -> {_described(new)}"
+            for label, old, new in zip(labels, last[1:], key[1:], strict=False)
             if old != new
         ]
         emit(
@@ -157,9 +160,6 @@ class StepRunner:
                 "pad to few lengths otherwise",
             )
         )
-
-    def _label(self, index: int, count: int) -> str:
-        return self._labels[index] if len(self._labels) == count else f"input {index}"
 
     def _fall_back(self, error: CaptureError, args: tuple) -> Any:
         if self._config.fallback == "error":

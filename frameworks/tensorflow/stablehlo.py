@@ -1,6 +1,7 @@
 """A StableHLO module that another framework has written, as a function that JAX can trace and compile."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.core import ShapedArray
@@ -65,7 +66,8 @@ def _lower(context: mlir.LoweringRuleContext, *values: ir.Value, module: Module)
     target = targets.current()
     if target is None or target.platform == "cpu":
         philox.replace(source)
-    types = ir.SymbolTable(source.operation)["main"].type.results
+    main: Any = ir.SymbolTable(source.operation)["main"]
+    types = main.type.results
     surroundings = context.module_context
     name = mlir.merge_mlir_modules(surroundings.module, module.name, source, dst_symtab=surroundings.symbol_table)
     return list(func.CallOp(types, ir.FlatSymbolRefAttr.get(name), values).results)

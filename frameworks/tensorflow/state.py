@@ -4,8 +4,8 @@ A step's first run takes its variables over (`Cell.take`), and whatever asks a v
 and every write in TensorFlow has to, gets it back first (`Cell.give_back`; see `hooks`). So every reader sees current
 values, every write is honoured by the next step, and a loop in which nobody looks moves nothing.
 
-TensorFlow's last copy is kept while a value is away: a thread that has fetched the handle and reads a moment later, when
-the next step is running, gets the value of the step before, as it would without us, and not an empty one.
+TensorFlow's last copy is kept while a value is away: a thread that has fetched the handle and reads a moment later,
+when the next step is running, gets the value of the step before, as it would without us, and not an empty one.
 """
 
 import threading

@@ -9,8 +9,9 @@ import tensorflow as tf
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, UsageError
+from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
+from trainingcompiler.frameworks.tensorflow.programs import NothingTrained
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 
 
@@ -21,7 +22,7 @@ class CompiledStep:
     and every other value of an argument is a constant, compiled again when it changes.
     """
 
-    def __init__(self, train_step: Callable, config: TrainingCompilerConfig):
+    def __init__(self, train_step: Any, config: TrainingCompilerConfig):
         functools.update_wrapper(self, train_step)
         is_traced = isinstance(train_step, Function)
         function = train_step.python_function if is_traced else train_step
@@ -38,6 +39,7 @@ class CompiledStep:
             lambda args, kwargs: native(*args, **kwargs),
             config,
             name=self._name,
+            labels=self._labels,
             autograph=bool(train_step._autograph) if is_traced else True,
             engines=engines,
             where=_where(function),
@@ -58,9 +60,11 @@ class CompiledStep:
                 "compile. Pass the function that computes gradients and applies them."
             ) from None
 
-
-class NothingTrained(CaptureError):
-    """The step has been traced, and changes nothing."""
+    def _labels(self, args: tuple, kwargs: dict) -> list[str]:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        named = [(name, value) for name, value in arguments.items() if name not in kwargs]
+        named += [(name, kwargs[name]) for name in sorted(kwargs)]  # as tf.nest orders them
+        return [name for name, value in named for _ in tf.nest.flatten(value)]
 
 
 def _where(function: Callable) -> str | None:

@@ -11,7 +11,9 @@ import trainingcompiler as tc
 
 def pytest_configure(config):
     """Keras and TensorFlow turn their variables into arrays in a way that NumPy 2.4 warns of."""
-    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+    )
 
 
 @pytest.fixture(autouse=True)

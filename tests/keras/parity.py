@@ -1,8 +1,8 @@
 """Trains one model twice, by Keras alone and through compiled steps, and compares everything that training changes.
 
-In float64 two orders of summation differ by about 1e-13, and 20 steps may amplify it: 1e-7 relative. In float32 they differ
-by about 1e-6 a step: 1e-4 after 20, or three times the difference between Keras's own two engines, its graph and its
-XLA, where that is larger (Adam normalises the rounding of a gradient that is truly zero).
+In float64 two orders of summation differ by about 1e-13, and 20 steps may amplify it: 1e-7 relative. In float32 they
+differ by about 1e-6 a step: 1e-4 after 20, or three times the difference between Keras's own two engines, its graph
+and its XLA, where that is larger (Adam normalises the rounding of a gradient that is truly zero).
 """
 
 from collections.abc import Callable

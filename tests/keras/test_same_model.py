@@ -25,7 +25,9 @@ def adam():
 
 
 def with_dropout():
-    return keras.Sequential([keras.Input((4,)), L.Dense(16, "relu"), L.Dropout(0.3), L.Dense(16), L.Dropout(0.3), L.Dense(2)])
+    return keras.Sequential(
+        [keras.Input((4,)), L.Dense(16, "relu"), L.Dropout(0.3), L.Dense(16), L.Dropout(0.3), L.Dense(2)]
+    )
 
 
 def convolutional():
@@ -44,7 +46,9 @@ def convolutional():
 
 
 def recurrent(cell):
-    return lambda: keras.Sequential([keras.Input((6,)), L.Embedding(20, 8, mask_zero=True), cell(), L.Dense(3, "softmax")])
+    return lambda: keras.Sequential(
+        [keras.Input((6,)), L.Embedding(20, 8, mask_zero=True), cell(), L.Dense(3, "softmax")]
+    )
 
 
 def transformer():
@@ -88,7 +92,9 @@ class OwnStep(keras.Model):
 
 
 def test_dense_with_dropout_draws_the_masks_of_tensorflows_own_xla():
-    assert_same_training(with_dropout, data(ROWS), reference=True, dtype="float32", optimizer=adam, loss="mse", metrics=["mae"])
+    assert_same_training(
+        with_dropout, data(ROWS), reference=True, dtype="float32", optimizer=adam, loss="mse", metrics=["mae"]
+    )
 
 
 def test_convolutions_and_batch_normalization():

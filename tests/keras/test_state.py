@@ -53,7 +53,9 @@ READERS = {
     "call": lambda model: [model(data()[0]).numpy()],
     "predict_on_batch": lambda model: [model.predict_on_batch(data()[0])],
     "test_on_batch": lambda model: [np.array(model.test_on_batch(*data()))],
-    "get_state_tree": lambda model: tf.nest.flatten(model.get_state_tree(value_format="numpy_array")["trainable_variables"]),
+    "get_state_tree": lambda model: tf.nest.flatten(
+        model.get_state_tree(value_format="numpy_array")["trainable_variables"]
+    ),
 }
 
 
@@ -166,7 +168,10 @@ def test_keras_callbacks(name, tmp_path):
     assert_close(plain.get_weights(), ours.get_weights())
     assert plain.history.history.keys() == ours.history.history.keys()
     assert_close(plain.history.history.values(), ours.history.history.values())
-    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*") if "tfevents" not in p.name) for f in (tmp_path / "plain", tmp_path / "ours")]
+    files = [
+        sorted(p.relative_to(f).as_posix() for p in f.rglob("*") if "tfevents" not in p.name)
+        for f in (tmp_path / "plain", tmp_path / "ours")
+    ]
     assert files[0] == files[1]
     for path in (tmp_path / "ours").glob("*.weights.h5"):
         plain.load_weights(tmp_path / "plain" / path.name)

@@ -11,7 +11,8 @@ from trainingcompiler.frameworks.tensorflow import philox, stablehlo
 MODULE = """
 module {{
   func.func @main(%state: tensor<3xui64>) -> (tensor<3xui64>, tensor<{shape}xui32>) {{
-    %new, %bits = stablehlo.rng_bit_generator %state, algorithm = PHILOX : (tensor<3xui64>) -> (tensor<3xui64>, tensor<{shape}xui32>)
+    %new, %bits = stablehlo.rng_bit_generator %state, algorithm = PHILOX
+        : (tensor<3xui64>) -> (tensor<3xui64>, tensor<{shape}xui32>)
     return %new, %bits : tensor<3xui64>, tensor<{shape}xui32>
   }}
 }}
