@@ -107,9 +107,10 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
             )
         start_s = time.perf_counter()
         keeping = contextlib.nullcontext() if target.described is None else _not_kept()
-        with phase("compile", program.name) as running, watching() as outcome, keeping:
-            compiled = lowered.compile()
-            running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))
+        with phase("compile", program.name) as running, keeping:
+            with watching() as outcome:
+                compiled = lowered.compile()
+            running.detail = ", ".join(filter(None, [running.detail, outcome.detail]))  # known when watching ends
         compile_time_s = time.perf_counter() - start_s
     statistics().cache_hits += bool(outcome.hit)
     analysis: Any = compiled.memory_analysis()
