@@ -12,6 +12,7 @@ Importing this package does nothing else: no framework and no backend is loaded 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -47,14 +48,6 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_ADAPTERS = {
-    "torch": "trainingcompiler.frameworks.pytorch",
-    "accelerate": "trainingcompiler.frameworks.huggingface",
-    "transformers.trainer": "trainingcompiler.frameworks.huggingface",
-    "transformers.generation.utils": "trainingcompiler.frameworks.huggingface",
-}
-"""What a script imports -> the module whose `enable(config)` and `disable()` hook it."""
-
 _withdrawals: list[Callable[[], None]] = []
 
 
@@ -67,25 +60,29 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     Raises:
         ConfigError: The environment holds a wrong or an unknown TRAININGCOMPILER variable.
     """
-    from trainingcompiler import console, events, imports, statistics
+    from trainingcompiler import adapters, console, events, imports, statistics
 
     disable()
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
+    hooked = dict(adapters.HOOKED)
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
-        return
-    statistics.current()
-    events.end_at_exit()
-    for framework, adapter in _ADAPTERS.items():
+        hooked = {name: adapter for name, adapter in hooked.items() if name in adapters.ALWAYS_HOOKED}
+    else:
+        statistics.current()
+        events.end_at_exit()
+    for framework, adapter in hooked.items():
         _withdrawals.append(imports.after_import(framework, functools.partial(_enable_adapter, adapter, config)))
 
 
 def disable() -> None:
     """Takes back what `enable` did: steps from now on run as the framework runs them."""
+    from trainingcompiler import adapters
+
     while _withdrawals:
         _withdrawals.pop()()
-    for adapter in reversed(dict.fromkeys(_ADAPTERS.values())):
+    for adapter in reversed(dict.fromkeys(adapters.HOOKED.values())):
         if adapter in sys.modules:
             sys.modules[adapter].disable()
 
@@ -94,21 +91,22 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
     """Returns `train_step` as a function that runs as one compiled program per signature of its arguments.
 
     Args:
-        train_step: A function that does forward, backward and `optimizer.step()`.
+        train_step: A function that does forward, backward and `optimizer.step()`; in TensorFlow, one that computes
+            gradients and applies them. The adapter is chosen by what the function uses.
         config: As for `enable`.
 
     Raises:
         UsageError: The function trains nothing, or reaches no optimizer.
         ConfigError: As for `enable`.
     """
-    from trainingcompiler import console, events
+    from trainingcompiler import adapters, console, events
 
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         return train_step
-    return importlib.import_module(_ADAPTERS["torch"]).compile(train_step, config)
+    return importlib.import_module(adapters.for_step(train_step)).compile(train_step, config)
 
 
 def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerConfig, str]:
@@ -117,7 +115,8 @@ def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerC
 
     surroundings = resolve({}, os.environ)
     if not surroundings.config.enabled:
-        return config or surroundings.config, "--no-compile or TRAININGCOMPILER=0 says so"
+        off = dataclasses.replace(config or surroundings.config, enabled=False)
+        return off, "--no-compile or TRAININGCOMPILER=0 says so"
     chosen = config or surroundings.config
     return chosen, "" if chosen.enabled else "enabled=False"
 

@@ -147,8 +147,9 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
             )
         compile_start_s = time.perf_counter()
         keeping = _not_kept() if store or target.described else contextlib.nullcontext()
-        with phase("compile", program.name) as running, watching() as outcome, keeping:
-            compiled = lowered.compile(compiler_options=options(program, target))
+        with phase("compile", program.name) as running, keeping:
+            with watching() as outcome:
+                compiled = lowered.compile(compiler_options=options(program, target))
             news = "not in the cache" if store else outcome.detail
             running.detail = ", ".join(filter(None, [running.detail, news]))
         compile_time_s = time.perf_counter() - compile_start_s

@@ -14,7 +14,7 @@ from trainingcompiler.errors import ConfigError
 
 PREFIX = "TRAININGCOMPILER"
 
-_CHOICES = {"engine": ("auto", "xla", "eager"), "fallback": ("eager", "error")}
+_CHOICES = {"engine": ("auto", "xla", "eager", "tensorflow"), "fallback": ("eager", "error")}
 _SWITCHES = ("enabled", "debug", "keep_gradients", "quiet")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -27,9 +27,10 @@ class TrainingCompilerConfig:
     Attributes:
         enabled: False leaves the script exactly as it is.
         debug: Show the full traceback of whatever keeps a loop from being compiled.
-        engine: Who runs a step: "xla" always compiled, "eager" never, "auto" whichever is measured to be faster.
-        fallback: What happens to a step that cannot be compiled: "eager" runs it eagerly and says so, "error" raises
-            `FallbackError`.
+        engine: Who runs a step: "xla" always compiled, "eager" (PyTorch) and "tensorflow" (TensorFlow and Keras) as
+            the framework itself runs it, "auto" whichever is measured to be fastest.
+        fallback: What happens to a step that cannot be compiled: "eager" leaves it to the framework and says so,
+            "error" raises `FallbackError`.
         keep_gradients: Keep every parameter's `.grad` readable after `optimizer.step()`, at the cost of its memory.
         cache_dir: Folder of compiled executables; None is `default_cache_dir()`. Whoever can write to it can run
             code as you: keep it private.
@@ -44,7 +45,7 @@ class TrainingCompilerConfig:
 
     enabled: bool = True
     debug: bool = False
-    engine: Literal["auto", "xla", "eager"] = "auto"
+    engine: Literal["auto", "xla", "eager", "tensorflow"] = "auto"
     fallback: Literal["eager", "error"] = "eager"
     keep_gradients: bool = False
     cache_dir: str | None = None

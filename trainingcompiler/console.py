@@ -23,9 +23,11 @@ _CLEAR_LINE = "\r\x1b[K"
 _BROKEN_STREAM = (OSError, ValueError, AttributeError)
 
 NOTHING_TRAINED = (
-    "no optimizer.step() was seen in this process: nothing was compiled. Is this the script that trains? "
-    "--no-compile runs it as it is."
+    "no optimizer.step() of PyTorch and no training step of Keras was seen in this process: nothing was compiled. "
+    "Is this the script that trains? A loop written by hand in TensorFlow is compiled by "
+    "trainingcompiler.compile(train_step); --no-compile runs the script as it is."
 )
+_ENGINES = {"xla": "compiled"}  # how a sentence calls them
 
 
 class Console:
@@ -163,13 +165,13 @@ def _recompiled(event: events.Recompiled) -> str:
 
 
 def _fell_back(event: events.FellBack) -> str:
-    what = "this step runs eagerly from now on" if event.permanent else "one step ran eagerly"
+    what = f"this step runs {event.how} from now on" if event.permanent else f"one step ran {event.how}"
     return _labelled("fallback", f"{what}{_at(event.where)}: {event.reason}")
 
 
 def _engine_chosen(event: events.EngineChosen) -> str:
-    eager, xla = milliseconds(event.eager_ms), milliseconds(event.xla_ms)
-    return _labelled("engine", f"{event.engine} from now on: a step took {eager} eager, {xla} compiled")
+    times = [f"{milliseconds(time_ms)} {_ENGINES.get(name, name)}" for name, time_ms in event.times_ms.items()]
+    return _labelled("engine", f"{event.engine} from now on: a step took {', '.join(times)}")
 
 
 def _ended(event: events.Ended) -> str:

@@ -70,7 +70,7 @@ class Recompiled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class FellBack(Event):
-    """A step ran eagerly; with `permanent`, so will every later one like it.
+    """A step ran eagerly, or `how` else its framework runs it; with `permanent`, so will every later one like it.
 
     `operator` is the one without a lowering, if that is the reason.
     """
@@ -79,15 +79,15 @@ class FellBack(Event):
     where: str | None
     permanent: bool
     operator: str | None = None
+    how: str = "eagerly"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChosen(Event):
-    """Both engines were timed on real steps, in milliseconds, and `engine` goes on."""
+    """The engines in `times_ms` were timed on real steps, in milliseconds, and `engine` goes on."""
 
     engine: str
-    eager_ms: float
-    xla_ms: float
+    times_ms: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

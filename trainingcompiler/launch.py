@@ -33,7 +33,7 @@ class Option:
 
 OPTIONS = {
     "--no-compile": Option("", "run the script as it is (as does TRAININGCOMPILER=0)", "enabled"),
-    "--engine": Option("auto|xla|eager", "who runs a step; auto measures both and keeps the faster", "engine"),
+    "--engine": Option("auto|xla|eager|tensorflow", "who runs a step; auto measures and keeps the fastest", "engine"),
     "--fallback": Option("eager|error", "what happens to a step that cannot be compiled", "fallback"),
     "--keep-gradients": Option("", "keep every .grad readable after optimizer.step()", "keep_gradients"),
     "--cache-dir": Option("FOLDER", "where compiled executables are kept between runs", "cache_dir"),

@@ -16,6 +16,7 @@ class RunStatistics:
         steps: Finished optimizer steps, whoever ran them.
         compiled_steps: Those of them that ran as a compiled program.
         eager_steps: Those that ran eagerly.
+        tensorflow_steps: Those that TensorFlow ran itself.
         compiles: Programs compiled or loaded from the cache.
         compile_time_s: What capturing, lowering and compiling them took.
         cache_hits: Those of them that came from the cache.
@@ -30,6 +31,7 @@ class RunStatistics:
     steps: int = 0
     compiled_steps: int = 0
     eager_steps: int = 0
+    tensorflow_steps: int = 0
     compiles: int = 0
     compile_time_s: float = 0.0
     cache_hits: int = 0
@@ -43,10 +45,12 @@ class RunStatistics:
     _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_STEPS), repr=False)
 
     def step_finished(self, engine: str, now_s: float) -> None:
-        """Counts one step that `engine` ("xla" or "eager") finished at the moment `now_s`."""
+        """Counts one step that `engine` ("xla", "eager", "tensorflow") finished at the moment `now_s`."""
         self.steps += 1
         if engine == "eager":
             self.eager_steps += 1
+        elif engine == "tensorflow":
+            self.tensorflow_steps += 1
         else:
             self.compiled_steps += 1
             if self.compiled_steps == 1:
@@ -64,7 +68,9 @@ class RunStatistics:
 
     def summary(self) -> str:
         """Returns the run in one line."""
-        engines = f" ({self.compiled_steps:,} compiled, {self.eager_steps:,} eager)" if self.eager_steps else ""
+        others = {"eager": self.eager_steps, "by TensorFlow": self.tensorflow_steps}
+        counts = [f"{count:,} {name}" for name, count in others.items() if count]
+        engines = f" ({', '.join([f'{self.compiled_steps:,} compiled', *counts])})" if counts else ""
         parts = [_count(self.steps, "step") + engines]
         if self.step_time_s is not None:
             parts.append(f"{milliseconds(self.step_time_s * 1000)}/step (median)")

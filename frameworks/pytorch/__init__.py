@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import jax
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from trainingcompiler import cache
 from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import UsageError
 from trainingcompiler.events import Started, emit
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
@@ -19,6 +22,7 @@ from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
 _hooks: Hooks | None = None
+_refusal: RemovableHandle | None = None
 _watches_forks = False
 
 
@@ -28,8 +32,11 @@ def enable(config: TrainingCompilerConfig) -> None:
     Args:
         config: The options.
     """
-    global _hooks, _watches_forks
+    global _hooks, _refusal, _watches_forks
     disable()
+    if config.engine == "tensorflow":  # whether this run trains with PyTorch shows at its first step
+        _refusal = register_optimizer_step_pre_hook(lambda *_: _refuse_engine(config))
+        return
     _prepare(config)
     if not _watches_forks:
         os.register_at_fork(after_in_child=_leave_child)
@@ -50,13 +57,17 @@ def enable(config: TrainingCompilerConfig) -> None:
 
 def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
     """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
+    _refuse_engine(config)
     _prepare(config)
     return CompiledStep(train_step, config)
 
 
 def disable() -> None:
     """Leaves torch as it was; what has been computed stays."""
-    global _hooks
+    global _hooks, _refusal
+    if _refusal is not None:
+        _refusal.remove()
+        _refusal = None
     hooks, _hooks = _hooks, None
     if hooks is not None:
         try:
@@ -68,6 +79,14 @@ def disable() -> None:
 def session() -> Session | None:
     """The session that is hooked into torch, if one is."""
     return _hooks.session if _hooks is not None else None
+
+
+def _refuse_engine(config: TrainingCompilerConfig) -> None:
+    if config.engine == "tensorflow":
+        raise UsageError(
+            "engine=tensorflow is for TensorFlow and Keras, and this is a step of PyTorch. To have PyTorch run its own "
+            'steps: --engine=eager, or TrainingCompilerConfig(engine="eager")'
+        )
 
 
 def _prepare(config: TrainingCompilerConfig) -> None:

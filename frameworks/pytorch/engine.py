@@ -68,4 +68,4 @@ class EngineChoice:
         if not is_clear and min(map(len, self._times_s.values())) < _MANY:
             return
         self.chosen = "xla" if xla_s <= eager_s * _NOISE else "eager"
-        emit(EngineChosen(engine=self.chosen, eager_ms=eager_s * 1000, xla_ms=xla_s * 1000))
+        emit(EngineChosen(engine=self.chosen, times_ms={"eager": eager_s * 1000, "xla": xla_s * 1000}))

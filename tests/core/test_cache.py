@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from trainingcompiler import cache, events
+from trainingcompiler import cache, compiler, events
 from trainingcompiler.errors import ConfigError
+from trainingcompiler.program import StepProgram, TensorSpec
 
 pytestmark = pytest.mark.usefixtures("jax_options")
 LIMIT_BYTES = 10**8
@@ -43,6 +44,20 @@ def test_a_second_compile_is_a_hit(tmp_path):
     assert second.hit and second.detail.startswith("cache hit, saved ")
     assert (after.hits - before.hits, after.misses - before.misses) == (1, 1)
     assert len(entries(tmp_path)) == 1
+
+
+def test_the_line_of_a_compile_says_whether_it_was_kept(tmp_path, seen):
+    cache.enable_persistent_cache(str(tmp_path))
+    number = np.dtype(np.float32)
+    spec = TensorSpec(name="x", shape=(3,), dtype=number, role="parameter")
+    program = StepProgram(
+        name="line", function=lambda state, inputs: ((state[0] * 2.5,), ()), state=(spec,), inputs=(), outputs=()
+    )
+    for said in ("line, not in the cache", "line, cache hit, saved "):
+        jax.clear_caches()
+        compiler.compile(program)
+        ended = [event for event in seen if isinstance(event, events.PhaseEnded) and event.name == "compile"]
+        assert ended[-1].detail.startswith(said)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "flipped"])

@@ -62,13 +62,15 @@ def test_fallback_engine_cache_and_note_lines():
     happened = [
         events.FellBack(reason="LBFGS takes a closure", where="train.py:9", permanent=True),
         events.FellBack(reason="values differ", where=None, permanent=False),
-        events.EngineChosen(engine="eager", eager_ms=12.34, xla_ms=1500.0),
+        events.FellBack(reason="XLA has no kernel", where=None, permanent=True, how="as TensorFlow runs it"),
+        events.EngineChosen(engine="eager", times_ms={"eager": 12.34, "xla": 1500.0}),
         events.CacheDamaged(path="a/b-cache", error="zlib.error: -3"),
         events.Note(text="something"),
     ]
     assert rendered(*happened).splitlines() == [
         "[fallback]   this step runs eagerly from now on at train.py:9: LBFGS takes a closure",
         "[fallback]   one step ran eagerly: values differ",
+        "[fallback]   this step runs as TensorFlow runs it from now on: XLA has no kernel",
         "[engine]     eager from now on: a step took 12.3 ms eager, 1,500.0 ms compiled",
         "[cache]      a damaged entry was removed, its program is compiled again: a/b-cache (zlib.error: -3)",
         "[note]       something",

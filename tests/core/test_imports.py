@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import trainingcompiler
-from trainingcompiler import config, imports
+from trainingcompiler import adapters, config, imports
 from trainingcompiler.imports import after_import
 
 NAME = "awaited_package"
@@ -104,7 +104,7 @@ def adapter(package, monkeypatch):
     calls: list[object] = []
     source = "calls = []\ndef enable(config): calls.append(config)\ndef disable(): calls.append(None)\n"
     (package / "part.py").write_text(source)
-    monkeypatch.setattr(trainingcompiler, "_ADAPTERS", {NAME: f"{NAME}.part"})
+    monkeypatch.setattr(adapters, "HOOKED", {NAME: f"{NAME}.part"})
     monkeypatch.setattr("trainingcompiler.events.end_at_exit", lambda: None)
     for variable in config.VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
@@ -153,6 +153,6 @@ def test_the_environment_turns_everything_off(adapter, monkeypatch, capsys):
 def test_compile_asks_the_adapter(adapter, package, monkeypatch):
     with (package / "part.py").open("a") as source:
         source.write("def compile(step, config): return step, config.engine\n")
-    monkeypatch.setattr(trainingcompiler, "_ADAPTERS", {"torch": f"{NAME}.part"})
+    monkeypatch.setattr(adapters, "_STEPS", {"torch": f"{NAME}.part"})
     chosen = trainingcompiler.TrainingCompilerConfig(engine="xla")
     assert trainingcompiler.compile(len, chosen) == (len, "xla")

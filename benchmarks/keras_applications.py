@@ -1,0 +1,166 @@
+"""One training step of every architecture in `keras.applications`, compared with plain Keras, into docs/models.md.
+
+    python benchmarks/keras_applications.py --write docs/models.md     # about an hour on two cores
+    python benchmarks/keras_applications.py --models ResNet50,VGG16    # a few of them, printed
+
+Each model is made twice from one seed, without pretrained weights and with the smallest input it takes, and makes one
+step of SGD on the same two images in float64 (the largest in float32, for memory): once through a compiled step, once as Keras does it. The rates of dropout
+and of stochastic depth are set to 0, because TensorFlow's graph and its XLA draw different masks.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Two orders of summation differ by 1e-13 in float64 and by 1e-5 in float32, and deep networks amplify it.
+TOLERANCES = {"float64": 1e-7, "float32": 1e-3}
+LARGE = ("ConvNeXtLarge", "ConvNeXtXLarge", "EfficientNetV2L")  # in float64 two of them need more than 8 GB
+SIDES = {"Inception": 75, "Xception": 71}  # smallest side that the architecture takes; 32 for all others
+LIMIT_S = 1200
+HERE = Path(__file__).resolve()
+
+
+def names() -> list[str]:
+    """Every architecture of the installed Keras."""
+    import keras
+
+    found = {name for name, item in vars(keras.applications).items() if callable(item) and name[0].isupper()}
+    return sorted(found)
+
+
+def check(name: str) -> dict:
+    """Trains one architecture one step, twice.
+
+    Returns:
+        `parameters`, `programs`, `compile_s`, and `difference`: the largest relative difference of the loss, of a
+        weight or of a momentum, which after one step is the gradient times the rate.
+    """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    import keras
+    import numpy as np
+
+    import trainingcompiler as tc
+    from trainingcompiler.statistics import current as statistics
+
+    tc.enable(tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True, cache_size_gb=0))
+    dtype = "float32" if name in LARGE else "float64"
+    keras.config.set_floatx(dtype)
+    side = next((side for start, side in SIDES.items() if name.startswith(start)), 32)
+    images = (np.random.default_rng(0).random((2, side, side, 3)) * 255).astype(dtype)
+    labels = np.array([1, 7])
+    results = []
+    for option in (True, False):
+        keras.utils.set_random_seed(0)
+        model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), classes=10)
+        for layer in model._flatten_layers():
+            for rate in ("rate", "drop_path_rate"):
+                if isinstance(getattr(layer, rate, None), float):
+                    setattr(layer, rate, 0.0)
+        model.compile(
+            keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy", training_compiler=option
+        )
+        loss = model.train_on_batch(images, labels)
+        momenta = [variable.numpy() for variable in model.optimizer.variables[2:]]  # the gradients, times the rate
+        results.append(([np.array(loss)], model.get_weights(), momenta))
+        parameters = model.count_params()
+        keras.backend.clear_session(free_memory=True)
+    difference = max(relative_difference(ours, plain) for ours, plain in zip(*results, strict=True))
+    return {
+        "parameters": parameters, "side": side, "dtype": dtype, "programs": statistics().compiles,
+        "compile_s": round(statistics().compile_time_s, 1), "difference": difference,
+    }  # fmt: skip
+
+
+def relative_difference(ours: list, plain: list) -> float:
+    """The largest, each array judged by its own largest value, or by a thousandth of the largest of all."""
+    import numpy as np
+
+    largest = max(float(np.abs(value).max(initial=0)) for value in plain)
+    return max(
+        float(np.abs(a - b).max(initial=0)) / max(float(np.abs(b).max(initial=0)), 1e-3 * largest, 1e-30)
+        for a, b in zip(ours, plain, strict=True)
+    )
+
+
+def is_equal(row: dict) -> bool:
+    """Whether an architecture was compared, and its step is that of plain Keras."""
+    return "difference" in row and row["difference"] <= TOLERANCES[row["dtype"]]
+
+
+def check_apart(name: str) -> dict:
+    """Runs `check` in a process of its own; what failed has a `reason`."""
+    start_s = time.monotonic()
+    try:
+        run = subprocess.run(
+            [sys.executable, str(HERE), "--one", name], capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return {"reason": f"not finished after {LIMIT_S} s"}
+    lines = run.stdout.strip().splitlines()
+    if run.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+    return {"reason": last[:200] if run.returncode >= 0 else f"ended by signal {-run.returncode} after "
+            f"{time.monotonic() - start_s:.0f} s"}  # fmt: skip
+
+
+def page(results: dict[str, dict]) -> str:
+    """docs/models.md."""
+    import keras
+    import tensorflow as tf
+
+    equal = [name for name, row in results.items() if is_equal(row)]
+    lines = [
+        "# Models of keras.applications",
+        "",
+        "Generated by `benchmarks/keras_applications.py`, which says what is compared: one step in float64,",
+        f"compiled, against plain Keras (Keras {keras.__version__}, TensorFlow {tf.__version__}). Equal means a",
+        f"relative difference of at most {TOLERANCES['float64']:g} in the loss, the weights and the gradients",
+        f"(in float32, for the largest, {TOLERANCES['float32']:g}):",
+        f"{len(equal)} of {len(results)} are equal.",
+        "",
+        "| architecture | parameters | input | dtype | one step | largest relative difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        if "reason" in row:
+            lines.append(f"| {name} | | | | not compared: {row['reason']} | |")
+            continue
+        verdict = "equal" if is_equal(row) else "**differs**"
+        size = f"{row['side']} x {row['side']}"
+        lines.append(
+            f"| {name} | {row['parameters']:,} | {size} | {row['dtype']} | {verdict} | {row['difference']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Checks, prints, writes; results are kept in build/ so that a run that was interrupted goes on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", help="comma-separated; all of them if not given")
+    parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(check(args.one)))
+        return
+    kept = HERE.parent.parent / "build" / "keras_applications.json"
+    results = json.loads(kept.read_text()) if kept.exists() and args.write else {}
+    for name in args.models.split(",") if args.models else names():
+        if "difference" not in results.get(name, {}):
+            results[name] = check_apart(name)
+        print(name, results[name], flush=True)
+        if args.write:
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(results, indent=1))
+            args.write.write_text(page(dict(sorted(results.items()))))
+    sys.exit(not all(map(is_equal, results.values())))
+
+
+if __name__ == "__main__":
+    main()

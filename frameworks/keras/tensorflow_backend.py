@@ -1,0 +1,129 @@
+"""Keras on TensorFlow: the train function of a model runs compiled steps."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks import tensorflow as adapter
+from trainingcompiler.frameworks.tensorflow import fallback
+from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
+from trainingcompiler.frameworks.tensorflow.runner import StepRunner
+
+_make_train_function: Callable = TensorFlowTrainer.make_train_function
+_taken: "weakref.WeakKeyDictionary[Any, tuple[TrainingCompilerConfig, Any]]" = weakref.WeakKeyDictionary()
+
+
+def install(config: TrainingCompilerConfig) -> None:
+    """Prepares TensorFlow, and hooks the making of a model's train function."""
+    adapter.prepare(config, keras=keras.__version__)
+    TensorFlowTrainer.make_train_function = _make_hooked_train_function
+
+
+def uninstall() -> None:
+    """Leaves Keras and TensorFlow as they were."""
+    TensorFlowTrainer.make_train_function = _make_train_function
+    for model in list(_taken):
+        if isinstance(model.train_function, TrainFunction):
+            model.train_function = None
+    _taken.clear()
+    adapter.disable()
+
+
+def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
+    """Has `model` train through compiled steps; `jit_compile` is what the script gave to `model.compile`."""
+    _taken[model] = (config, jit_compile)
+    own = type(model).make_train_function
+    if own is not TensorFlowTrainer.make_train_function and "__class__" not in own.__code__.co_freevars:  # no super()
+        where = f"{own.__code__.co_filename.rsplit('/', 1)[-1]}:{own.__code__.co_firstlineno}"
+        fallback.leave(CaptureError("the model has a make_train_function of its own", where), config)
+
+
+def forget(model: Any) -> None:
+    """Has `model` train as Keras trains it."""
+    _taken.pop(model, None)
+
+
+def _make_hooked_train_function(model: Any, force: bool = False) -> Any:
+    if model.train_function is not None and not force:
+        return model.train_function
+    _make_train_function(model, force)
+    if model in _taken:
+        config, jit_compile = _taken[model]
+        model.train_function = TrainFunction(model, model.train_function, config, jit_compile)
+    return model.train_function
+
+
+class TrainFunction:
+    """What `fit` and `train_on_batch` call for every step: takes a batch, runs the step, returns the logs.
+
+    The batches are taken here and not inside a TensorFlow graph; each is used once, whoever runs the step.
+    """
+
+    def __init__(self, model: Any, native: Callable, config: TrainingCompilerConfig, jit_compile: Any):
+        self._model = weakref.proxy(model)
+        self._native = native
+        engines = [XLA, TF_GRAPH, TF_XLA]
+        if jit_compile in (True, False):
+            engines.remove(TF_GRAPH if jit_compile else TF_XLA)
+        self._runner = StepRunner(
+            self._step, lambda data: native(iter([data])), config, name="train_step", labels=_labels, engines=engines
+        )
+        self._is_checked = False
+
+    def __call__(self, iterator: Any) -> Any:
+        """Runs `steps_per_execution` steps, or as many as there is data for, and returns the last one's logs."""
+        if not self._is_checked:
+            self._is_checked = True
+            error = _obstacle(self._model)
+            if error is not None:
+                self._runner.leave_to_tensorflow(error)
+        if self._runner.is_native:
+            return self._run_native(iterator)
+        logs = None
+        for index in range(self._model.steps_per_execution):
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if index == 0:
+                    raise
+                break
+            logs = self._runner(_without_optionals(data))
+        return logs
+
+    def _run_native(self, iterator: Any) -> Any:
+        logs = self._native(iterator)
+        self._runner.count_native(self._model.steps_per_execution)
+        return logs
+
+    def _step(self, data: Any) -> Any:
+        return self._model.distribute_strategy.run(self._model.train_step, args=(data,))
+
+
+def _obstacle(model: Any) -> CaptureError | None:
+    """Why the model cannot be compiled, whatever its steps are."""
+    if model.run_eagerly:
+        return CaptureError("model.compile(run_eagerly=True) asks for it")
+    if tf.config.functions_run_eagerly():
+        return CaptureError("tf.config.run_functions_eagerly(True) asks for it")
+    if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy() or model._distribute_strategy:
+        return CaptureError("the model was made under a tf.distribute strategy, which distributes its steps itself")
+    return None
+
+
+def _labels(data: Any) -> list[str]:
+    """What a person calls the leaves of a batch."""
+    parts = data if isinstance(data, tuple) else (data,)
+    names = ["x", "y", "sample_weight"] if len(parts) <= 3 else [f"part {index}" for index in range(len(parts))]
+    return [name for name, part in zip(names, parts, strict=False) for _ in tf.nest.flatten(part)]
+
+
+def _without_optionals(data: Any) -> Any:
+    if any(isinstance(leaf, tf.experimental.Optional) for leaf in tf.nest.flatten(data)):
+        return keras.tree.map_structure(lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data)
+    return data

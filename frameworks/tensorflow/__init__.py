@@ -1,0 +1,57 @@
+"""The TensorFlow adapter: a train step that assigns variables becomes one XLA program."""
+
+from collections.abc import Callable
+
+import jax
+import tensorflow as tf
+
+from trainingcompiler import cache
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import UsageError
+from trainingcompiler.events import Note, Started, emit
+from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
+from trainingcompiler.frameworks.tensorflow.step import CompiledStep
+from trainingcompiler.targets import Target
+
+
+def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
+    """Makes TensorFlow ready for compiled steps, and says with what they run.
+
+    Args:
+        config: The options.
+        **versions: Of other packages, for the banner.
+
+    Raises:
+        UsageError: `engine="eager"`, which is PyTorch's.
+        TrainingCompilerError: The installed TensorFlow cannot export a step.
+    """
+    if config.engine == "eager":
+        raise UsageError(
+            "engine=eager is for PyTorch. To have TensorFlow run its own steps: --engine=tensorflow, or "
+            'TrainingCompilerConfig(engine="tensorflow")'
+        )
+    unknown = bridge.check_version()
+    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    hooks.install()
+    compiled = config.engine != "tensorflow"
+    emit(
+        Started(
+            versions={"tensorflow": tf.__version__, **versions, "jax": jax.__version__},
+            device=Target.local().description,
+            compiled=compiled,
+            reason="" if compiled else "--engine=tensorflow says so",
+        )
+    )
+    if unknown:
+        emit(Note(text=unknown))
+
+
+def disable() -> None:
+    """Leaves TensorFlow as it was; what has been computed stays. Functions that were compiled go on working."""
+    state.give_back_all()
+
+
+def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
+    """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
+    prepare(config)
+    return CompiledStep(train_step, config)

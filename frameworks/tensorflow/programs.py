@@ -1,0 +1,132 @@
+"""Exported steps, compiled and bound to the variables they train."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow as tf
+
+from trainingcompiler import compiler
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.events import phase
+from trainingcompiler.frameworks.tensorflow import bridge, state
+from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
+from trainingcompiler.statistics import current as statistics
+
+
+class NothingTrained(CaptureError):
+    """A step has been traced, and changes nothing."""
+
+
+class TracedStep:
+    """A step for one signature of its arguments: exported, compiled on first use, and able to run.
+
+    Attributes:
+        bridged: What the bridge has exported.
+        template: The structure of what the step returns; `pack` fills it.
+    """
+
+    def __init__(self, function: Callable, name: str, args: Any, leaves: Sequence[Any], autograph: bool):
+        """Traces the step.
+
+        Args:
+            function: Takes the arguments as `args` is structured; assigns variables.
+            name: The program's name.
+            args: The arguments of one call.
+            leaves: Its leaves: arrays and tensors become inputs, all others are constants.
+            autograph: Whether Python's control flow is converted.
+
+        Raises:
+            CaptureError: It cannot be compiled.
+        """
+        self._is_input = [is_input(leaf) for leaf in leaves]
+        self._constants = [None if given else leaf for leaf, given in zip(leaves, self._is_input, strict=True)]
+        self._args = args
+        self._function = function
+        self.template: Any = None
+        self._results: list[Any] = []
+        traced = tf.function(self._flat, jit_compile=True, autograph=autograph)
+        specs = [_spec(index, leaf) for index, leaf in enumerate(leaves) if is_input(leaf)]
+        with phase("capture", name) as running:
+            self.bridged = bridge.export(traced, specs, name)
+            running.detail += f", {len(self.bridged.concrete.graph.get_operations()):,} operations"
+        self._state = [state.cell_of(variable) for variable in self.bridged.state]
+        self._read = [state.cell_of(item) if isinstance(item, tf.Variable) else item for item in self.bridged.inputs]
+        self._read = [item if isinstance(item, state.Cell) else _array(item) for item in self._read]
+        if not self._state:
+            raise NothingTrained("it assigns no variable, so it trains nothing")
+        self._executable: compiler.Executable | None = None
+
+    def compile(self) -> None:
+        """Compiles the program for this process's device; without effect the second time."""
+        if self._executable is None:
+            start_s = time.perf_counter()
+            self._executable = compiler.compile(self.bridged.program)
+            statistics().compiles += 1
+            statistics().compile_time_s += time.perf_counter() - start_s
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Runs the compiled program on arguments of the signature it was traced for; returns what the step returns."""
+        self.compile()
+        batch = [_array(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
+        with state.lock, jax.enable_x64(True):
+            given = tuple([cell.array if cell.array is not None else cell.take() for cell in self._state])
+            read = [item.take() if isinstance(item, state.Cell) else item for item in self._read]
+            with uninterrupted():
+                new_state, outputs = self._executable(given, (*batch, *read))
+                for cell, array in zip(self._state, new_state, strict=True):
+                    cell.update(array)
+            # The batch may be the script's own memory, which it may change when this returns.
+            jax.block_until_ready(outputs or new_state)
+            for cell in self._state:
+                if cell.is_pinned:
+                    cell.give_back()
+        return self.pack([state.tensor_of(output) for output in outputs])
+
+    def run_in_tensorflow(self, leaves: Sequence[Any]) -> Any:
+        """Lets TensorFlow's own XLA run the function that was traced."""
+        return self.pack(list(self.bridged.concrete(*self.tensors(leaves))))
+
+    def tensors(self, leaves: Sequence[Any]) -> list[tf.Tensor]:
+        """The inputs among the leaves, as tensors."""
+        return [tf.convert_to_tensor(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
+
+    def pack(self, tensors: Sequence[tf.Tensor]) -> Any:
+        """Returns what the step returns, given its tensors in order."""
+        remaining = iter(tensors)
+        values = [next(remaining) if is_tensor else item for is_tensor, item in self._results]
+        return tf.nest.pack_sequence_as(self.template, values, expand_composites=True)
+
+    def _flat(self, *inputs: tf.Tensor) -> list[tf.Tensor]:
+        remaining = iter(inputs)
+        leaves = [
+            next(remaining) if given else constant
+            for constant, given in zip(self._constants, self._is_input, strict=True)
+        ]
+        self.template = self._function(*tf.nest.pack_sequence_as(self._args, leaves))
+        self._results, tensors = [], []
+        for item in tf.nest.flatten(self.template, expand_composites=True):
+            if item is None or isinstance(item, tf.Operation):
+                self._results.append((False, None))
+            else:
+                self._results.append((True, None))
+                tensors.append(tf.convert_to_tensor(item))
+        return tensors
+
+
+def is_input(leaf: Any) -> bool:
+    """Whether an argument of a step is data: an array or a tensor, and not a part of the program."""
+    return isinstance(leaf, tf.Tensor | np.ndarray | np.generic) and not isinstance(leaf, tf.Variable)
+
+
+def _spec(index: int, leaf: Any) -> tf.TensorSpec:
+    dtype = tf.as_dtype(leaf.dtype)
+    if dtype == tf.string or dtype in (tf.resource, tf.variant):
+        raise CaptureError(f"input {index} is of dtype {dtype.name}, which XLA does not have")
+    return tf.TensorSpec(leaf.shape, dtype)
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return leaf._numpy() if isinstance(leaf, tf.Tensor) else np.asarray(leaf)

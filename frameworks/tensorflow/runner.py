@@ -1,0 +1,196 @@
+"""Runs a training step: finds or makes its program, chooses who runs it, and falls back with a word about why."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, TrainingCompilerError
+from trainingcompiler.events import Recompiled, emit
+from trainingcompiler.frameworks.tensorflow import fallback
+from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
+from trainingcompiler.statistics import current as statistics
+
+_MOST_PROGRAMS = 32  # for one step; beyond, its shapes or constants change too often for compiling to pay
+
+Native = Callable[..., Any]
+
+
+class StepRunner:
+    """Runs a step on the arguments of each call, compiled where that is possible and the fastest.
+
+    Attributes:
+        is_native: Whether TensorFlow runs the step from now on, as it would without us.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        native: Native,
+        config: TrainingCompilerConfig,
+        *,
+        name: str,
+        labels: Callable[..., Sequence[str]] | None = None,
+        autograph: bool = False,
+        engines: Sequence[str] = (XLA, TF_GRAPH, TF_XLA),
+        where: str | None = None,
+    ):
+        """Prepares; nothing is traced before the first call.
+
+        Args:
+            function: The step: its arguments are nested structures of tensors; it assigns variables.
+            native: Does the same as TensorFlow would without us; called with the same arguments.
+            config: The options; `engine` narrows `engines`.
+            name: What the program is called.
+            labels: What a person calls the leaves of the arguments, given the arguments.
+            autograph: Whether Python's control flow in `function` is converted while tracing.
+            engines: Who may run the step.
+            where: The script's line that the step belongs to, if it is known.
+        """
+        self._function, self._native, self._config = function, native, config
+        self._name, self._labels, self._autograph, self._where = name, labels, autograph, where
+        self._steps: dict[tuple, TracedStep] = {}
+        self._graphs: dict[tuple, Callable] = {}
+        self._typical: tuple | None = None
+        self.is_native = config.engine == "tensorflow"
+        self._choice = EngineChoice(engines if config.engine == "auto" else (XLA,))
+
+    def __call__(self, *args: Any) -> Any:
+        """Does one step, and returns what the function returns.
+
+        Raises:
+            FallbackError: It cannot be compiled, and `fallback="error"`.
+        """
+        if self.is_native or not tf.executing_eagerly():
+            return self.run_native(*args)
+        leaves = tf.nest.flatten(args)
+        key = (_structure(args), *_signature(leaves))
+        start_s = time.perf_counter()
+        step = self._steps.get(key)
+        is_new = step is None
+        if step is None:
+            try:
+                step = self._trace(key, args, leaves)
+            except NothingTrained:
+                raise
+            except CaptureError as error:
+                return self._fall_back(error, args)
+        engine = self._choice.next
+        result = self._run(engine, key, step, leaves)
+        self._choice.ran(engine, time.perf_counter() - start_s, not is_new and key == self._typical)
+        statistics().step_finished("xla" if engine == XLA else "tensorflow", time.monotonic())
+        return result
+
+    def run_native(self, *args: Any) -> Any:
+        """Lets TensorFlow do one step as it would without us."""
+        result = self._native(*args)
+        self.count_native(1)
+        return result
+
+    def count_native(self, steps: int) -> None:
+        """Counts steps that TensorFlow has just run."""
+        for _ in range(steps):
+            statistics().step_finished("tensorflow", time.monotonic())
+
+    def leave_to_tensorflow(self, error: CaptureError) -> None:
+        """Has TensorFlow run every step from now on, and says why.
+
+        Raises:
+            FallbackError: `fallback="error"` forbids it.
+        """
+        error.where = error.where or self._where
+        fallback.leave(error, self._config)
+        self.is_native = True
+
+    def _run(self, engine: str, key: tuple, step: TracedStep, leaves: Sequence[Any]) -> Any:
+        if engine == XLA:
+            return step.run(leaves)
+        if engine == TF_XLA:
+            return step.run_in_tensorflow(leaves)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = tf.function(step._flat, autograph=self._autograph)
+        return step.pack(graph(*step.tensors(leaves)))
+
+    def _trace(self, key: tuple, args: tuple, leaves: Sequence[Any]) -> TracedStep:
+        if len(self._steps) >= _MOST_PROGRAMS:
+            raise CaptureError(f"its inputs have had {_MOST_PROGRAMS} different shapes; pad them to few")
+        sparse = next((leaf for leaf in leaves if isinstance(leaf, tf.SparseTensor | tf.RaggedTensor)), None)
+        if sparse is not None:
+            raise CaptureError(f"an input is a {type(sparse).__name__}, whose size XLA cannot know; make it dense")
+        start_s = time.perf_counter()
+        try:
+            step = TracedStep(self._function, self._name, args, leaves, self._autograph)
+        except (TrainingCompilerError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever the script's own code raises: TensorFlow is to say it, or to do better
+            text = next(iter(str(error).strip().splitlines()), "")
+            raise CaptureError(f"tracing it raised {type(error).__name__}: {text[:300]}") from error
+        statistics().compile_time_s += time.perf_counter() - start_s
+        if self._choice.next == XLA:
+            step.compile()
+        self._explain(key, args, time.perf_counter() - start_s)
+        self._steps[key] = step
+        if self._typical is None:
+            self._typical = key
+        return step
+
+    def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
+        """Says what made a further program necessary."""
+        if not self._steps:
+            return
+        last = next(reversed(self._steps))
+        labels = self._labels(*args) if self._labels else [f"input {index}" for index in range(len(key))]
+        changed = [
+            f"{label} {_described(old)} -> {_described(new)}"
+            for label, old, new in zip(labels, last[1:], key[1:], strict=False)
+            if old != new
+        ]
+        emit(
+            Recompiled(
+                changed=", ".join(changed) if last[0] == key[0] else "the structure of its arguments",
+                where=self._where,
+                count=len(self._steps) + 1,
+                compile_time_s=compile_time_s,
+                cure="batch(..., drop_remainder=True), if it is the last, smaller batch of an epoch; "
+                "pad to few lengths otherwise",
+            )
+        )
+
+    def _fall_back(self, error: CaptureError, args: tuple) -> Any:
+        if self._config.fallback == "error":
+            self.leave_to_tensorflow(error)
+        result = self.run_native(*args)  # an error of the script's own is raised here, in TensorFlow's words
+        self.leave_to_tensorflow(error)
+        return result
+
+
+def _signature(leaves: Sequence[Any]) -> tuple:
+    return tuple(
+        [(tuple(leaf.shape), tf.as_dtype(leaf.dtype)) if is_input(leaf) else _constant(leaf) for leaf in leaves]
+    )
+
+
+def _structure(item: Any) -> Any:
+    """What `tf.nest` walks through, hashable; leaves are None."""
+    if isinstance(item, dict):
+        return (dict, *sorted(item, key=str), *map(_structure, item.values()))
+    if isinstance(item, tuple | list):
+        return (type(item), *map(_structure, item))
+    return None
+
+
+def _constant(leaf: Any) -> tuple:
+    if isinstance(leaf, bool | int | float | complex | str | bytes | None):
+        return (type(leaf), leaf)
+    return (type(leaf), id(leaf))
+
+
+@functools.lru_cache(maxsize=256)
+def _described(part: tuple) -> str:
+    first, second = part
+    return f"{second.name}{list(first)}" if isinstance(first, tuple) else f"{first.__name__} {second!r}"
