@@ -3,10 +3,10 @@
     python benchmarks/keras_fit.py --quick                  # a look: three models, few rounds
     python benchmarks/keras_fit.py --json out.json          # all models (half an hour on two cores)
 
-Every model is made once per contender, and the contenders take turns, one epoch each, in an order that rotates from round to
-round, so that a machine that slows down slows all. A step is what `fit` takes per batch, Keras's own loop and callbacks
-included; its figure is the median over rounds. The first epoch of each contender is its time to the first epoch: tracing
-and compiling with empty caches included, and, for ours, the measuring of engines.
+Every model is made once per contender, and the contenders take turns, one epoch each, in an order that rotates from
+round to round, so that a machine that slows down slows all. A step is what `fit` takes per batch, Keras's own loop
+and callbacks included; its figure is the median over rounds. The first epoch of each contender is its time to the
+first epoch: tracing and compiling with empty caches included, and, for ours, the measuring of engines.
 """
 
 import argparse
