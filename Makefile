@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance fuzz gpu-plan lint clean
+.PHONY: help demo test bench conformance fuzz gpu-plan keras-models lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
@@ -15,11 +15,13 @@ help:
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
+	@echo "make keras-models  one step of every architecture of keras.applications, compared with Keras (an hour)"
 	@echo "make fuzz      2,000 training loops by chance, compared with eager (an hour)"
 	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
 	@echo "make clean     remove the environment and everything that was built"
 
-# torch comes first and alone: pulled in as somebody's dependency, it would be the CUDA build, several GB of it.
+# torch comes first and alone: pulled in as somebody's dependency, it would be the CUDA build, several GB of it. So does
+# TensorFlow's CPU wheel, whose name is another one than that which the `tensorflow` extra asks for.
 $(READY): setup.py pyproject.toml constraints.txt
 	@python=; for candidate in python3 python3.11 python3.12 python3.13 python3.14; do \
 	  if $$candidate -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
@@ -28,6 +30,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	if [ -z "$$python" ]; then echo "No Python >= 3.11 with ensurepip found; install one and repeat." >&2; exit 1; fi; \
 	test -x $(BIN)/python || $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt tensorflow-cpu keras tensorboard
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,dev]'
 	@touch $@
 
@@ -42,11 +45,16 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png
+	$(BIN)/python benchmarks/keras_fit.py --json build/keras_fit.json
+
+keras-models: $(READY)
+	$(BIN)/python benchmarks/keras_applications.py --write docs/models.md
 
 # XLA's compiler for GPUs, in an environment of its own; JAX_PLATFORMS, or JAX looks for a driver.
 $(GPU)/.ready: $(READY)
 	test -x $(GPU)/bin/python || $(BIN)/python -m venv $(GPU)
 	$(GPU)/bin/pip install --quiet torch==2.13.0
+	$(GPU)/bin/pip install --quiet --constraint constraints.txt tensorflow-cpu keras
 	$(GPU)/bin/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,dev,cuda12]'
 	@touch $@
 

@@ -16,7 +16,7 @@ PACKAGES = [
 EXTRAS = {
     "torch": ["torch>=2.9,<2.16"],
     "huggingface": ["torch>=2.9,<2.16", "transformers>=5,<6", "accelerate>=1.10"],
-    "tensorflow": ["tensorflow>=2.20", "keras>=3.12"],
+    "tensorflow": ["tensorflow>=2.20,<2.22", "keras>=3.12,<4"],
     "cuda12": ["jax[cuda12]>=0.9,<0.13"],
     "cuda13": ["jax[cuda13]>=0.9,<0.13"],
     "ray": ["ray>=2.40"],
@@ -41,7 +41,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["training", "compiler", "pytorch", "jax", "xla"],
+    keywords=["training", "compiler", "pytorch", "tensorflow", "keras", "jax", "xla"],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -4,8 +4,9 @@
     python benchmarks/keras_applications.py --models ResNet50,VGG16    # a few of them, printed
 
 Each model is made twice from one seed, without pretrained weights and with the smallest input it takes, and makes one
-step of SGD on the same two images in float64 (the largest in float32, for memory): once through a compiled step, once as Keras does it. The rates of dropout
-and of stochastic depth are set to 0, because TensorFlow's graph and its XLA draw different masks.
+step of SGD on the same two images in float64 (the largest in float32, for memory): once through a compiled step, once
+as Keras does it. The rates of dropout and of stochastic depth are set to 0, because TensorFlow's graph and its XLA
+draw different masks.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python benchmarks/keras_fit.py --quick                  # a look: three models, few rounds
     python benchmarks/keras_fit.py --json out.json          # all models (half an hour on two cores)
+    python benchmarks/keras_fit.py --plan h200              # the memory plans of all models on a GPU that is not there
 
-Every model is made once per contender, and the contenders take turns, one epoch each, in an order that rotates from round to
-round, so that a machine that slows down slows all. A step is what `fit` takes per batch, Keras's own loop and callbacks
-included; its figure is the median over rounds. The first epoch of each contender is its time to the first epoch: tracing
-and compiling with empty caches included, and, for ours, the measuring of engines.
+Every model is made once per contender, and the contenders take turns, one epoch each, in an order that rotates from
+round to round, so that a machine that slows down slows all. A step is what `fit` takes per batch, Keras's own loop
+and callbacks included; its figure is the median over rounds. The first epoch of each contender is its time to the
+first epoch: tracing and compiling with empty caches included, and, for ours, the measuring of engines.
 """
 
 import argparse
@@ -166,6 +167,27 @@ def measure(name: str, rounds: int) -> dict:
     }
 
 
+def plans(names: list[str], gpu: str) -> str:
+    """The memory plan of every model's step on a described GPU, as a Markdown table."""
+    from trainingcompiler import compiler
+    from trainingcompiler.frameworks.keras.described import step_program
+    from trainingcompiler.targets import Target
+
+    lines = ["| model | state (MB) | temporaries (MB) | peak (MB) | compile (s) |", "|---|---|---|---|---|"]
+    for name in names:
+        make, inputs, batch = MODELS[name]
+        random = np.random.default_rng(0)
+        model = make()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.AdamW(1e-3), loss, metrics=["accuracy"], training_compiler=False)
+        program = step_program(model, (inputs(random, batch), random.integers(0, 10, batch)))
+        executable = compiler.compile(program, Target.gpu(gpu))
+        memory, state = executable.memory, sum(spec.size_bytes for spec in program.state)
+        megabytes = " | ".join(f"{size / 1e6:.2f}" for size in (state, memory.temporary_bytes, memory.peak_bytes))
+        lines.append(f"| {name} | {megabytes} | {executable.compile_time_s:.1f} |")
+    return "\n".join(lines)
+
+
 def table(results: list[dict]) -> str:
     """The results as a Markdown table, ratios against Keras's default."""
     lines = [
@@ -200,12 +222,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="epochs per contender (7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--plan", metavar="GPU", help="compile for this GPU instead of running; needs make gpu-plan")
     args = parser.parse_args()
     names = args.models.split(",") if args.models else list(QUICK if args.quick else MODELS)
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         parser.error(f"{', '.join(unknown)} unknown; choose from {', '.join(MODELS)}")
     tc.enable(tc.TrainingCompilerConfig(quiet=True, fallback="error", cache_size_gb=0))
+    if args.plan:
+        print(plans(names, args.plan))
+        return
     warm = dense(4, 1)
     warm.compile("sgd", "mse", training_compiler=False)
     warm.fit(np.zeros((8, 64)), np.zeros((8, 10)), verbose=0)  # TensorFlow's own start belongs to nobody

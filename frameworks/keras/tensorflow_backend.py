@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
+from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
-from trainingcompiler.frameworks.tensorflow import fallback
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 
@@ -41,7 +41,9 @@ def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
     own = type(model).make_train_function
     if own is not TensorFlowTrainer.make_train_function and "__class__" not in own.__code__.co_freevars:  # no super()
         where = f"{own.__code__.co_filename.rsplit('/', 1)[-1]}:{own.__code__.co_firstlineno}"
-        fallback.leave(CaptureError("the model has a make_train_function of its own", where), config)
+        fallback.leave(
+            CaptureError("the model has a make_train_function of its own", where), config, how="as Keras runs it"
+        )
 
 
 def forget(model: Any) -> None:

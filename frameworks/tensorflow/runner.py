@@ -7,10 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, TrainingCompilerError
 from trainingcompiler.events import Recompiled, emit
-from trainingcompiler.frameworks.tensorflow import fallback
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
@@ -103,7 +103,7 @@ class StepRunner:
             FallbackError: `fallback="error"` forbids it.
         """
         error.where = error.where or self._where
-        fallback.leave(error, self._config)
+        fallback.leave(error, self._config, how="as TensorFlow runs it")
         self.is_native = True
 
     def _run(self, engine: str, key: tuple, step: TracedStep, leaves: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What happens when a step cannot be a program: TensorFlow runs it, and one line says why and where."""
+"""What happens when a step cannot be a program: its framework runs it, and one line says why and where."""
 
 import traceback
 
@@ -8,7 +8,7 @@ from trainingcompiler.events import FellBack, Note, emit
 from trainingcompiler.statistics import current as statistics
 
 
-def leave(error: CaptureError, config: TrainingCompilerConfig, how: str = "as TensorFlow runs it") -> None:
+def leave(error: CaptureError, config: TrainingCompilerConfig, how: str) -> None:
     """Says that the framework runs a step from now on.
 
     Args:

@@ -1,0 +1,142 @@
+"""Keras on JAX: the step is one XLA program already. We compile it ahead of time, say what it needs, and count."""
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import keras
+from keras.src.backend.jax import trainer as keras_trainer
+
+from trainingcompiler import cache, fallback
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, UsageError
+from trainingcompiler.events import Recompiled, Started, emit, phase
+from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
+
+_make_train_function: Callable = keras_trainer.JAXTrainer.make_train_function
+_taken: "weakref.WeakKeyDictionary[Any, TrainingCompilerConfig]" = weakref.WeakKeyDictionary()
+
+
+def install(config: TrainingCompilerConfig) -> None:
+    """Hooks the making of a model's train function.
+
+    Raises:
+        UsageError: The engine is one of another framework.
+    """
+    if config.engine in ("eager", "tensorflow"):
+        raise UsageError(
+            f"engine={config.engine} is not for Keras on JAX, whose step is a program of XLA already: --engine=auto, "
+            "or KERAS_BACKEND=tensorflow"
+        )
+    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    versions = {"keras": keras.__version__, "jax": jax.__version__}
+    emit(Started(versions=versions, device=Target.local().description, compiled=True, reason="Keras does it on JAX"))
+    keras_trainer.JAXTrainer.make_train_function = _make_hooked_train_function
+
+
+def uninstall() -> None:
+    """Leaves Keras as it was."""
+    keras_trainer.JAXTrainer.make_train_function = _make_train_function
+    for model in list(_taken):
+        model.train_function = None
+    _taken.clear()
+
+
+def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
+    """Has the steps of `model` counted; `jit_compile` is what the script gave to `model.compile`."""
+    _taken[model] = config
+
+
+def forget(model: Any) -> None:
+    """Leaves `model` to Keras."""
+    _taken.pop(model, None)
+
+
+def _make_hooked_train_function(model: Any, force: bool = False) -> None:
+    if model.train_function is not None and not force:
+        return
+    if model not in _taken:
+        _make_train_function(model, force)
+        return
+    if model.run_eagerly or not model.jit_compile:
+        asked = "run_eagerly=True" if model.run_eagerly else "jit_compile=False"
+        fallback.leave(CaptureError(f"model.compile({asked}) asks for it"), _taken[model], how="as Keras runs it")
+        _make_train_function(model, force)
+        model.train_function = _counted(model, model.train_function)
+        return
+    original = keras_trainer.jit
+    keras_trainer.jit = lambda step, **options: PlannedStep(original(step, **options))
+    try:
+        _make_train_function(model, force)
+    finally:
+        keras_trainer.jit = original
+
+
+def _counted(model: Any, function: Callable) -> Callable:
+    steps = model.steps_per_execution
+
+    def train_function(iterator: Any) -> Any:
+        result = function(iterator)
+        for _ in range(steps):
+            statistics().step_finished("eager", time.monotonic())
+        return result
+
+    return train_function
+
+
+class PlannedStep:
+    """Keras's own compiled step, compiled ahead of time so that its memory is known before it runs."""
+
+    def __init__(self, step: Any):
+        self._step = step
+        self._programs: dict[tuple, Callable] = {}
+
+    def __call__(self, state: Any, data: Any) -> Any:
+        """Runs one step."""
+        leaves, structure = jax.tree.flatten(data)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._programs:
+            self._programs[key] = self._compiled(key, state, data)
+        result = self._programs[key](state, data)
+        statistics().step_finished("xla", time.monotonic())
+        return result
+
+    def _compiled(self, key: tuple, state: Any, data: Any) -> Callable:
+        start_s = time.perf_counter()
+        with phase("lower", "train_step"):
+            lowered = self._step.lower(state, data)
+        with phase("compile", "train_step") as running:
+            with cache.watching() as outcome:
+                compiled = lowered.compile()
+            plan: Any = compiled.memory_analysis()
+            needed = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+            needed_mb = (needed + plan.temp_size_in_bytes) / 1e6
+            running.detail = ", ".join(filter(None, ["train_step", outcome.detail, f"needs {needed_mb:,.1f} MB"]))
+        duration_s = time.perf_counter() - start_s
+        statistics().compiles += 1
+        statistics().compile_time_s += duration_s
+        statistics().cache_hits += bool(outcome.hit)
+        if self._programs:
+            self._explain(key, duration_s)
+        return compiled
+
+    def _explain(self, key: tuple, duration_s: float) -> None:
+        last = next(reversed(self._programs))
+        changed = [
+            f"input {index} {old[1]}{list(old[0])} -> {new[1]}{list(new[0])}"
+            for index, (old, new) in enumerate(zip(last[1:], key[1:], strict=False))
+            if old != new
+        ]
+        emit(
+            Recompiled(
+                changed=", ".join(changed) or "the structure of the batch",
+                where=None,
+                count=len(self._programs) + 1,
+                compile_time_s=duration_s,
+                cure="batch(..., drop_remainder=True), if it is the last, smaller batch of an epoch; "
+                "pad to few lengths otherwise",
+            )
+        )
