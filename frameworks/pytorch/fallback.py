@@ -51,6 +51,11 @@ class Fallbacks:
         if error.leaves:
             self._left.update((id(item), item) for item in items)
 
+    def leave_part(self, error: CaptureError) -> None:
+        """Tells, once, that torch runs one call of a step on values, behind which the step is compiled."""
+        if self._is_news(error):
+            emit(Note(text=f"torch runs one call of the step at {error.where}: {error.reason}"))
+
     def say(self, error: CaptureError) -> None:
         """Tells that torch runs the step, once for each reason and place.
 

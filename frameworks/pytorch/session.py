@@ -36,6 +36,8 @@ _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
     "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
 )
+# What a loop may do with a result and the tape has no word for; `grad` is that of `torch.autograd`.
+_OPAQUE = frozenset({"register_hook", "retain_grad", "__set__", "grad"})
 _LONGEST_TAPE = 512  # entries; a list of results that nobody looks at must not grow one without end
 
 
@@ -100,9 +102,11 @@ class Session:
             return function(*self._real(args), **self._real(kwargs))
         if self._bound_tape():
             return function(*self._real(args), **self._real(kwargs))
-        if name in ("register_hook", "retain_grad", "__set__") or kwargs.get("create_graph"):
+        if name in _OPAQUE or kwargs.get("create_graph"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
             return function(*self._real(args), **self._real(kwargs))
+        if function is torch.autograd.backward:
+            return self._record_backwards(*args, **kwargs)
         if function is torch.Tensor.backward:
             return self._record_backward(*args, **kwargs)
         return self._record(function, args, kwargs)
@@ -325,7 +329,21 @@ class Session:
             self._committed(self.tape.entries, [])
         return None
 
+    def _record_backwards(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+        """`torch.autograd.backward`: gradients of several results add up, so one after the other is the same."""
+        gradients = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else grad_tensors or [None] * len(tensors)
+        last = len(tensors) - 1
+        for index, (tensor, gradient) in enumerate(zip(tensors, gradients, strict=True)):
+            self._record_backward(tensor, gradient, retain_graph if index == last else True, create_graph, inputs)
+        for tensor in tensors:
+            if not retain_graph and isinstance(tensor, DeferredTensor) and not tensor.slot.committed:
+                self.tape.free(tensor.slot)
+
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
+        is_function = not isinstance(function, nn.Module) and not _is_in_place(getattr(function, "__name__", ""))
+        if is_function and not (torch.is_grad_enabled() and self._needs_gradient(args, kwargs)):
+            self._fallbacks.leave_part(error)  # no gradient passes it, so it is a look at values: a metric, most likely
+            return function(*self._real(args), **self._real(kwargs))
         self.run_eagerly(error, function if isinstance(function, nn.Module) else None)
         with undeferred() if isinstance(function, nn.Module) else contextlib.nullcontext():
             return function(*self._real(args), **self._real(kwargs))

@@ -86,7 +86,7 @@ def holds(script: str, folder: Path, *, says: str | None = None, line: str | Non
         script: What follows `PREAMBLE`.
         folder: A temporary one.
         says: A part of the reason why steps run eagerly; None if all steps but the first must be compiled.
-        line: The text of the script's line that the reason has to name.
+        line: The text of the script's line that the reason has to name; with `says`.
         notes: How many reasons to run single steps eagerly may be noted, without `says`.
 
     Returns:
@@ -101,10 +101,12 @@ def holds(script: str, folder: Path, *, says: str | None = None, line: str | Non
         assert len(eagerly) <= notes and not compiled.lines("fallback"), eagerly
         assert compiled.compiled_steps >= 20, compiled.said
         return compiled
-    assert any(says in text for text in eagerly), compiled.said
-    if line is not None:
-        numbers = [n for n, text in enumerate((folder / "train.py").read_text().splitlines(), 1) if line in text]
-        assert any(f"train.py:{n}" in text for n in numbers for text in eagerly), (numbers, eagerly)
+    assert says and line, "a loop that runs eagerly says why and where"
+    numbers = [n for n, text in enumerate((folder / "train.py").read_text().splitlines(), 1) if line in text]
+    assert any(says in text and f"train.py:{n}: " in text for n in numbers for text in eagerly), (
+        numbers,
+        compiled.said,
+    )
     return compiled
 
 

@@ -130,6 +130,7 @@ def test_a_number_that_decides(tmp_path):
         model + LOOP.format(change="model.alpha = 1.0 - index / 40"),
         tmp_path,
         says="Model.alpha is another number at every step, and the forward decides by its value",
+        line="F.cross_entropy(model(x), y)",
     )
 
 
@@ -153,7 +154,9 @@ def test_host_randomness(noise, tmp_path):
 
 def test_a_forward_that_counts(tmp_path):
     model = GLOBAL.replace("return x * ALPHA", "global ALPHA; ALPHA *= 0.9; return x * ALPHA")
-    holds(model + LOOP.format(change="pass"), tmp_path, says="forward changes ALPHA")
+    holds(
+        model + LOOP.format(change="pass"), tmp_path, says="forward changes ALPHA", line="F.cross_entropy(model(x), y)"
+    )
 
 
 def test_fallback_error_stops_there(tmp_path):

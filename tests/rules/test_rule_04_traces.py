@@ -57,4 +57,5 @@ def test_a_list_that_forward_fills(tmp_path):
         """,
         tmp_path,
         says="forward changes SEEN",
+        line="F.cross_entropy(model(x), y)",
     )

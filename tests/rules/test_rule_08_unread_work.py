@@ -57,6 +57,7 @@ def test_predictions_collected_without_no_grad(tmp_path):
         """,
         tmp_path,
         says="512 calls have been made and no backward()",
+        line="predictions = [model(x)",
     )
 
 

@@ -60,6 +60,7 @@ def test_a_hook_on_a_parameter_runs(tmp_path):
         """,
         tmp_path,
         says="a parameter has a gradient hook",
+        line="F.cross_entropy(model(x), y)",
     )
 
 
@@ -80,4 +81,29 @@ def test_a_hook_on_a_result_runs(tmp_path):
         tmp_path,
         says="the loop uses register_hook on a result",
         line="out.register_hook",
+    )
+
+
+def test_a_hook_after_a_gradient_has_been_accumulated_runs(tmp_path):
+    """The optimizer in backward: torch's own recipe for less memory."""
+    holds(
+        """
+        model = mlp()
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def update(parameter):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(update)
+        for x, y in DATA:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            print(loss.item())
+        report(model)
+        """,
+        tmp_path,
+        says="a parameter has a gradient hook",
+        line="F.cross_entropy(model(x), y)",
     )

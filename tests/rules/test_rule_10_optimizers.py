@@ -42,6 +42,7 @@ report(model)
 """,
         tmp_path,
         says="Adam counts in Python in its step, so the step itself runs in torch",
+        line="optimizer.step()",
     )
 
 
@@ -79,4 +80,5 @@ def test_a_step_hook_runs(tmp_path):
         """,
         tmp_path,
         says="SGD has a step hook",
+        line="optimizer.step()",
     )

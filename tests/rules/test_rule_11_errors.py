@@ -22,4 +22,5 @@ def test_an_index_out_of_range_is_torchs_own_error(tmp_path):
         """,
         tmp_path,
         says="a value is out of range",
+        line="F.cross_entropy(model(words), y)",
     )

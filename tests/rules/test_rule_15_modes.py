@@ -39,6 +39,7 @@ def test_anomaly_detection_still_detects(tmp_path):
         ),
         tmp_path,
         says="anomaly detection is on",
+        line="if index > 2 else F.cross_entropy(model(x), y)",
     )
 
 
@@ -46,6 +47,24 @@ def test_deterministic_algorithms(tmp_path):
     """What eager refuses then, the compiled step refuses: capture runs torch's own checks."""
     ran = holds("torch.use_deterministic_algorithms(True)\n" + LOOP.format(STEP), tmp_path)
     assert ran.compiles == 1
+
+
+def test_what_has_no_deterministic_kernel_is_torchs_own_error(tmp_path):
+    refused = """
+    try:
+        out = model(x)
+        loss = F.cross_entropy(out.put(torch.arange(4), out[0]) if index % 8 == 7 else out, y)
+        loss.backward()
+    except RuntimeError as error:
+        print("refused", "put_" in str(error))
+        continue
+"""
+    holds(
+        "torch.use_deterministic_algorithms(True)\n" + LOOP.format(refused),
+        tmp_path,
+        says="put_ does not have a deterministic implementation",
+        line="out.put(torch.arange(4)",
+    )
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])

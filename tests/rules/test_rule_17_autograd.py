@@ -20,7 +20,8 @@ def test_a_gradient_penalty(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="",
+        says="the loop uses grad on a result",
+        line="torch.autograd.grad(out.sum(), x, create_graph=True)",
     )
 
 
@@ -79,5 +80,50 @@ def test_gradients_without_backward(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="",
+        says="the loop uses grad on a result",
+        line="torch.autograd.grad(F.cross_entropy(model(x), y)",
     )
+
+
+def test_gradients_of_inputs_without_backward(tmp_path):
+    holds(
+        """
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in DATA:
+            x = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model((x + 0.1 * slope.sign()).detach()), y)
+            loss.backward()
+            optimizer.step()
+            print(loss.item(), slope.sum().item())
+        report(model)
+        """,
+        tmp_path,
+        says="the loop uses grad on a result",
+        line="(slope,) = torch.autograd.grad",
+    )
+
+
+def test_backward_of_torch_autograd(tmp_path):
+    """The function is the method, and several results are one after the other."""
+    ran = holds(
+        """
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for index, (x, y) in enumerate(DATA):
+            optimizer.zero_grad()
+            out = model(x)
+            losses = [F.cross_entropy(out, y), out.pow(2).mean()]
+            if index % 2:
+                torch.autograd.backward(losses)
+            else:
+                torch.autograd.backward(losses[0], torch.tensor(0.5))
+            optimizer.step()
+            print(*(loss.item() for loss in losses))
+        report(model)
+        """,
+        tmp_path,
+    )
+    assert ran.compiles == 2
