@@ -5,11 +5,13 @@ use of it, and what it returns is checked against what the function's graph says
 """
 
 import functools
+import hashlib
 import os
 import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import tensorflow as tf
 from trainingcompiler.errors import CaptureError, TrainingCompilerError
 from trainingcompiler.frameworks.tensorflow import stablehlo
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.store import digest_of_code
 
 KNOWN_VERSIONS = ((2, 20), (2, 21))  # lowest and highest that the tests have passed with
 _STATEFUL_RANDOM = {"RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal", "RandomShuffle"}
@@ -125,6 +128,7 @@ def _program(
         state=tuple(state),
         inputs=tuple(specs[index] for index in read),
         outputs=tuple(output_specs),
+        digest=hashlib.sha256(f"{digest_of_code(Path(__file__).parent)} {list(written)} ".encode() + text).hexdigest(),
     )
 
 
