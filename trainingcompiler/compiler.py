@@ -147,12 +147,12 @@ def _schedule_for_memory() -> dict[str, bool | str]:
     Its schedule for many threads computes again as soon as it can, and then keeps the results: GPT-2 with 10 layers x
     256, batch 8 x 512, checkpointed, has 2.0 GB of temporaries so, and 0.8 GB in the other order.
     """
-    option = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    option: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     try:
         jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), np.float32)).compile(compiler_options=option)
     except jax.errors.JaxRuntimeError:
         return {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # before jaxlib 0.10
-    return {**option}
+    return option
 
 
 @contextlib.contextmanager

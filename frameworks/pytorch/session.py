@@ -120,7 +120,10 @@ class Session:
     def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
         if self._unwatched():
-            return original(optimizer, *args, **kwargs)
+            result = original(optimizer, *args, **kwargs)
+            if not is_replaying() and threading.get_ident() == self._thread:
+                self.book.stepped(optimizer, "eager")  # a parameter's hook makes it, inside of torch's own backward
+            return result
         closure = args[0] if args else kwargs.get("closure")
         if self.deferring and hooks_of(optimizer) and not self._fallbacks.covers(optimizer):
             reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
