@@ -118,10 +118,12 @@ class CheckRun:
 def _unsupported(missing: list[CaptureError], fallbacks: list[FellBack]) -> list[str]:
     """Every operator without a lowering, each with the first line that uses it."""
     places: dict[str, str | None] = {}
-    named: list[CaptureError | FellBack] = [*missing, *fallbacks]
-    for error in named:
-        if error.operator:
-            places.setdefault(error.operator, error.where)
+    pairs = [(error.operator, error.where) for error in missing] + [
+        (event.operator, event.where) for event in fallbacks
+    ]
+    for operator, where in pairs:
+        if operator:
+            places.setdefault(operator, where)
     found = [f"  {operator} at {where}" for operator, where in places.items()]
     return [f"operators without a lowering: {len(found) or 'none'}", *found]
 

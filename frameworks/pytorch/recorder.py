@@ -4,6 +4,7 @@ Functionalizing while recording, instead of in a second pass over the graph, hal
 (GPT-2 small: 2.8 s for a first pass and 6.0 s for a second one in a prototype).
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -206,6 +207,8 @@ class Recorder(TorchDispatchMode):
     def _go_past(self, func, name, args, kwargs):
         """Notes an operator without a lowering, if somebody wants to know them all; the graph is of no use then."""
         error = unsupported(name)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            error = CaptureError(f"the shape of a result depends on values ({name})", user_line(), name)
         if inspection.missing is None:
             raise error
         inspection.missing.append(error)
@@ -388,7 +391,7 @@ def user_line() -> str | None:
     frame: Any = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH, _HERE, "<")):
+        if not filename.startswith((_TORCH, _HERE, contextlib.__file__, "<")):
             return f"{os.path.basename(filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return None

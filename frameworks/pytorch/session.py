@@ -114,7 +114,10 @@ class Session:
     def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
         if self._unwatched():
-            return original(optimizer, *args, **kwargs)
+            result = original(optimizer, *args, **kwargs)
+            if not is_replaying() and threading.get_ident() == self._thread:
+                self.book.stepped(optimizer, "eager")  # a parameter's hook makes it, inside of torch's own backward
+            return result
         closure = args[0] if args else kwargs.get("closure")
         if closure is not None and self.deferring and calls_closure_once(optimizer):
             with torch.enable_grad():

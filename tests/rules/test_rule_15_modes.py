@@ -1,7 +1,7 @@
 """torch's own switches are honoured, or named as the reason to run eagerly."""
 
 import pytest
-from rule import holds
+from rule import holds, run
 
 LOOP = """
 model = mlp()
@@ -44,27 +44,17 @@ def test_anomaly_detection_still_detects(tmp_path):
 
 
 def test_deterministic_algorithms(tmp_path):
-    """What eager refuses then, the compiled step refuses: capture runs torch's own checks."""
     ran = holds("torch.use_deterministic_algorithms(True)\n" + LOOP.format(STEP), tmp_path)
     assert ran.compiles == 1
 
 
-def test_what_has_no_deterministic_kernel_is_torchs_own_error(tmp_path):
-    refused = """
-    try:
-        out = model(x)
-        loss = F.cross_entropy(out.put(torch.arange(4), out[0]) if index % 8 == 7 else out, y)
-        loss.backward()
-    except RuntimeError as error:
-        print("refused", "put_" in str(error))
-        continue
-"""
-    holds(
-        "torch.use_deterministic_algorithms(True)\n" + LOOP.format(refused),
-        tmp_path,
-        says="put_ does not have a deterministic implementation",
-        line="out.put(torch.arange(4)",
-    )
+def test_what_torch_has_no_deterministic_kernel_for(tmp_path):
+    """Eager raises an error; XLA adds and writes in one order, so a compiled step does it, and twice the same bits."""
+    put = "out.put(torch.arange(8) % 4, out[:2].flatten()) if index else out"
+    step = f"out = model(x); loss = F.cross_entropy({put}, y); loss.backward()"
+    script = "torch.use_deterministic_algorithms(True)\n" + LOOP.format(step)
+    once, again = (run(script, tmp_path, "--engine=xla") for _ in range(2))
+    assert once.out == again.out and once.compiled_steps >= 20
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
