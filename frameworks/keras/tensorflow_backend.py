@@ -12,6 +12,7 @@ from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
+from trainingcompiler.frameworks.keras.counting import count_steps
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
 from trainingcompiler.frameworks.tensorflow.programs import is_input
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
@@ -45,6 +46,7 @@ def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
         fallback.leave(
             CaptureError("the model has a make_train_function of its own", where), config, how="as Keras runs it"
         )
+        count_steps(model, "tensorflow")
 
 
 def forget(model: Any) -> None:

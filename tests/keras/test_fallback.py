@@ -239,8 +239,8 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_step():
     model.train_on_batch(x, y)
     for delay_s in np.linspace(0.0005, 0.02, 12):
         timer = threading.Timer(delay_s, signal.raise_signal, [signal.SIGINT])
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             while True:
                 model.train_on_batch(x, y)
         timer.join()
