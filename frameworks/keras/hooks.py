@@ -11,6 +11,7 @@ from keras.src.trainers.trainer import Trainer
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.keras import backend_module
+from trainingcompiler.frameworks.keras.counting import count_steps, stop_counting
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 _OPTION = "training_compiler"
@@ -33,8 +34,11 @@ class Hooks:
         def compile(model: Any, *args: Any, training_compiler: Any = None, **kwargs: Any) -> None:
             config = self._chosen(training_compiler)
             compile_model(model, *args, **kwargs)
+            stop_counting(model)
             if config is None:
                 self._forget(model)
+                if self._config.enabled:  # this run is compiled, and this model is not, by the script's own word
+                    count_steps(model, "tensorflow" if keras.backend.backend() == "tensorflow" else "eager")
                 return
             given = dict(zip(parameters, args, strict=False)) | kwargs
             self._prepared(config).take(model, config, jit_compile=given.get("jit_compile", "auto"))

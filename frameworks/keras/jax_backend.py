@@ -13,6 +13,7 @@ from trainingcompiler import cache, fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.events import Recompiled, Started, emit, phase
+from trainingcompiler.frameworks.keras.counting import Counted
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -65,7 +66,7 @@ def _make_hooked_train_function(model: Any, force: bool = False) -> None:
         asked = "run_eagerly=True" if model.run_eagerly else "jit_compile=False"
         fallback.leave(CaptureError(f"model.compile({asked}) asks for it"), _taken[model], how="as Keras runs it")
         _make_train_function(model, force)
-        model.train_function = _counted(model, model.train_function)
+        model.train_function = Counted(model.train_function, model.steps_per_execution, "eager")
         return
     original = keras_trainer.jit
     keras_trainer.jit = lambda step, **options: PlannedStep(original(step, **options))
@@ -73,18 +74,6 @@ def _make_hooked_train_function(model: Any, force: bool = False) -> None:
         _make_train_function(model, force)
     finally:
         keras_trainer.jit = original
-
-
-def _counted(model: Any, function: Callable) -> Callable:
-    steps = model.steps_per_execution
-
-    def train_function(iterator: Any) -> Any:
-        result = function(iterator)
-        for _ in range(steps):
-            statistics().step_finished("eager", time.monotonic())
-        return result
-
-    return train_function
 
 
 class PlannedStep:

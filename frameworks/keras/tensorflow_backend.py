@@ -12,7 +12,9 @@ from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
+from trainingcompiler.frameworks.keras.counting import count_steps
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
+from trainingcompiler.frameworks.tensorflow.programs import is_input
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 
 _make_train_function: Callable = TensorFlowTrainer.make_train_function
@@ -44,6 +46,7 @@ def take(model: Any, config: TrainingCompilerConfig, jit_compile: Any) -> None:
         fallback.leave(
             CaptureError("the model has a make_train_function of its own", where), config, how="as Keras runs it"
         )
+        count_steps(model, "tensorflow")
 
 
 def forget(model: Any) -> None:
@@ -126,6 +129,6 @@ def _labels(data: Any) -> list[str]:
 
 
 def _without_optionals(data: Any) -> Any:
-    if any(isinstance(leaf, tf.experimental.Optional) for leaf in tf.nest.flatten(data)):
-        return keras.tree.map_structure(lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data)
-    return data
+    if all(leaf is None or is_input(leaf) for leaf in tf.nest.flatten(data)):
+        return data
+    return keras.tree.map_structure(lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data)

@@ -1,5 +1,6 @@
 """The TensorFlow adapter: a train step that assigns variables becomes one XLA program."""
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -30,6 +31,8 @@ def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
             "engine=eager is for PyTorch. To have TensorFlow run its own steps: --engine=tensorflow, or "
             'TrainingCompilerConfig(engine="tensorflow")'
         )
+    # JAX warns on every fork once it has started. Forked children (workers of a `PyDataset`) load data only.
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     unknown = bridge.check_version()
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     hooks.install()

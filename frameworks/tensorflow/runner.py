@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import tensorflow as tf
 
 from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, TrainingCompilerError
-from trainingcompiler.events import Recompiled, emit
+from trainingcompiler.events import Note, Recompiled, emit
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
@@ -73,6 +74,8 @@ class StepRunner:
         step = self._steps.get(key)
         is_new = step is None
         if step is None:
+            if self._choice.chosen == TF_GRAPH:  # whose own way with new shapes is better than one more export
+                return self.run_native(*args)
             try:
                 step = self._trace(key, args, leaves)
             except NothingTrained:
@@ -110,7 +113,13 @@ class StepRunner:
         if engine == XLA:
             return step.run(leaves)
         if engine == TF_XLA:
-            return step.run_in_tensorflow(leaves)
+            try:
+                return step.run_in_tensorflow(leaves)
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError) as error:
+                # One cluster of XLA: it has not run, and so has changed nothing.
+                emit(Note(text=f"TensorFlow's own XLA does not run this step: {str(error).splitlines()[0]}"))
+                self._choice.drop(TF_XLA)
+                return step.run(leaves)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = tf.function(step._flat, autograph=self._autograph)
@@ -132,7 +141,10 @@ class StepRunner:
             raise CaptureError(f"tracing it raised {type(error).__name__}: {text[:300]}") from error
         statistics().compile_time_s += time.perf_counter() - start_s
         if self._choice.next == XLA:
-            step.compile()
+            try:
+                step.compile()
+            except jax.errors.JaxRuntimeError as error:
+                raise CaptureError(f"XLA could not compile it: {str(error).splitlines()[0][:300]}") from error
         self._explain(key, args, time.perf_counter() - start_s)
         self._steps[key] = step
         if self._typical is None:

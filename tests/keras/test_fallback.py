@@ -239,8 +239,8 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_step():
     model.train_on_batch(x, y)
     for delay_s in np.linspace(0.0005, 0.02, 12):
         timer = threading.Timer(delay_s, signal.raise_signal, [signal.SIGINT])
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             while True:
                 model.train_on_batch(x, y)
         timer.join()
@@ -248,3 +248,41 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_step():
         momentum = [v.numpy() for v in model.optimizer.variables]
         assert count > 0 and all(np.isfinite(v).all() for v in momentum)
         assert np.isfinite(model.evaluate(x, y, verbose=0))
+
+
+def test_augmentation_inside_the_model_trains_either_way(fallbacks):
+    """Keras says of some of these layers that XLA cannot run them; whether it can is for the export to say."""
+
+    def make():
+        return keras.Sequential(
+            [
+                keras.Input((8, 8, 3)),
+                L.RandomFlip(),
+                L.RandomRotation(0.1),
+                L.RandomContrast(0.2),
+                L.Flatten(),
+                L.Dense(2),
+            ]
+        )
+
+    x, y = np.random.default_rng(0).random((32, 8, 8, 3)).astype(np.float32), data()[1]
+    model = compiled(make, training_compiler=XLA)
+    losses = model.fit(x, y, batch_size=8, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] and int(model.optimizer.iterations.numpy()) == 20
+    for event in fallbacks:
+        assert "XLA has no kernel for ImageProjectiveTransformV3" in event.reason
+
+
+def test_disabling_leaves_the_model_to_keras_as_it_is():
+    results = []
+    for option in (False, True):
+        model = compiled(dense, training_compiler=option)
+        model.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+        before = statistics().compiled_steps
+        tc.disable()
+        model.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+        assert statistics().compiled_steps == before
+        tc.enable(TrainingCompilerConfig(quiet=True))
+        results.append(model.get_weights())
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -113,3 +113,9 @@ def test_both_in_one_process(tmp_path):
     assert lines[:4] == [tensorflow, pytorch, tensorflow, tensorflow]
     assert "uses both" in lines[4] and "names neither of them" in lines[5] and lines[6] == "0.75"
     assert "16 steps" in done.stderr or "17 steps" in done.stderr
+
+
+def test_a_run_whose_models_all_opt_out_has_trained(tmp_path):
+    done = run(KERAS.replace('"mse")', '"mse", training_compiler=False)'), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[done]       8 steps (0 compiled, 8 by TensorFlow)" in done.stderr

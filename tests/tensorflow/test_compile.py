@@ -1,5 +1,6 @@
 """`tc.compile` of hand-written TensorFlow steps."""
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,8 +8,9 @@ import tensorflow as tf
 import trainingcompiler as tc
 from trainingcompiler import TrainingCompilerConfig
 from trainingcompiler.errors import FallbackError, UsageError
-from trainingcompiler.events import EngineChosen, FellBack, Recompiled, subscribe
+from trainingcompiler.events import EngineChosen, FellBack, Note, Recompiled, subscribe
 from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
+from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, XLA
 from trainingcompiler.statistics import current as statistics
 
 
@@ -231,3 +233,43 @@ def test_hooks_leave_nothing_behind(config):
     assert loop.count.numpy() == 1
     loop.count.assign(5)
     assert loop.count.numpy() == 5
+
+
+def test_what_xla_refuses_to_compile_runs_in_tensorflow(config, events, monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: not for this device\nand more")
+
+    monkeypatch.setattr("trainingcompiler.frameworks.tensorflow.programs.compiler.compile", refuse)
+    loop = Loop()
+    step = tc.compile(loop.step, TrainingCompilerConfig(engine="xla", quiet=True))
+    for batch in batches(3):
+        step(*batch)
+    assert loop.count.numpy() == 3
+    (event,) = [event for event in events if isinstance(event, FellBack)]
+    assert event.reason == "XLA could not compile it: UNIMPLEMENTED: not for this device"
+
+
+def test_where_the_graph_has_won_new_shapes_are_tensorflows(config, events):
+    loop = Loop()
+    step = tc.compile(loop.step, TrainingCompilerConfig(engine="auto", quiet=True, cache_dir=config.cache_dir))
+    step(*batches()[0])
+    step._runner._choice.chosen = TF_GRAPH
+    for rows in (3, 4, 5):
+        step(*batches(1, rows)[0])
+    assert loop.count.numpy() == 4 and len(step._runner._steps) == 1
+    assert not [event for event in events if isinstance(event, Recompiled)]
+
+
+def test_tensorflows_xla_is_dropped_where_it_fails(config, events, monkeypatch):
+    from trainingcompiler.frameworks.tensorflow.programs import TracedStep
+
+    def fail(self, leaves):
+        raise tf.errors.InvalidArgumentError(None, None, "no cluster")
+
+    monkeypatch.setattr(TracedStep, "run_in_tensorflow", fail)
+    loop = Loop()
+    step = tc.compile(tf.function(loop.step, jit_compile=True), TrainingCompilerConfig(engine="auto", quiet=True))
+    for batch in batches(20):
+        step(*batch)
+    assert loop.count.numpy() == 20 and step._runner._choice.chosen == XLA
+    assert ["no cluster" in event.text for event in events if isinstance(event, Note)] == [True]
