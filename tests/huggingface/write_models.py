@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from parity import Run, assert_same, train
 HEADING = "## Hugging Face architectures"
 EQUAL = "equal"
 STEPS = 3
+WIDTH = 120
 VERSION = torch.__version__.split("+")[0]
 
 
@@ -94,15 +96,19 @@ def table(outcomes: list[tuple[Architecture, str, str]]) -> str:
     lines = [
         HEADING,
         "",
-        f"Written by `tests/huggingface/write_models.py`, with transformers {hf.__version__} and torch {VERSION}, on a CPU.",
-        "Each architecture is as small as its configuration allows, random, in float32; losses and weights after "
-        f"{STEPS} steps",
-        "of SGD, the first of them in torch, are compared with eager's (three times the difference between eager and eager "
-        "with the",
-        "rows reversed, or 1e-4).",
+        textwrap.fill(
+            f"Written by `tests/huggingface/write_models.py` (transformers {hf.__version__}, torch {VERSION}, on a "
+            "CPU). Each architecture is as small as its configuration allows, random, in float32. Losses and weights "
+            f"after {STEPS} steps of SGD, the first of them in torch, are compared with eager's: they differ by at most "
+            "three times what eager differs by when the rows of the batch are reversed, or by 1e-4.",
+            WIDTH,
+        ),
         "",
-        "*equal*: forward, backward and step are one program, and it trains the same model. *eager*: torch runs the "
-        "step, and one line says so. " + ", ".join(f"{count} {status}" for status, count in counts.most_common()) + ".",
+        textwrap.fill(
+            "*equal*: forward, backward and step are one program, and it trains the same model. *eager*: torch runs "
+            "the step, and one line says so. " + ", ".join(f"{n} {status}" for status, n in counts.most_common()) + ".",
+            WIDTH,
+        ),
         "",
         "| family | architecture | model | outcome | why |",
         "|---|---|---|---|---|",
