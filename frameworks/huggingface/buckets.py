@@ -3,7 +3,7 @@
 import random
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks.huggingface.samples import Samples, sample
-from trainingcompiler.frameworks.huggingface.trial import reason_not_to_pad
+from trainingcompiler.frameworks.huggingface.trial import Trial, try_padding
 
 _SHORTEST = 16
 _IGNORED = -100  # the label that every loss of transformers leaves out
@@ -26,11 +26,13 @@ class Buckets:
         lengths: In tokens, ascending. A batch longer than the last is left as it is.
         pad_id: What `input_ids` are padded with.
         labels_differ: Whether labels may have another length than `input_ids`, as those of a decoder.
+        restores: Whether the padding can be taken off everything that the model returns.
     """
 
     lengths: tuple[int, ...]
     pad_id: int
     labels_differ: bool
+    restores: bool = False
 
     def length_for(self, length: int) -> int:
         """The smallest bucket that holds `length` tokens."""
@@ -52,6 +54,21 @@ class Buckets:
             if missing:
                 padded[name] = F.pad(tensor, (0, missing), value=fill)
         return padded
+
+    def restored(self, value: Any, inputs: Mapping[str, Any], padded: Mapping[str, Any]) -> Any:
+        """A value computed from a padded batch, as the batch without padding gives it.
+
+        Args:
+            value: Tensors of shape `[batch, length, ...]` are cut; others, and other shapes, are passed on.
+            inputs: The batch.
+            padded: What `pad` has made of it.
+        """
+        if isinstance(value, list | tuple):
+            return type(value)(self.restored(item, inputs, padded) for item in value)
+        length, padded_length = inputs["input_ids"].shape[1], padded["input_ids"].shape[1]
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == padded_length:
+            return value[:, :length]
+        return value
 
     def unknown(self, inputs: Mapping[str, Any]) -> str | None:
         """The name of a tensor that has a value for each token, and that nobody knows how to pad."""
@@ -122,7 +139,8 @@ def _tried(trainer: Any, samples: Samples) -> Buckets | None:
         labels_differ=decodes,
     )
     unknown = buckets.unknown(samples.batch)
-    reason = f"nobody knows how to pad {unknown}" if unknown else reason_not_to_pad(trainer, samples.batch, buckets)
+    trial = Trial() if unknown else try_padding(trainer, samples.batch, buckets)
+    reason = f"nobody knows how to pad {unknown}" if unknown else trial.reason
     if reason:
         emit(Note(text=f"batches have {samples.shortest} to {samples.longest} tokens, and {reason}: {_OWN_LENGTHS}"))
         return None
@@ -134,7 +152,9 @@ def _tried(trainer: Any, samples: Samples) -> Buckets | None:
             f"{after:.0%} of all tokens are padding, {before:.0%} without; losses are those of the unpadded batches"
         )
     )
-    return buckets
+    # As many classes as tokens would look like tokens.
+    restores = trial.restores and not decodes and getattr(config, "num_labels", None) not in buckets.lengths
+    return replace(buckets, restores=restores)
 
 
 _OWN_LENGTHS = (

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, buckets_for
@@ -63,13 +63,24 @@ class _Loop:
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own step; a batch is padded where nothing but its loss is wanted."""
-        if prediction_loss_only:
-            inputs = self._padded(inputs)
-        return self._prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        """The trainer's own step on a padded batch; predictions and labels come back without the padding."""
+        padded = inputs
+        if prediction_loss_only or (self.buckets and self.buckets.restores and self._predicts_as_trainer):
+            padded = self._padded(inputs)
+        loss, logits, labels = self._prediction_step(model, padded, prediction_loss_only, *args, **kwargs)
+        if padded is not inputs and self.buckets is not None:
+            logits, labels = (self.buckets.restored(part, inputs, padded) for part in (logits, labels))
+        return loss, logits, labels
+
+    @property
+    def _predicts_as_trainer(self) -> bool:
+        return type(self.trainer).prediction_step is Trainer.prediction_step
 
     def _padded(self, inputs: Any) -> Any:
-        return inputs if self.buckets is None else self.buckets.pad(inputs)
+        session = pytorch.session()
+        if self.buckets is None or session is None or not session.deferring:  # torch needs no equal lengths
+            return inputs
+        return self.buckets.pad(inputs)
 
     def _filtered(self, loss: torch.Tensor) -> torch.Tensor:
         """Does in the program what `logging_nan_inf_filter` does by looking at the loss between backward and step.

@@ -17,7 +17,7 @@ class Samples:
         lengths: Of the examples, in tokens.
         shortest: The length of a batch of short examples, as the collator makes it.
         longest: The same of long ones.
-        batch: A collated batch of examples of medium length, as the model gets it.
+        batch: A collated batch, shorter than the longest, as the model gets it.
     """
 
     lengths: list[int]
@@ -55,9 +55,10 @@ def sample(trainer: Any) -> Samples | None:
         shortest, longest = (batch["input_ids"].shape[1] for batch in (short, long))
     except Exception:  # a collator that fails, or makes something else, is told by the Trainer itself
         return None
-    if shortest == longest:
+    if shortest >= longest:
         return None
-    return Samples(lengths=lengths, shortest=shortest, longest=longest, batch=medium)
+    batch = medium if medium["input_ids"].shape[1] < longest else short
+    return Samples(lengths=lengths, shortest=shortest, longest=longest, batch=batch)
 
 
 def _collated(trainer: Any, examples: list[Mapping[str, Any]]) -> Mapping[str, Any]:

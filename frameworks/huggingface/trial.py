@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,37 +19,50 @@ if TYPE_CHECKING:
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 5e-2
 
 
-def reason_not_to_pad(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> str | None:
-    """Why the trainer's batches are not to be padded; None where the loss and all results stay the same.
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What has been found.
+
+    Attributes:
+        reason: Why batches are not to be padded; None where the loss and all results stay the same.
+        restores: Whether each result has its old shape back when its second dim is cut.
+    """
+
+    reason: str | None = None
+    restores: bool = False
+
+
+def try_padding(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> Trial:
+    """Computes the loss of a batch with and without padding.
 
     Args:
         trainer: A `transformers.Trainer`.
-        batch: A collated batch.
-        buckets: The lengths it would be padded to; here it is padded far beyond them.
+        batch: A collated batch, shorter than the longest bucket.
+        buckets: The lengths it would be padded to; here it is padded as far as they go, at most to twice its length.
     """
     from transformers import Trainer
 
     kind = type(trainer)
     if kind.compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
-        return "the loss is computed by code of your own, which padding may change"
+        return Trial(reason="the loss is computed by code of your own, which padding may change")
     if any(isinstance(module, _BatchNorm) for module in trainer.model.modules()):
-        return "the model has batch normalization, whose statistics padding would change"
+        return Trial(reason="the model has batch normalization, whose statistics padding would change")
     length = batch["input_ids"].shape[1]
-    longest = getattr(getattr(trainer.model, "config", None), "max_position_embeddings", None) or 2 * length
-    padded_length = min(2 * length, max(longest, length), max(buckets.lengths[-1], length))
-    if padded_length == length:
-        return None
+    padded_length = min(2 * length, buckets.lengths[-1])
     far = type(buckets)(lengths=(padded_length,), pad_id=buckets.pad_id, labels_differ=buckets.labels_differ)
     with undeferred(), _evaluating(trainer.model), torch.no_grad():
         try:
             plain = _results(trainer, batch)
             padded = _results(trainer, far.pad(batch))
         except Exception:  # the Trainer will meet the same error, and tell it
-            return "a trial with one batch failed"
+            return Trial(reason="a trial with one batch failed")
     limit = _TOLERANCE_16_BITS if _is_16_bits(trainer) else _TOLERANCE
     mask = batch.get("attention_mask")
-    worst = max((_difference(one, other, mask) for one, other in zip(plain, padded, strict=True)), default=0.0)
-    return None if worst <= limit else f"padding changes what the model computes (by {worst:.1g} in a trial)"
+    differences = [_difference(one, other, mask) for one, other in zip(plain, padded, strict=True)]
+    worst = max((difference for difference in differences if difference is not None), default=0.0)
+    if not worst <= limit:
+        return Trial(reason=f"padding changes what the model computes (by {worst:.1g} in a trial)")
+    return Trial(restores=None not in differences)
 
 
 def _results(trainer: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -59,11 +73,11 @@ def _results(trainer: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
     return [loss, *results]
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> float:
+def _difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> float | None:
     if one.ndim > 1 and one.shape[1] < other.shape[1]:
         other = other[:, : one.shape[1]]
     if one.shape != other.shape:
-        return 0.0  # something of the inside, which the loss speaks for
+        return None  # something of the inside, which the loss speaks for
     if mask is not None and one.shape[:2] == mask.shape:  # what stands at padding is nobody's business
         one, other = one[mask.bool()], other[mask.bool()]
     scale = max(one.abs().max().item(), 1e-6)

@@ -17,6 +17,7 @@ class _Habits:
 
     def __init__(self):
         self.steps = 0
+        self.begins_in_torch = False  # the first step is torch's, whatever is known of it
         self.clears = False  # sets gradients to None between a step and the next backward
         self.zeroes = False  # fills them with zeros instead
         self.reads = False  # reads them after the step
@@ -81,10 +82,23 @@ class OptimizerBook:
         That is so where its state was loaded or can be made ahead, and the script is known to clear gradients.
         """
         habits = self.habits(optimizer)
-        if habits.steps or not (habits.clears or habits.zeroes):
+        if habits.steps or habits.begins_in_torch or not (habits.clears or habits.zeroes):
             return habits.steps > 0
         loaded = all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
         return loaded or first_steps.makes_state(optimizer)
+
+    def begins_in_torch(self, module: nn.Module, watch: ModuleWatch) -> bool:
+        """Lets torch run the first step of the module's optimizers, unless that is past; returns whether it does.
+
+        A first forward may set things up that later ones find: caches, lazy layers, BERT's `config.problem_type`.
+        """
+        self._update_owners()
+        owners = [self.owner(parameter) for parameter in watch.fingerprint(module).parameters]
+        fresh = [self.habits(owner) for owner in owners if owner is not None and not self.habits(owner).steps]
+        for habits in fresh:
+            habits.begins_in_torch = True
+            self._changes += 1
+        return bool(fresh)
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that updates a parameter."""

@@ -343,12 +343,17 @@ class Session:
                 self.tape.free(tensor.slot)
 
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
-        is_function = not isinstance(function, nn.Module) and not _is_in_place(getattr(function, "__name__", ""))
+        module = function if isinstance(function, nn.Module) else None
+        is_function = module is None and not _is_in_place(getattr(function, "__name__", ""))
         if is_function and not (torch.is_grad_enabled() and self._needs_gradient(args, kwargs)):
             self._fallbacks.leave_part(error)  # no gradient passes it, so it is a look at values: a metric, most likely
             return function(*self._real(args), **self._real(kwargs))
-        self.run_eagerly(error, function if isinstance(function, nn.Module) else None)
-        with undeferred() if isinstance(function, nn.Module) else contextlib.nullcontext():
+        if module is not None and not self.tape and self.book.begins_in_torch(module, self.calls.modules):
+            self._guard.rest()
+            self._backward_compiled = False
+        else:
+            self.run_eagerly(error, module)
+        with undeferred() if module is not None else contextlib.nullcontext():
             return function(*self._real(args), **self._real(kwargs))
 
     def _write_real(self, function, args, kwargs) -> Any:

@@ -19,7 +19,8 @@ _SMALL: dict[str, Any] = dict(
     max_position_embeddings=64, n_positions=64, n_ctx=64, seq_length=64, max_seq_len=64, num_experts=4,
     num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     decoder_start_token_id=0, image_size=IMAGE, patch_size=8, num_channels=3, num_labels=3, use_cache=False,
-    sliding_window=4, pooler_hidden_size=32, decoder_vocab_size=VOCABULARY, projection_dim=16, rotary_dim=4, return_dict=True,
+    sliding_window=4, pooler_hidden_size=32, decoder_vocab_size=VOCABULARY, projection_dim=16, rotary_dim=4,
+    return_dict=True,
 )  # fmt: skip
 
 
@@ -34,6 +35,7 @@ class Architecture:
         batch: Makes the keyword arguments of one call, from torch's generator.
         changes: To the configuration, besides making it small.
         parts: The same for the configurations inside of it.
+        variant: What sets it apart from another one of the same name.
     """
 
     name: str
@@ -42,6 +44,12 @@ class Architecture:
     batch: Callable[[torch.Generator], dict[str, Any]]
     changes: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.name} {self.variant}".strip()
 
     def model(self) -> torch.nn.Module:
         """The model, random, without dropout."""
@@ -53,7 +61,7 @@ class Architecture:
 
 
 def _shrink(config: Any, changes: dict[str, Any]) -> None:
-    known = {name: value for name, value in _SMALL.items() if hasattr(config, name)}
+    known = {name: value for name, value in _SMALL.items() if hasattr(config, name) and name not in changes}
     for name, value in known.items():
         with contextlib.suppress(Exception):  # some names are computed from others, some have other types
             setattr(config, name, value)
@@ -126,7 +134,8 @@ def _questions(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _described(generator: torch.Generator) -> dict[str, Any]:
-    return {**_captions(generator), "labels": _ids(generator)}
+    captions = _captions(generator)
+    return {**captions, "labels": captions["input_ids"]}
 
 
 def _future(generator: torch.Generator) -> dict[str, Any]:
@@ -171,10 +180,14 @@ ARCHITECTURES = [
         num_heads=8, head_dim=8, n_groups=1, state_size=8, chunk_size=4)),
     Architecture("rwkv", "decoder", hf.AutoModelForCausalLM, _text, dict(attention_hidden_size=32, context_length=64)),
     *_many("encoder", hf.AutoModelForSequenceClassification, _classes, _ENCODERS),
-    *_many("encoder", hf.AutoModelForMaskedLM, _text, "deberta deberta-v2"),
+    *[Architecture(name, "encoder", hf.AutoModelForMaskedLM, _text, variant="(masked LM)")
+      for name in ("deberta", "deberta-v2")],
+    *[Architecture(name, "decoder", hf.AutoModelForCausalLM, _text, dict(_experts_implementation="batched_mm"),
+                   variant="(batched_mm experts)") for name in "mixtral qwen2_moe qwen3_moe olmoe".split()],
     Architecture("big_bird", "encoder", hf.AutoModelForSequenceClassification, _classes,
                  dict(attention_type="original_full")),
-    Architecture("longformer", "encoder", hf.AutoModelForSequenceClassification, _classes, dict(attention_window=[4, 4])),
+    Architecture("longformer", "encoder", hf.AutoModelForSequenceClassification, _classes,
+                 dict(attention_window=[4, 4])),
     Architecture("ibert", "encoder", hf.AutoModelForSequenceClassification, _classes),
     *_many("encoder-decoder", hf.AutoModelForSeq2SeqLM, _pairs, _ENCODER_DECODERS, decoder_start_token_id=0),
     Architecture("fsmt", "encoder-decoder", hf.AutoModelForSeq2SeqLM, _text, dict(
@@ -218,8 +231,7 @@ ARCHITECTURES = [
         max_target_positions=16)),
     *[Architecture(name, "multimodal", hf.AutoModel, _contrasts, {}, _TOWERS) for name in _CONTRASTS.split()],
     Architecture("vilt", "multimodal", hf.AutoModelForVisualQuestionAnswering, _questions),
-    Architecture("git", "multimodal", hf.AutoModelForCausalLM, lambda generator: {
-        **_described(generator), "labels": None, "input_ids": (ids := _ids(generator)), "labels": ids}),
+    Architecture("git", "multimodal", hf.AutoModelForCausalLM, _described),
     Architecture("patchtst", "series", hf.PatchTSTForPrediction, _future, dict(
         num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4)),
     Architecture("patchtsmixer", "series", hf.PatchTSMixerForPrediction, _future, dict(

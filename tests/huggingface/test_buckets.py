@@ -58,6 +58,35 @@ def test_few_programs_and_the_same_model(task, tmp_path):
     assert run.statistics.compiles <= 4 and run.statistics.eager_steps == 0
 
 
+@pytest.mark.parametrize("task", SEVERAL)
+def test_predictions_come_back_without_padding(task, tmp_path):
+    """Few programs in an evaluation that wants predictions too; their shapes are those of the unpadded batches."""
+    shapes: dict[bool, list] = {True: [], False: []}
+
+    def loop(objects, data, compiled):
+        def metrics(prediction):
+            shapes[compiled].append((prediction.predictions.shape, prediction.label_ids.shape))
+            right = prediction.predictions.argmax(-1) == prediction.label_ids
+            return {"accuracy": float(right[prediction.label_ids != -100].mean())}
+
+        given = {"data_collator": collate, "eval_dataset": data[:32], "compute_metrics": metrics}
+        made = trainer(objects, data, tmp_path, max_steps=3, trainer=given)
+        made.train()
+        found = made.evaluate()
+        predicted = made.predict(data[:8]).predictions
+        shapes[compiled].append(predicted.shape)
+        return [found["eval_loss"], found["eval_accuracy"], float(abs(predicted).sum())]
+
+    data = SEVERAL[task].data()
+    eager, run = (
+        train(lambda: {"model": SEVERAL[task].model()}, lambda o, d, c=c: loop(o, d, c), data, compiled=c)
+        for c in (False, True)
+    )
+    assert shapes[True] == shapes[False] != []
+    assert_same(eager, run, eager)
+    assert run.statistics.compiles <= 2 * 4 and not run.fallbacks()
+
+
 class Averaging(nn.Module):
     """Forgets the mask, so that padding changes it."""
 

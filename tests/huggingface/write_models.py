@@ -1,8 +1,9 @@
 """Trains every architecture for a step, compiled and not, and writes what came of it into docs/models.md.
 
-    .venv/bin/python tests/huggingface/write_models.py [--write docs/models.md] [name ...]
+    .venv/bin/python tests/huggingface/write_models.py [--write docs/models.md] [--known LOG] [name ...]
 
-Takes about ten minutes. Two steps of SGD follow one in torch; they are one program.
+Takes about half an hour on one core; what an interrupted run has printed is taken over with `--known`. Two steps of SGD
+follow one in torch; each is one program.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,6 +27,8 @@ from parity import Run, assert_same, train
 HEADING = "## Hugging Face architectures"
 EQUAL = "equal"
 STEPS = 3
+WIDTH = 120
+VERSION = torch.__version__.split("+")[0]
 
 
 def outcome(architecture: Architecture) -> tuple[str, str]:
@@ -92,20 +96,26 @@ def table(outcomes: list[tuple[Architecture, str, str]]) -> str:
     lines = [
         HEADING,
         "",
-        f"Written by `tests/huggingface/write_models.py`, with transformers {hf.__version__} and torch "
-        f"{torch.__version__.split('+')[0]}, on a CPU. Each architecture is as small as its configuration allows, random, "
-        f"in float32; losses and weights after {STEPS} steps of SGD, the first of them in torch, are compared with eager's "
-        "(three times the difference between eager and eager with the rows reversed, or 1e-4).",
+        textwrap.fill(
+            f"Written by `tests/huggingface/write_models.py` (transformers {hf.__version__}, torch {VERSION}, on a "
+            "CPU). Each architecture is as small as its configuration allows, random, in float32. Losses and weights "
+            f"after {STEPS} steps of SGD, the first of them in torch, are compared with eager's: they differ by at most "
+            "three times what eager differs by when the rows of the batch are reversed, or by 1e-4.",
+            WIDTH,
+        ),
         "",
-        "*equal*: forward, backward and step are one program, and it trains the same model. *eager*: torch runs the step, "
-        "and one line says so. " + ", ".join(f"{count} {status}" for status, count in counts.most_common()) + ".",
+        textwrap.fill(
+            "*equal*: forward, backward and step are one program, and it trains the same model. *eager*: torch runs "
+            "the step, and one line says so. " + ", ".join(f"{n} {status}" for status, n in counts.most_common()) + ".",
+            WIDTH,
+        ),
         "",
         "| family | architecture | model | outcome | why |",
         "|---|---|---|---|---|",
     ]
     for architecture, status, why in outcomes:
         made = getattr(architecture.auto, "__name__", "").removeprefix("AutoModelFor").removeprefix("Auto")
-        lines.append(f"| {architecture.family} | {architecture.name} | {made} | {status} | {why} |")
+        lines.append(f"| {architecture.family} | {architecture.label} | {made} | {status} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,22 +127,30 @@ def replaced(page: str, part: str) -> str:
     return pattern.sub(lambda found: part if found.end() == len(page) else part + "\n", page, count=1)
 
 
+def _known(log: Path) -> dict[str, tuple[str, str]]:
+    """The outcomes in the output of an earlier run."""
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if len(line) > 40]
+    return {line[:32].strip(): (line[33:43].strip(), line[44:].strip()) for line in lines}
+
+
 def main() -> None:
     """Reads the command line, trains, reports and, if asked to, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--known", type=Path, metavar="LOG", help="what an earlier run has printed")
     parser.add_argument("names", nargs="*", help="only these architectures")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
+    known = _known(options.known) if options.known else {}
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         for architecture in ARCHITECTURES:
             if not options.names or architecture.name in options.names:
-                status, why = outcome(architecture)
+                status, why = known.get(architecture.label) or outcome(architecture)
                 outcomes.append((architecture, status, why))
-                print(f"{architecture.name:<32} {status:<10} {why}", flush=True)
+                print(f"{architecture.label:<32} {status:<10} {why}", flush=True)
     if options.write:
         page = options.write.read_text(encoding="utf-8") if options.write.exists() else "# Models\n"
         options.write.write_text(replaced(page, table(outcomes)), encoding="utf-8")

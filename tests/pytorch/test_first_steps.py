@@ -154,3 +154,25 @@ def test_a_state_that_was_loaded_is_kept():
     run = train(made(mlp, torch.optim.Adam, lr=0.01), loop, batches(), compiled=True)
     assert run.statistics.eager_steps == 0
     assert_same_training(made(mlp, torch.optim.Adam, lr=0.01), loop, batches())
+
+
+class SetsUp(nn.Module):
+    """Finishes itself in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = nn.Linear(8, 4), None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = x.shape[1] ** -0.5
+        return self.net(x) * self.scale
+
+
+@pytest.mark.parametrize("model", [SetsUp, lambda: nn.Sequential(nn.LazyLinear(16), nn.Tanh(), nn.LazyLinear(4))])
+def test_a_first_forward_that_sets_something_up(model):
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    run = assert_same_training(made(model, torch.optim.AdamW, lr=0.01), loop, batches(), max_compiles=1)
+    assert run.statistics.eager_steps == 1
