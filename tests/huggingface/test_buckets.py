@@ -55,7 +55,7 @@ def test_few_programs_and_the_same_model(task, tmp_path):
     (note,) = notes(run)
     assert note.startswith("batches are padded to 4 lengths, 16, 24, 32, 40: ")
     assert note.endswith("losses are those of the unpadded batches")
-    assert run.statistics.compiles <= 4 and run.statistics.eager_steps == 0
+    assert run.statistics.compiles <= 4 and run.statistics.eager_steps <= 1
 
 
 @pytest.mark.parametrize("task", SEVERAL)

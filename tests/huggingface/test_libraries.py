@@ -109,4 +109,4 @@ def test_lora_adapters_train_and_frozen_weights_have_no_state(tmp_path):
     assert {id(p) for p in optimizer.state} == adapters
     frozen = [p for p in model.parameters() if id(p) not in adapters]
     assert frozen and all(p.grad is None for p in frozen)
-    assert run.statistics.launches == run.statistics.compiled_steps == 5 and not run.fallbacks()
+    assert run.statistics.launches == run.statistics.compiled_steps == 6 and not run.fallbacks()
