@@ -60,7 +60,6 @@ class _Masks:
     def kind(self, attention: Node) -> str:
         """What each query sees: `"causal"`, the keys up to its own place; `"all"` of them; or `"other"`."""
         number = attention.kwargs["attn_mask"].id
-        number = self._behind.get(number, number)  # a checkpointed block's is the one that was made before it
         if any(attention.args[_ATTENTION[attention.operator] :]):
             return "other"  # drops out, or is causal in addition to its mask
         if number not in self._kinds:
@@ -74,8 +73,13 @@ class _Masks:
         while pending:
             current = pending[-1]
             node = self._makers.get(current)
+            behind = self._behind.get(current)  # a checkpointed block is given what was made before it
+            if behind in self._values:
+                self._values[current] = self._values[behind]
             if current in self._values:
                 pending.pop()
+            elif behind is not None:
+                pending.append(behind)
             elif node is None or node.seed is not None or not _is_small(node):
                 return None
             else:

@@ -6,7 +6,7 @@ from rule import holds
 LOSSES = {
     "a mask": "F.cross_entropy(out[x[:, 0] > 0], y[x[:, 0] > 0])",
     "masked_select": "out.masked_select(x[:, :4] > 0).pow(2).mean()",
-    "unique": "F.cross_entropy(out, y) + out.unique(dim=0).pow(2).mean()",
+    "a mask of itself": "out[out > 0].pow(2).sum()",
 }
 EXACT = {
     "where": "torch.where((x[:, 0] > 0)[:, None], out, 0.0).pow(2).mean()",
