@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance fuzz gpu-plan lint clean
+.PHONY: help demo test bench conformance models fuzz gpu-plan lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
+	@echo "make models    every architecture of transformers on our list, one training step each (half an hour)"
 	@echo "make fuzz      2,000 training loops by chance, compared with eager (an hour)"
 	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
 	@echo "make clean     remove the environment and everything that was built"
@@ -39,6 +40,9 @@ test: lint
 
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/operators.md
+
+models: $(READY)
+	$(BIN)/python tests/huggingface/write_models.py --write docs/models.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png

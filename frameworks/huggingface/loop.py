@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, buckets_for
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
@@ -22,6 +23,8 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
     if isinstance(getattr(trainer.training_step, "__self__", None), _Loop):  # evaluation during training
         yield
         return
+    if trainer.args.fp16 and trainer.args.device.type == "cpu":
+        emit(Note(text="fp16=True has no effect on a CPU, where Accelerate trains in float32; bf16=True has"))
     if trainer.args.save_strategy != "no":
         _name_in_config(trainer.model)
     loop = _Loop(trainer)
