@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
 
 from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks import pytorch
@@ -39,6 +38,8 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
 
 def _name_in_config(model: Any) -> None:
     """Writes into the configuration what `save_pretrained` will write into it, or the first save would recompile."""
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
@@ -77,6 +78,8 @@ class _Loop:
 
     @property
     def _predicts_as_trainer(self) -> bool:
+        from transformers import Trainer
+
         return type(self.trainer).prediction_step is Trainer.prediction_step
 
     def _padded(self, inputs: Any) -> Any:

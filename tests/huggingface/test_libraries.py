@@ -1,5 +1,7 @@
 """PEFT, Accelerate and Lightning: the same deferred tape serves their loops."""
 
+import subprocess
+import sys
 import warnings
 
 import lightning
@@ -47,6 +49,14 @@ def test_an_accelerate_loop(accumulated):
     run = assert_same_training(made, loop, batches(), max_compiles=accumulated, float64_tolerance=1e-6)  # a float32 sum
     counts = run.statistics
     assert counts.eager_steps == 1 and counts.launches == accumulated * counts.compiled_steps
+
+
+def test_a_script_without_transformers_stays_without_it(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys, accelerate; print('transformers' in sys.modules)")
+    command = [sys.executable, "-m", "trainingcompiler.launch", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
 
 
 class Lit(lightning.LightningModule):
