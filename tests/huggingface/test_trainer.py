@@ -91,9 +91,8 @@ def test_no_scheduler_recompiles(tmp_path):
         "reduce_lr_on_plateau": {},
     }
     for kind in hf.SchedulerType:
-        if kind == "greedy":  # it wants the metric of an evaluation
-            continue
-        evaluates = {"eval_strategy": "steps", "eval_steps": 4} if kind == "reduce_lr_on_plateau" else {}
+        by_metric = kind in ("reduce_lr_on_plateau", "greedy")
+        evaluates = {"eval_strategy": "steps", "eval_steps": 4} if by_metric else {}
 
         def loop(objects, data, kind=kind, evaluates=evaluates):
             made = trainer(
