@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance fuzz gpu-plan keras-models lint clean
+.PHONY: help demo test bench conformance models fuzz gpu-plan lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
@@ -15,7 +15,7 @@ help:
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
-	@echo "make keras-models  one step of every architecture of keras.applications, compared with Keras (an hour)"
+	@echo "make models    a training step of every architecture in docs/models.md, compared with eager (two hours)"
 	@echo "make fuzz      2,000 training loops by chance, compared with eager (an hour)"
 	@echo "make bench     the benchmark of benchmarks/README.md, in full (hours)"
 	@echo "make clean     remove the environment and everything that was built"
@@ -43,12 +43,13 @@ test: lint
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/operators.md
 
+models: $(READY)
+	$(BIN)/python tests/huggingface/write_models.py --write docs/models.md
+	$(BIN)/python benchmarks/keras_applications.py --write docs/models.md
+
 bench: $(READY)
 	$(BIN)/python benchmarks/pytorch_step.py --json build/pytorch_step.json --plot build/pytorch_step.png
 	$(BIN)/python benchmarks/keras_fit.py --json build/keras_fit.json
-
-keras-models: $(READY)
-	$(BIN)/python benchmarks/keras_applications.py --write docs/models.md
 
 # XLA's compiler for GPUs, in an environment of its own; JAX_PLATFORMS, or JAX looks for a driver.
 $(GPU)/.ready: $(READY)

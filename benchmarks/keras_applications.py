@@ -160,7 +160,7 @@ def main() -> None:
         if args.write:
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(json.dumps(results, indent=1))
-            rows = {known: results.get(known, {"reason": "not run yet (`make keras-models`)"}) for known in names()}
+            rows = {known: results.get(known, {"reason": "not run yet (`make models`)"}) for known in names()}
             args.write.write_text(page(rows))
     sys.exit(not all(map(is_equal, results.values())))
 

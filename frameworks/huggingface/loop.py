@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
 
+from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, buckets_for
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
@@ -22,6 +22,8 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
     if isinstance(getattr(trainer.training_step, "__self__", None), _Loop):  # evaluation during training
         yield
         return
+    if trainer.args.fp16 and trainer.args.device.type == "cpu":
+        emit(Note(text="fp16=True has no effect on a CPU, where Accelerate trains in float32; bf16=True has"))
     if trainer.args.save_strategy != "no":
         _name_in_config(trainer.model)
     loop = _Loop(trainer)
@@ -36,6 +38,8 @@ def compiled_loop(trainer: Any) -> Iterator[None]:
 
 def _name_in_config(model: Any) -> None:
     """Writes into the configuration what `save_pretrained` will write into it, or the first save would recompile."""
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
@@ -74,6 +78,8 @@ class _Loop:
 
     @property
     def _predicts_as_trainer(self) -> bool:
+        from transformers import Trainer
+
         return type(self.trainer).prediction_step is Trainer.prediction_step
 
     def _padded(self, inputs: Any) -> Any:

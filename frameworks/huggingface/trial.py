@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.structure import flatten
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.huggingface.buckets import Buckets
@@ -42,8 +43,9 @@ def try_padding(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> T
     """
     from transformers import Trainer
 
-    kind = type(trainer)
-    if kind.compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
+    methods = ("compute_loss", "training_step")
+    own = any(getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in methods)
+    if own or trainer.compute_loss_func is not None:
         return Trial(reason="the loss is computed by code of your own, which padding may change")
     if any(isinstance(module, _BatchNorm) for module in trainer.model.modules()):
         return Trial(reason="the model has batch normalization, whose statistics padding would change")
@@ -68,9 +70,8 @@ def try_padding(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> T
 def _results(trainer: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
     """The loss, and every floating tensor that the model returns for the examples or for their tokens."""
     loss, outputs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)), return_outputs=True)
-    found = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
-    results = [value for value in found if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    return [loss, *results]
+    leaves, _ = flatten(tuple(outputs.values()) if isinstance(outputs, Mapping) else tuple(outputs))
+    return [loss, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())]
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> float | None:

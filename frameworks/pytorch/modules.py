@@ -16,8 +16,8 @@ from trainingcompiler.frameworks.pytorch.replaying import undeferred
 _STEADY = 2  # as many values of a number that cannot be an input are compiled as constants
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks that only compute, so that capture may run them: input embeddings are made to require gradients, for
-# checkpointing and for adapters on frozen weights.
-_PURE_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+# checkpointing and for adapters on frozen weights; hidden states are collected for the result of the same call.
+_PURE_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook"})
 _PURE_SOURCES = ("transformers.", "peft.")
 _APPLY = nn.Module._apply
 _CHANGES = ("__setattr__", "__delattr__", "_apply", "register_buffer", "register_parameter", "add_module")

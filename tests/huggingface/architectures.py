@@ -161,7 +161,7 @@ _ENCODERS = (
 )
 _ENCODER_DECODERS = "t5 mt5 umt5 bart mbart pegasus marian blenderbot blenderbot-small m2m_100 longt5 mvp plbart"
 _VISION = "vit beit dinov2 dinov2_with_registers vit_msn data2vec-vision ijepa"
-_CONTRASTS = "clip chinese_clip siglip altclip"
+_CONTRASTS = "clip chinese_clip altclip"
 _CONVOLUTIONS = dict(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2)
 _WAVES = dict(
     conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 8], num_conv_pos_embeddings=16,
@@ -230,6 +230,8 @@ ARCHITECTURES = [
         input_feat_per_channel=8, input_channels=1, conv_channels=16, max_source_positions=32,
         max_target_positions=16)),
     *[Architecture(name, "multimodal", hf.AutoModel, _contrasts, {}, _TOWERS) for name in _CONTRASTS.split()],
+    Architecture("siglip", "multimodal", hf.AutoModel, _contrasts, {}, {
+        "text_config": {"projection_size": 32}, "vision_config": {}}),
     Architecture("vilt", "multimodal", hf.AutoModelForVisualQuestionAnswering, _questions),
     Architecture("git", "multimodal", hf.AutoModelForCausalLM, _described),
     Architecture("patchtst", "series", hf.PatchTSTForPrediction, _future, dict(

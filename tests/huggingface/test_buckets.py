@@ -114,12 +114,18 @@ class OwnLoss(hf.Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
+class OwnStep(hf.Trainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "reason"),
     [
         (Averaging, hf.Trainer, "padding changes what the model computes"),
         (Normalizing, hf.Trainer, "the model has batch normalization"),
         (bert, OwnLoss, "the loss is computed by code of your own"),
+        (Averaging, OwnStep, "the loss is computed by code of your own"),
     ],
 )
 def test_where_padding_may_change_the_loss_each_length_is_a_program(model, kind, reason, tmp_path):

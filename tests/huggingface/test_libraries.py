@@ -1,5 +1,7 @@
 """PEFT, Accelerate and Lightning: the same deferred tape serves their loops."""
 
+import subprocess
+import sys
 import warnings
 
 import lightning
@@ -49,6 +51,14 @@ def test_an_accelerate_loop(accumulated):
     assert counts.eager_steps == 0 and counts.launches == accumulated * counts.compiled_steps
 
 
+def test_a_script_without_transformers_stays_without_it(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys, accelerate; print('transformers' in sys.modules)")
+    command = [sys.executable, "-m", "trainingcompiler.launch", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
+
+
 class Lit(lightning.LightningModule):
     """The module of Lightning's own tutorial."""
 
@@ -91,7 +101,7 @@ def test_a_lightning_fit(tmp_path):
     run = assert_same_training(make, loop, batches(), dtypes=(torch.float32,))
     counts = run.statistics
     assert counts.eager_steps == 0 and counts.compiled_steps == 2 * len(batches())
-    validations = 2 * 4
+    validations = 2 + 2 * 4  # two before training, to see that it works
     assert counts.compiles <= 3 and counts.launches == counts.compiled_steps + validations
 
 

@@ -8,7 +8,7 @@ from tasks import TASKS, Task, gpt2
 from torch import nn
 from training import assert_same_trainer, losses, trainer
 
-from trainingcompiler.events import Recompiled
+from trainingcompiler.events import Note, Recompiled
 
 STEPS, LOGS = 30, 6
 BERT = TASKS["bert"]
@@ -56,6 +56,18 @@ def test_bf16(tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in run.objects["model"].parameters())
 
 
+def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path):
+    def loop(objects, data):
+        made = trainer(objects, data, tmp_path, max_steps=3, fp16=True)
+        made.train()
+        return losses(made)
+
+    run = train(lambda: {"model": gpt2()}, loop, TASKS["gpt2"].data(), compiled=True)
+    assert [event.text for event in run.events if isinstance(event, Note)] == [
+        "fp16=True has no effect on a CPU, where Accelerate trains in float32; bf16=True has"
+    ]
+
+
 class Line(nn.Module):
     """The smallest model that the Trainer can train."""
 
@@ -80,9 +92,8 @@ def test_no_scheduler_recompiles(tmp_path):
         "reduce_lr_on_plateau": {},
     }
     for kind in hf.SchedulerType:
-        if kind == "greedy":  # it wants the metric of an evaluation
-            continue
-        evaluates = {"eval_strategy": "steps", "eval_steps": 4} if kind == "reduce_lr_on_plateau" else {}
+        by_metric = kind in ("reduce_lr_on_plateau", "greedy")
+        evaluates = {"eval_strategy": "steps", "eval_steps": 4} if by_metric else {}
 
         def loop(objects, data, kind=kind, evaluates=evaluates):
             made = trainer(
