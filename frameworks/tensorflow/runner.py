@@ -38,6 +38,7 @@ class StepRunner:
         labels: Callable[..., Sequence[str]] | None = None,
         autograph: bool = False,
         engines: Sequence[str] = (XLA, TF_GRAPH, TF_XLA),
+        native_is_graph: bool = True,
         where: str | None = None,
     ):
         """Prepares; nothing is traced before the first call.
@@ -50,10 +51,12 @@ class StepRunner:
             labels: What a person calls the leaves of the arguments, given the arguments.
             autograph: Whether Python's control flow in `function` is converted while tracing.
             engines: Who may run the step.
+            native_is_graph: Whether `native` is a graph of TensorFlow, and not Python.
             where: The script's line that the step belongs to, if it is known.
         """
         self._function, self._native, self._config = function, native, config
         self._name, self._labels, self._autograph, self._where = name, labels, autograph, where
+        self._native_is_graph = native_is_graph
         self._steps: dict[tuple, TracedStep] = {}
         self._graphs: dict[tuple, Callable] = {}
         self._typical: tuple | None = None
@@ -74,7 +77,7 @@ class StepRunner:
         step = self._steps.get(key)
         is_new = step is None
         if step is None:
-            if self._choice.chosen == TF_GRAPH:  # whose own way with new shapes is better than one more export
+            if self._choice.chosen == TF_GRAPH and self._native_is_graph:  # new shapes need no export for that
                 return self.run_native(*args)
             try:
                 step = self._trace(key, args, leaves)

@@ -26,8 +26,6 @@ class CompiledStep:
         functools.update_wrapper(self, train_step)
         is_traced = isinstance(train_step, Function)
         function = train_step.python_function if is_traced else train_step
-        # A plain function may rely on running eagerly; the engine that stands for TensorFlow traces it all the same.
-        native = train_step if is_traced else tf.function(train_step)
         self._name = getattr(function, "__name__", "train_step")
         self._signature = inspect.signature(function)
         self._config = config
@@ -36,12 +34,13 @@ class CompiledStep:
             engines.remove(TF_GRAPH if train_step._jit_compile else TF_XLA)
         self._runner = StepRunner(
             lambda args, kwargs: function(*args, **kwargs),
-            lambda args, kwargs: native(*args, **kwargs),
+            lambda args, kwargs: train_step(*args, **kwargs),
             config,
             name=self._name,
             labels=self._labels,
             autograph=bool(train_step._autograph) if is_traced else True,
             engines=engines,
+            native_is_graph=is_traced,
             where=_where(function),
         )
 

@@ -251,7 +251,8 @@ def test_what_xla_refuses_to_compile_runs_in_tensorflow(config, events, monkeypa
 
 def test_where_the_graph_has_won_new_shapes_are_tensorflows(config, events):
     loop = Loop()
-    step = tc.compile(loop.step, TrainingCompilerConfig(engine="auto", quiet=True, cache_dir=config.cache_dir))
+    auto = TrainingCompilerConfig(engine="auto", quiet=True, cache_dir=config.cache_dir)
+    step = tc.compile(tf.function(loop.step), auto)
     step(*batches()[0])
     step._runner._choice.chosen = TF_GRAPH
     for rows in (3, 4, 5):
@@ -273,3 +274,17 @@ def test_tensorflows_xla_is_dropped_where_it_fails(config, events, monkeypatch):
         step(*batch)
     assert loop.count.numpy() == 20 and step._runner._choice.chosen == XLA
     assert ["no cluster" in event.text for event in events if isinstance(event, Note)] == [True]
+
+
+def test_a_function_that_needs_to_run_eagerly_does(config, events):
+    loop = Loop()
+
+    def step(x, y):
+        result = loop.step(x, y)
+        return float(result["loss"].numpy())  # only an eager tensor has a value
+
+    compiled = tc.compile(step, TrainingCompilerConfig(engine="xla", quiet=True))
+    losses = [compiled(*batch) for batch in batches(4)]
+    assert all(isinstance(loss, float) for loss in losses) and loop.count.numpy() == 4
+    (event,) = [event for event in events if isinstance(event, FellBack)]
+    assert "tracing it raised" in event.reason and event.where.startswith("test_compile.py:")
