@@ -111,9 +111,9 @@ def table(outcomes: list[tuple[Architecture, str, str]]) -> str:
         ),
         "",
         textwrap.fill(
-            "`aten.item`, `aten._local_scalar_dense` and `aten.nonzero` ask for values in the middle of the forward, which "
-            "one program cannot answer: which experts were hit (`experts_implementation='batched_mm'` does not ask), how "
-            "long a sequence is, which labels are set.",
+            "`aten.item`, `aten._local_scalar_dense` and `aten.nonzero` ask for values in the middle of the forward, "
+            "which one program cannot answer: which experts were hit (`experts_implementation='batched_mm'` does not "
+            "ask), how long a sequence is, which labels are set.",
             WIDTH,
         ),
         "",
