@@ -110,6 +110,13 @@ def table(outcomes: list[tuple[Architecture, str, str]]) -> str:
             WIDTH,
         ),
         "",
+        textwrap.fill(
+            "`aten.item`, `aten._local_scalar_dense` and `aten.nonzero` ask for values in the middle of the forward, "
+            "which one program cannot answer: which experts were hit (`experts_implementation='batched_mm'` does not "
+            "ask), how long a sequence is, which labels are set.",
+            WIDTH,
+        ),
+        "",
         "| family | architecture | model | outcome | why |",
         "|---|---|---|---|---|",
     ]
