@@ -158,7 +158,7 @@ def replaced(whole: str, part: str) -> str:
     """A page with the part under `HEADING` replaced, or put at its end; other generators write the other parts."""
     before, _, old = whole.partition(HEADING)
     after = re.search(r"^## ", old, re.MULTILINE)
-    return f"{before.rstrip()}\n\n{part}" + (f"\n{old[after.start():]}" if after else "")
+    return f"{before.rstrip()}\n\n{part}" + (f"\n{old[after.start() :]}" if after else "")
 
 
 def main() -> None:
