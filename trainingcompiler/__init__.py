@@ -72,6 +72,9 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     else:
         statistics.current()
         events.end_at_exit()
+    for adapter in dict.fromkeys(hooked.values()):
+        if adapter not in sys.modules:  # whoever imports it: we, when its framework is there, or the script itself
+            _withdrawals.append(imports.after_import(adapter, functools.partial(_enable_adapter, adapter, config)))
     for framework, adapter in hooked.items():
         _withdrawals.append(imports.after_import(framework, functools.partial(_enable_adapter, adapter, config)))
 
@@ -122,7 +125,10 @@ def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerC
 
 
 def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
-    importlib.import_module(module_name).enable(config)
+    if module_name not in sys.modules:
+        importlib.import_module(module_name)  # it is enabled at the end of that
+    elif hasattr(sys.modules[module_name], "enable"):  # or it is being imported right now, and imports its framework
+        sys.modules[module_name].enable(config)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import trainingcompiler
 from trainingcompiler import adapters, config, imports
 from trainingcompiler.imports import after_import
 
-NAME = "awaited_package"
+NAME, ADAPTER = "awaited_package", "awaited_adapter"
 
 
 @pytest.fixture
@@ -102,14 +102,15 @@ def test_a_request_can_be_withdrawn(package):
 def adapter(package, monkeypatch):
     """A stand-in for a framework and its adapter; the list of configurations it was enabled and disabled with."""
     calls: list[object] = []
-    source = "calls = []\ndef enable(config): calls.append(config)\ndef disable(): calls.append(None)\n"
-    (package / "part.py").write_text(source)
-    monkeypatch.setattr(adapters, "HOOKED", {NAME: f"{NAME}.part"})
+    source = f"import {NAME}\ncalls = []\ndef enable(config): calls.append(config)\ndef disable(): calls.append(None)\n"
+    (package.parent / f"{ADAPTER}.py").write_text(source)
+    monkeypatch.setattr(adapters, "HOOKED", {NAME: ADAPTER})
     monkeypatch.setattr("trainingcompiler.events.end_at_exit", lambda: None)
     for variable in config.VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
-    yield lambda: sys.modules[f"{NAME}.part"].calls if f"{NAME}.part" in sys.modules else calls
+    yield lambda: sys.modules[ADAPTER].calls if ADAPTER in sys.modules else calls
     trainingcompiler.disable()
+    sys.modules.pop(ADAPTER, None)
 
 
 @pytest.mark.parametrize("imported_first", [True, False])
@@ -126,6 +127,14 @@ def test_enable_works_before_and_after_the_framework_is_imported(adapter, import
         assert adapter() == [chosen]
     trainingcompiler.disable()
     assert adapter()[-1] is None
+
+
+def test_an_adapter_that_the_script_imports_itself(adapter):
+    """It imports its framework, whose callback finds it half imported."""
+    chosen = trainingcompiler.TrainingCompilerConfig(engine="xla")
+    trainingcompiler.enable(chosen)
+    importlib.import_module(ADAPTER)
+    assert adapter() == [chosen]
 
 
 def test_disable_before_the_import_leaves_the_framework_alone(adapter):
@@ -151,8 +160,8 @@ def test_the_environment_turns_everything_off(adapter, monkeypatch, capsys):
 
 
 def test_compile_asks_the_adapter(adapter, package, monkeypatch):
-    with (package / "part.py").open("a") as source:
+    with (package.parent / f"{ADAPTER}.py").open("a") as source:
         source.write("def compile(step, config): return step, config.engine\n")
-    monkeypatch.setattr(adapters, "_STEPS", {"torch": f"{NAME}.part"})
+    monkeypatch.setattr(adapters, "_STEPS", {"torch": ADAPTER})
     chosen = trainingcompiler.TrainingCompilerConfig(engine="xla")
     assert trainingcompiler.compile(len, chosen) == (len, "xla")
