@@ -23,7 +23,7 @@ def code_of(notebook: Path) -> str:
 
 
 def test_every_notebook_is_run():
-    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == set(SHORTER)
+    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {*SHORTER, "keras_fit.ipynb"}  # see tests/keras
 
 
 @pytest.mark.parametrize("name", SHORTER)

@@ -142,8 +142,8 @@ def capture(
                 twins.stand_in(tensor, fake)
                 leaves.append((index, len(entry.leaves) + place, recorder.value_of(fake)))
             for optimizer in entry.optimizers:
-                if entry.outputs is not None and first_steps.makes_state(optimizer):
-                    first_steps.make_state(optimizer, twins.has_gradient)
+                if entry.outputs is not None:
+                    first_steps.prepare(optimizer, twins.has_gradient)
             with twins.recording():
                 if entry.seed is not None:
                     seed = twins.fake_like((), torch.int64)

@@ -16,6 +16,11 @@ METADATA_METHODS = frozenset(
     "size dim numel nelement ndimension stride is_contiguous element_size is_floating_point is_complex is_signed "
     "is_conj is_neg is_inference __len__ storage_offset get_device".split()
 )
+READS = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
+    "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
+)
+# What a loop may do with a result and the tape has no word for; `grad` is that of `torch.autograd`.
 
 
 class Owner(Protocol):
@@ -86,3 +91,15 @@ def _deferred(value: Any):
             yield from _deferred(item)
     elif isinstance(value, dict):
         yield from _deferred(tuple(value.values()))
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__") or name == "__setitem__"
+    return name.endswith("_")
+
+
+def functional_name(name: str) -> str:
+    """The name of the function that computes what one of this name writes: `add` for `add_` and `__iadd__`."""
+    return name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")

@@ -9,9 +9,11 @@ import torch
 
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS
 from trainingcompiler.store import digest_of_code
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.layout, torch.memory_format, torch.device)
+_KNOWN_CODE = ("trainingcompiler", "jax", "builtins", "functools", "operator", "_operator")
 
 
 class _Unknown(Exception):
@@ -27,18 +29,29 @@ def digest_of(graph: Graph, results: list[int], roles: Iterable[Any]) -> str | N
         roles: What else decides: which values are state and which inputs, and the like.
 
     Returns:
-        The digest; None where an operator has an argument of a kind that is not known to have a text of its own.
+        The digest; None where an operator has an argument of a kind that is not known to have a text of its own, or
+        a lowering that is not ours.
     """
+    nodes = graph.live_nodes(results)
     try:
+        _check_lowerings(nodes)
         parts = [digest_of_code(Path(__file__).parent), _text(list(roles)), _text(results)]
-        for node in graph.live_nodes(results):
-            parts.append(_node(node))
+        parts += map(_node, nodes)
         for value, constant in graph.constants.items():
             array = numpy_view(constant.contiguous())
             parts.append(f"{value} {array.dtype} {array.shape} {array.tobytes().hex()}")
     except _Unknown:
         return None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _check_lowerings(nodes: list[Node]) -> None:
+    """A lowering that somebody has put into the table is not part of the code that the digest holds."""
+    for operator in {node.operator for node in nodes}:
+        function = LOWERINGS.get(operator) or RANDOM_LOWERINGS.get(operator)
+        origin = getattr(function, "__module__", None) or type(function).__module__
+        if origin.split(".")[0] not in _KNOWN_CODE:
+            raise _Unknown
 
 
 def _node(node: Node) -> str:

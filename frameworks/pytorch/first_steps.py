@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.errors import PassingCaptureError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
-from trainingcompiler.frameworks.pytorch.optimizers import of_torch
+from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
 
@@ -23,6 +24,24 @@ def makes_state(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, torch.optim.SGD) or not any(
         group["momentum"] and group["dampening"] for group in optimizer.param_groups
     )
+
+
+def prepare(optimizer: torch.optim.Optimizer, has_gradient: Callable[[torch.Tensor], bool]) -> None:
+    """Makes what state a step to be captured needs.
+
+    Args:
+        optimizer: Any optimizer.
+        has_gradient: Tells whether a parameter has a gradient when the step begins.
+
+    Raises:
+        PassingCaptureError: SGD with dampening has new parameters, whose first momentum torch makes.
+    """
+    if makes_state(optimizer):
+        make_state(optimizer, has_gradient)
+    elif isinstance(optimizer, torch.optim.SGD):
+        parameters = parameters_of(optimizer)
+        if any(not optimizer.state.get(parameter) and has_gradient(parameter) for parameter in parameters):
+            raise PassingCaptureError(NEW_STATE)
 
 
 def make_state(optimizer: torch.optim.Optimizer, has_gradient: Callable[[torch.Tensor], bool]) -> None:

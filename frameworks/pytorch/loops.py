@@ -79,11 +79,14 @@ class OptimizerBook:
     def is_ready(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer's next step can be captured: it has stepped before, or its first step is understood.
 
-        That is so where its state was loaded or can be made ahead, and the script is known to clear gradients.
+        That is so where its state was loaded or can be made ahead, and the script is known to set gradients to None.
+        Several optimizers begin in torch: in the first iteration of a GAN one has stepped when the other has not.
         """
         habits = self.habits(optimizer)
-        if habits.steps or habits.begins_in_torch or not (habits.clears or habits.zeroes):
-            return habits.steps > 0
+        if habits.steps:
+            return True
+        if habits.begins_in_torch or habits.zeroes or not habits.clears or len(self._habits) > 1:
+            return False
         loaded = all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
         return loaded or first_steps.makes_state(optimizer)
 

@@ -16,7 +16,14 @@ from torch import nn
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
-from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, DeferredTensor
+from trainingcompiler.frameworks.pytorch.deferred import (
+    METADATA,
+    METADATA_METHODS,
+    READS,
+    DeferredTensor,
+    functional_name,
+    is_in_place,
+)
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
@@ -32,11 +39,6 @@ from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, u
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
 from trainingcompiler.statistics import current as statistics
 
-_READS = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __repr__ __str__ __format__ "
-    "__contains__ equal allclose is_nonzero data_ptr untyped_storage storage __reversed__ __hash__".split()
-)
-# What a loop may do with a result and the tape has no word for; `grad` is that of `torch.autograd`.
 _OPAQUE = frozenset({"register_hook", "retain_grad", "__set__", "grad"})
 _LONGEST_TAPE = 512  # entries; a list of results that nobody looks at must not grow one without end
 
@@ -96,9 +98,9 @@ class Session:
             return function(args[0].slot.meta, *args[1:], **kwargs)
         elif name in ("isnan", "isinf") and args[0].slot.finite:
             return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool)
-        if name in _READS and not is_replaying():
+        if name in READS and not is_replaying():
             statistics().host_reads += 1
-        if is_replaying() or name in _READS or not self._any_pending(args, kwargs):
+        if is_replaying() or name in READS or not self._any_pending(args, kwargs):
             return function(*self._real(args), **self._real(kwargs))
         if self._bound_tape():
             return function(*self._real(args), **self._real(kwargs))
@@ -237,7 +239,7 @@ class Session:
 
     def _record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         name = getattr(function, "__name__", "")
-        target = kwargs.get("out", args[0] if args and _is_in_place(name) else None)
+        target = kwargs.get("out", args[0] if args and is_in_place(name) else None)
         is_pending = isinstance(target, DeferredTensor) and not target.slot.committed
         if isinstance(target, torch.Tensor) and not is_pending:
             return self._write_real(function, args, kwargs)
@@ -344,7 +346,7 @@ class Session:
 
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
         module = function if isinstance(function, nn.Module) else None
-        is_function = module is None and not _is_in_place(getattr(function, "__name__", ""))
+        is_function = module is None and not is_in_place(getattr(function, "__name__", ""))
         if is_function and not (torch.is_grad_enabled() and self._needs_gradient(args, kwargs)):
             self._fallbacks.leave_part(error)  # no gradient passes it, so it is a look at values: a metric, most likely
             return function(*self._real(args), **self._real(kwargs))
@@ -359,7 +361,7 @@ class Session:
     def _write_real(self, function, args, kwargs) -> Any:
         """An in-place call on a tensor that is no result of the tape, with a deferred operand: `total += loss`."""
         total = args[0]
-        functional = getattr(torch.Tensor, _functional_name(function.__name__), None)
+        functional = getattr(torch.Tensor, functional_name(function.__name__), None)
         simple = (
             type(total) in (torch.Tensor, DeferredTensor)
             and functional is not None
@@ -583,16 +585,6 @@ def _described(leaf: Any) -> Any:
     if isinstance(leaf, Slot):
         return tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
     return None
-
-
-def _is_in_place(name: str) -> bool:
-    if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__") or name == "__setitem__"
-    return name.endswith("_")
-
-
-def _functional_name(name: str) -> str:
-    return name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
 
 
 def _unusable(error: NumberUsed) -> CaptureError:

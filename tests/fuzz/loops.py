@@ -19,7 +19,7 @@ _LAYERS = {
 _SQUARED = """
 class Squared(nn.Module):
     def forward(self, x):
-        return x * x.mean(1, keepdim=True)
+        return x * x.square().mean(1, keepdim=True)
 """
 _LOSSES = {
     "cross entropy": "F.cross_entropy({}, y)",

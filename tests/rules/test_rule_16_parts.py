@@ -39,4 +39,4 @@ for _ in range(24):
     path = tmp_path / "early.py"
     path.write_text(script)
     ran = run(f"import runpy; runpy.run_path({str(path)!r}); print('done')", tmp_path, "--engine=xla")
-    assert ran.compiled_steps == 23 and ran.out == ["done"]
+    assert ran.compiled_steps == 24 and ran.out == ["done"]

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small import compiled, data, dense
+from keras_small import compiled, data, dense
 
 from trainingcompiler.frameworks.tensorflow import state
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small import compiled, data, dense
+from keras_small import compiled, data, dense
 
 import trainingcompiler as tc
 from trainingcompiler import TrainingCompilerConfig
@@ -77,7 +77,7 @@ def test_a_layer_without_a_kernel_is_named_and_trains_in_tensorflow(kind, named,
     )
     (event,) = fallbacks
     assert named in event.reason
-    assert event.where and event.where.startswith("test_fallback.py:") and event.how == "as TensorFlow runs it"
+    assert event.where and event.where.startswith("test_keras_fallback.py:") and event.how == "as TensorFlow runs it"
     assert int(model.optimizer.iterations.numpy()) == 8  # every batch once, also the one that was being captured
 
 

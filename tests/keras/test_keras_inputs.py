@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from parity import CONFIG, assert_same_training, train
-from small import compiled, data, dense
+from keras_parity import CONFIG, assert_same_training, train
+from keras_small import compiled, data, dense
 
 from trainingcompiler.events import Recompiled, subscribe
 

@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from parity import assert_same_training, floatx, train
-from small import data, dense
+from keras_parity import assert_same_training, floatx, train
+from keras_small import data, dense
 
 from trainingcompiler import TrainingCompilerConfig
 
