@@ -281,7 +281,7 @@ def test_a_function_that_needs_to_run_eagerly_does(config, events):
 
     def step(x, y):
         result = loop.step(x, y)
-        return float(result["loss"].numpy())  # only an eager tensor has a value
+        return float(tf.identity(result["loss"]).numpy())  # only an eager tensor has a value
 
     compiled = tc.compile(step, TrainingCompilerConfig(engine="xla", quiet=True))
     losses = [compiled(*batch) for batch in batches(4)]
