@@ -3,14 +3,12 @@
 import jax
 import numpy as np
 
-_ALIGNMENT_BYTES = 64
-
 
 def owned_array(values: np.ndarray) -> jax.Array:
     """Copies host values into a buffer that XLA owns, so that donating it updates it in place.
 
-    `jax.device_put` keeps pointing at a well-aligned NumPy array whatever `may_alias` says, and XLA copies a donated
-    buffer that it does not own. Handing over a misaligned array makes the runtime allocate.
+    On a CPU `jax.device_put` keeps pointing at a well-aligned NumPy array, whatever `may_alias` says, and XLA copies a
+    donated buffer that it does not own. Between two JAX arrays `may_alias=False` does copy.
 
     Args:
         values: Any shape and dtype.
@@ -18,12 +16,11 @@ def owned_array(values: np.ndarray) -> jax.Array:
     Returns:
         An array of the same shape and dtype on the default device, sharing no memory with `values`.
     """
-    scratch = np.empty(values.nbytes + 2 * _ALIGNMENT_BYTES, np.uint8)
-    offset = -scratch.ctypes.data % _ALIGNMENT_BYTES + 16
-    misaligned = scratch[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
-    misaligned[...] = values
     with jax.enable_x64(True):
-        array = jax.device_put(misaligned)
+        array = jax.device_put(values)
+        device = next(iter(array.devices()))
+        if device.platform == "cpu":
+            array = jax.device_put(array, device, may_alias=False)
     array.block_until_ready()
     return array
 
