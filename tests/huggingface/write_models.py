@@ -99,8 +99,8 @@ def table(outcomes: list[tuple[Architecture, str, str]]) -> str:
         textwrap.fill(
             f"Written by `tests/huggingface/write_models.py` (transformers {hf.__version__}, torch {VERSION}, on a "
             "CPU). Each architecture is as small as its configuration allows, random, in float32. Losses and weights "
-            f"after {STEPS} steps of SGD, the first of them in torch, are compared with eager's: they differ by at "
-            "most three times what eager differs by when the rows of the batch are reversed, or by 1e-4.",
+            f"after {STEPS} steps of SGD are compared with eager's: they differ by at most "
+            "three times what eager differs by when the rows of the batch are reversed, or by 1e-4.",
             WIDTH,
         ),
         "",
