@@ -6,14 +6,6 @@ from trainingcompiler import events
 from trainingcompiler.statistics import RunStatistics
 
 
-@pytest.fixture
-def seen():
-    collected: list[events.Event] = []
-    unsubscribe = events.subscribe(collected.append)
-    yield collected
-    unsubscribe()
-
-
 def test_subscribers_get_events_until_they_unsubscribe():
     collected: list[events.Event] = []
     unsubscribe = events.subscribe(collected.append)
