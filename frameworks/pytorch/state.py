@@ -66,8 +66,9 @@ class Cell:
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._buffer is None or tensor.data_ptr() != self._pointer:
             self._buffer = None
+            is_shared = _is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             values = owned_array(numpy_view(tensor.contiguous()))
-            if _is_shared(tensor):
+            if is_shared:
                 return values
             self._move(tensor, _Buffer(values))
         assert self._buffer is not None
