@@ -24,6 +24,8 @@ import report
 from engines import ENGINES
 from models import ENTRIES
 
+from trainingcompiler import pages
+
 HERE = Path(__file__).resolve().parent
 QUICK_MODELS = ("mlp", "vae", "gpt2")
 JAX_MODELS = ("gpt2", "gpt2-small")
@@ -42,6 +44,7 @@ class Worker:
         command = [sys.executable, str(HERE / "worker.py"), model, engine, "--cache", str(caches / "executables")]
         environment = {
             **os.environ,
+            **pages.variables(os.environ),  # as the launcher does; every engine gets them
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
             "XDG_CACHE_HOME": str(caches / "home"),
         }

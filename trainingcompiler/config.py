@@ -15,7 +15,7 @@ from trainingcompiler.errors import ConfigError
 PREFIX = "TRAININGCOMPILER"
 
 _CHOICES = {"engine": ("auto", "xla", "eager", "tensorflow"), "fallback": ("eager", "error")}
-_SWITCHES = ("enabled", "debug", "keep_gradients", "quiet")
+_SWITCHES = ("enabled", "debug", "keep_gradients", "small_pages", "quiet")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -37,6 +37,8 @@ class TrainingCompilerConfig:
         cache_size_gb: Bound, in 10^9 bytes, on the executables kept for the installed JAX version; the least recently
             used go first, and those of other JAX versions are removed before they make the total larger than it.
             0 keeps none.
+        small_pages: Do not have the launcher ask for huge pages, which make steps with large temporaries faster on a
+            CPU (see `pages`). Only the launcher can: it is decided when the process starts.
         quiet: Say only what changes the run: fallbacks, recompiles, damaged cache entries, errors.
 
     Raises:
@@ -50,6 +52,7 @@ class TrainingCompilerConfig:
     keep_gradients: bool = False
     cache_dir: str | None = None
     cache_size_gb: float = 10.0
+    small_pages: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:

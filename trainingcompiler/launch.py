@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from trainingcompiler import pages
 from trainingcompiler.config import did_you_mean, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
 from trainingcompiler.launchers import local
@@ -38,6 +39,7 @@ OPTIONS = {
     "--keep-gradients": Option("", "keep every .grad readable after optimizer.step()", "keep_gradients"),
     "--cache-dir": Option("FOLDER", "where compiled executables are kept between runs", "cache_dir"),
     "--cache-size-gb": Option("GB", "how much of them, in 10^9 bytes; 0 keeps none", "cache_size_gb"),
+    "--small-pages": Option("", "do not ask for huge pages of memory, which speed large CPU steps up", "small_pages"),
     "--quiet": Option("", "say only what changes the run: fallbacks, recompiles, errors", "quiet"),
     "--debug": Option("", "show the full traceback of a fallback", "debug"),
     "--launcher": Option("|".join(_LAUNCHERS), "who starts the worker"),
@@ -86,7 +88,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.write(f"{PROGRAM.removeprefix('python -m ')}: {error}\n")
         sys.exit(2)
     kind = "module" if line.is_module else "script"
-    start([kind, target, *line.arguments], to_environment(flags))
+    variables = to_environment(flags)
+    if resolved.config.enabled and not resolved.config.small_pages:
+        variables |= pages.variables(os.environ)
+    start([kind, target, *line.arguments], variables)
 
 
 def parse(words: Sequence[str]) -> CommandLine:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from trainingcompiler import pages
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import Gpu, gpu
 
@@ -24,7 +26,7 @@ class Target:
 
     Attributes:
         platform: `"cpu"`, `"cuda"`, or JAX's name of another platform.
-        description: What a person calls the device, e.g. `"cpu"` or `"NVIDIA H200"`.
+        description: What a person calls the device, e.g. `"cpu, huge pages"` or `"NVIDIA H200"`.
         device_count: How many devices the target has.
         compute_capability: Major and minor, of a CUDA device.
         described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
@@ -45,7 +47,13 @@ class Target:
         if platform == "gpu" and "cuda" in device.client.platform_version:
             major, minor = device.compute_capability.split(".")
             platform, capability = "cuda", (int(major), int(minor))
-        return cls(platform=platform, description=device.device_kind, device_count=1, compute_capability=capability)
+        facts = [device.device_kind, pages.described(os.environ) if platform == "cpu" else ""]
+        return cls(
+            platform=platform,
+            description=", ".join(filter(None, facts)),
+            device_count=1,
+            compute_capability=capability,
+        )
 
     @classmethod
     def gpu(cls, name: str) -> "Target":

@@ -128,9 +128,10 @@ def test_a_size_of_nothing_keeps_nothing(tmp_path):
 
 def test_jaxs_own_option_is_left_alone(tmp_path, seen):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert cache.enable_persistent_cache() == str(tmp_path)
+    limit = jax.config.jax_compilation_cache_max_size
+    assert cache.enable_persistent_cache(size_limit_bytes=12345) == str(tmp_path)
     assert "as JAX's own option says" in seen[0].text
-    assert jax.config.jax_compilation_cache_max_size == -1
+    assert jax.config.jax_compilation_cache_max_size == limit
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, seen, monkeypatch):

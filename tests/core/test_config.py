@@ -31,6 +31,7 @@ def test_every_field_can_be_set_from_the_environment():
         "engine": "xla",
         "fallback": "error",
         "keep_gradients": True,
+        "small_pages": True,
         "cache_dir": "kept",
         "cache_size_gb": 2.5,
         "quiet": True,

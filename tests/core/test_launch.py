@@ -19,6 +19,7 @@ def started(monkeypatch, tmp_path):
     """Runs the launcher in a folder with a script, its worker replaced by a list of what it was asked to start."""
     calls: list[tuple] = []
     monkeypatch.setitem(launch._LAUNCHERS, "local", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")
     (tmp_path / "package").mkdir()
@@ -50,9 +51,23 @@ def test_options_become_variables_and_the_scripts_words_are_untouched(started):
     ]
 
 
-def test_no_compile_turns_everything_off(started):
+def test_no_compile_turns_everything_off(started, monkeypatch):
+    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
     launch.main(["--no_compile", "--launcher", "local", "train.py"])
     assert started == [(["script", "train.py"], {"TRAININGCOMPILER": "0"})]
+
+
+def test_the_worker_is_started_with_huge_pages_unless_told_otherwise(started, monkeypatch):
+    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
+    launch.main(["train.py"])
+    launch.main(["--small-pages", "train.py"])
+    monkeypatch.setenv("TRAININGCOMPILER_SMALL_PAGES", "1")
+    launch.main(["train.py"])
+    assert [variables for _, variables in started] == [
+        {"GLIBC_TUNABLES": "x"},
+        {"TRAININGCOMPILER_SMALL_PAGES": "1"},
+        {},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import io
 
 import pytest
 import torch
-from parity import assert_same_training
+from parity import assert_same_training, train
 from small import adamw, batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
+
+from trainingcompiler.buffers import owned_array
 
 
 def dropless():
@@ -242,3 +244,21 @@ def test_a_model_converted_in_mid_run():
         return seen + train_on(objects["model"], objects["optimizer"], data[10:])
 
     assert_same_training(made(mlp, torch.optim.RMSprop, lr=0.01), loop, batches(), max_compiles=1)
+
+
+def test_state_is_moved_once_and_never_copied_again(monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        "trainingcompiler.frameworks.pytorch.state.owned_array",
+        lambda values: copied.append(values.shape) or owned_array(values),
+    )
+    seen = []
+
+    def loop(objects, data):
+        for batch in data:
+            train_on(objects["model"], objects["optimizer"], [batch])
+            seen.append(len(copied))
+        return []
+
+    train(adamw(), loop, batches(5), compiled=True)
+    assert seen[1:] == [24] * 4  # 6 parameters, and of each a step count and two averages
