@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/huggingface_trainer.py --models minilm --rounds 3 --json build/huggingface_trainer.json
 
 Every engine trains in a process of its own, with empty caches; the processes take turns, a few steps each, so that
-drift of the machine hits all alike. Only ratios of one run mean anything. "100 steps" is what the first two steps took,
-compiling included, and 98 times the median of the others.
+drift of the machine hits all alike; all ask for huge pages, as the launcher has a script do. Only ratios of one run
+mean anything. "100 steps" is what the first two steps took, compiling included, and 98 times the median of the others.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from trainingcompiler import pages
 
 ENGINES = ("plain", "torch_compile", "trainingcompiler")
 MODELS = ("bert", "gpt2", "minilm")
@@ -91,7 +93,7 @@ class Worker:
 
     def __init__(self, name: str, engine: str, folder: str):
         cache = os.path.join(folder, f"{name}-{engine}")
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = os.environ | pages.variables(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": cache}
         command = [sys.executable, __file__, "--work", name, engine, cache]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True, env=environment)
 
@@ -124,7 +126,7 @@ def measure(name: str, rounds: int, count: int) -> dict[str, dict[str, float]]:
         seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
         for _ in range(rounds):
             for engine, worker in workers.items():
-                seconds[engine] += worker.steps(count)
+                seconds[engine] += worker.steps(1 + count)[1:]  # the first one fetches memory that was lent meanwhile
         for worker in workers.values():
             worker.end()
     medians = {engine: statistics.median(seconds[engine]) for engine in ENGINES}

@@ -23,9 +23,13 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
+from report import ask_for_huge_pages, circumstances
+
+if __name__ == "__main__":
+    ask_for_huge_pages()  # before TensorFlow is loaded, which takes seconds
+
 import keras
 import numpy as np
-from report import circumstances
 
 import trainingcompiler as tc
 from trainingcompiler.events import EngineChosen, subscribe

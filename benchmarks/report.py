@@ -12,6 +12,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from trainingcompiler import pages
+
 COLUMNS = {
     "engine": ("engine", "{}"),
     "first_step_cold_s": ("first step cold (s)", "{:.2f}"),
@@ -25,6 +27,13 @@ COLUMNS = {
     "loss": ("loss", "{:.5f}"),
 }
 PACKAGES = ("trainingcompiler", "torch", "jax", "jaxlib", "transformers", "numpy")
+
+
+def ask_for_huge_pages() -> None:
+    """Starts this program again with huge pages, as the launcher would, for all contenders alike."""
+    asked = pages.variables(os.environ)
+    if asked:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **asked})
 
 
 def table(rows: list[dict]) -> str:
