@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks
@@ -23,6 +24,7 @@ class Hooks:
         self._hook_modules()
         self._hook_optimizers()
         self._hook_clipping()
+        self._hook_scaler()
         self.session.calls.modules.start()
         tensor_hooks.watch_gradients(self.session)
 
@@ -86,7 +88,7 @@ class Hooks:
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return session.step(optimizer, original, args, kwargs)
+            return session.stepping.step(optimizer, original, args, kwargs)
 
         # `hooked` keeps torch from wrapping it again: its own profiling wrapper is inside, in `original`.
         vars(step).update(defers=True, hooked=True)
@@ -101,12 +103,27 @@ class Hooks:
             self._replaced.append((cell, "cell_contents", original))
             cell.cell_contents = self._clipping(original)
 
+    def _hook_scaler(self) -> None:
+        session = self.session
+        unscale, step = GradScaler.unscale_, GradScaler.step
+
+        @functools.wraps(unscale)
+        def unscale_(scaler, optimizer):
+            session.stepping.unscale(unscale, scaler, optimizer)
+
+        @functools.wraps(step)
+        def scaled_step(scaler, optimizer, *args, **kwargs):
+            return session.stepping.scaled_step(step, scaler, optimizer, args, kwargs)
+
+        self._replace(GradScaler, "unscale_", unscale_)
+        self._replace(GradScaler, "step", scaled_step)
+
     def _clipping(self, original):
         session = self.session
 
         @functools.wraps(original)
         def clip(*args: Any, **kwargs: Any) -> Any:
-            return session.clip(original, args, kwargs)
+            return session.stepping.clip(original, args, kwargs)
 
         return clip
 

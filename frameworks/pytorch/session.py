@@ -28,13 +28,14 @@ from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
+from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
 from trainingcompiler.statistics import current as statistics
@@ -60,10 +61,10 @@ class Session:
         self.tape = Tape()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
-        self._fallbacks = Fallbacks(config)
+        self.fallbacks = Fallbacks(config)
         self._guard = StateGuard(self._before_write, self.commit)
-        self._backward_compiled = False  # whether the last backward ran as a program
-        self._clippings: set[Callable] = set()
+        self.backward_compiled = False  # whether the last backward ran as a program
+        self.stepping = Stepping(self)
         self._called_since_backward: set[int] = set()
         self._speculation = Speculation(self.programs, self.calls)
 
@@ -71,19 +72,19 @@ class Session:
 
     def call_module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Does what calling a module does: records the call if it belongs to training, or runs it."""
-        if self._unwatched():
+        if self.is_unwatched():
             return original(module, *args, **kwargs)
         if not self._is_deferrable(module, args, kwargs):
-            self._backward_compiled &= not torch.is_grad_enabled()
+            self.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():
-                return original(module, *self._real(args), **self._real(kwargs))
+                return original(module, *self.real(args), **self.real(kwargs))
         self._sweep()
         self._bound_tape()
         if not torch.is_grad_enabled() and not self.tape:
             return self._run_at_once(module, args, kwargs)
         if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
             self.commit()
-        return self._record(module, args, kwargs)
+        return self.record(module, args, kwargs)
 
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
@@ -101,99 +102,21 @@ class Session:
         if name in READS and not is_replaying():
             statistics().host_reads += 1
         if is_replaying() or name in READS or not self._any_pending(args, kwargs):
-            return function(*self._real(args), **self._real(kwargs))
+            return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():
-            return function(*self._real(args), **self._real(kwargs))
+            return function(*self.real(args), **self.real(kwargs))
         if name in _OPAQUE or kwargs.get("create_graph"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
-            return function(*self._real(args), **self._real(kwargs))
+            return function(*self.real(args), **self.real(kwargs))
         if function is torch.autograd.backward:
             return self._record_backwards(*args, **kwargs)
         if function is torch.Tensor.backward:
             return self._record_backward(*args, **kwargs)
-        return self._record(function, args, kwargs)
-
-    def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
-        if self._unwatched():
-            result = original(optimizer, *args, **kwargs)
-            if not is_replaying() and threading.get_ident() == self._thread:
-                self.book.stepped(optimizer, "eager")  # a parameter's hook makes it, inside of torch's own backward
-            return result
-        closure = args[0] if args else kwargs.get("closure")
-        if closure is not None and self.deferring and calls_closure_once(optimizer):
-            with torch.enable_grad():
-                loss = closure()
-            self.step(optimizer, original, (), {})
-            return loss
-        if self.deferring and hooks_of(optimizer) and not self._fallbacks.covers(optimizer):
-            reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
-            self._fallbacks.leave(CaptureError(reason, user_line()), [optimizer])
-        reason = self._reason_to_step_eagerly(optimizer, closure)
-        if reason is None:
-            self._cut(optimizer)
-            self._append(original, (optimizer,), {}, optimizers=(optimizer,))
-            return self._end_step(optimizer)
-        if self.tape and self._fallbacks.covers(optimizer) and self.tape.committable() == len(self.tape.entries):
-            self.commit()  # forward and backward, up to the gradients
-        elif self.tape:
-            self.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
-        elif self.deferring and closure is not None:
-            self._fallbacks.say(CaptureError(reason=reason, where=user_line()))
-        self.book.check_unconsumed(parameters_of(optimizer))
-        with undeferred():
-            result = original(optimizer, *args, **kwargs)
-        self.book.stepped(optimizer, "eager")
-        return result
-
-    def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
-        if closure is not None:
-            return "optimizer.step() was given a closure"
-        if not self.deferring or self._fallbacks.covers(optimizer) or not self.book.is_ready(optimizer):
-            return f"{type(optimizer).__name__} steps eagerly"
-        return None if self.tape or self._backward_compiled else "the gradients were computed eagerly"
-
-    def _cut(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives up gradients that the step is about to make impossible.
-
-        A result that was computed with parameters which the step changes cannot be differentiated afterwards: torch
-        refuses it, because they were modified in place. A validation loss outside of `no_grad` is the usual case.
-        """
-        updated = set(map(id, parameters_of(optimizer)))
-        for slot in self.tape.live_slots():
-            if slot.meta.requires_grad and not slot.freed:
-                for function in self.tape.functions_behind(slot):
-                    if isinstance(function, nn.Module):
-                        parameters = self.calls.modules.fingerprint(function).parameters
-                        if any(id(parameter) in updated for parameter in parameters):
-                            slot.freed = True
-
-    def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
-        fallbacks = self._fallbacks.count
-        if self.tape.committable() == len(self.tape.entries):
-            self.commit()
-        elif sum(len(entry.optimizers) for entry in self.tape.entries) > 2 * len(self.book.optimizers()):
-            self.run_eagerly(
-                CaptureError(
-                    reason="results of earlier steps still need gradients after several optimizer steps",
-                    where=user_line(),
-                )
-            )
-        self.book.stepped(optimizer, "xla" if fallbacks == self._fallbacks.count else "eager")
-
-    def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
-        if self._unwatched() or not self.has_backward:
-            with undeferred():
-                return original(*args, **kwargs)
-        parameters = args[0] if args else kwargs.pop("parameters")
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        self._clippings.add(original)
-        return self._record(original, (parameters, *args[1:]), kwargs, gradients_exist=True)
+        return self.record(function, args, kwargs)
 
     def reads_gradient(self, tensor: torch.Tensor) -> None:
         """What has to happen before `tensor.grad` is read."""
-        if self._unwatched():
+        if self.is_unwatched():
             return
         if self.has_backward:
             self.commit()
@@ -201,7 +124,7 @@ class Session:
 
     def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """What to store for `tensor.grad = gradient`."""
-        if self._unwatched():
+        if self.is_unwatched():
             return gradient
         if self.has_backward:
             self.commit()
@@ -210,7 +133,7 @@ class Session:
 
     def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
         """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
-        if self._unwatched():
+        if self.is_unwatched():
             return
         if self.has_backward and not self._drop_backward({id(parameter) for parameter in parameters}):
             self.commit()
@@ -218,7 +141,7 @@ class Session:
 
     def settle(self) -> None:
         """Brings the buffers of modules up to date, as far as nothing needs a gradient through the tape."""
-        if not self._unwatched():
+        if not self.is_unwatched():
             self.commit()
 
     def value(self, slot: Slot) -> torch.Tensor:
@@ -237,14 +160,14 @@ class Session:
 
     # -- recording ----------------------------------------------------------------------------------------------
 
-    def _record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
+    def record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         name = getattr(function, "__name__", "")
         target = kwargs.get("out", args[0] if args and is_in_place(name) else None)
         is_pending = isinstance(target, DeferredTensor) and not target.slot.committed
         if isinstance(target, torch.Tensor) and not is_pending:
             return self._write_real(function, args, kwargs)
         try:
-            entry = self._append(function, args, kwargs)
+            entry = self.append(function, args, kwargs)
         except CaptureError as error:
             return self._record_nothing(function, args, kwargs, error)
         key = (entry.key, gradients_exist, tuple(_described(leaf) for leaf in entry.leaves))
@@ -263,7 +186,7 @@ class Session:
                 return self._record_nothing(function, args, kwargs, failure)
         return self._results(entry, planned, args, kwargs)
 
-    def _append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
+    def append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
         entry = self.calls.entry(function, args, kwargs, optimizers, self.tape.entries)
         self.tape.entries.append(entry)
         self._guard_state(entry)
@@ -312,14 +235,14 @@ class Session:
         if slot is None or slot.committed or slot.freed or create_graph:
             reason = "backward() keeps a graph, or goes through a module that another one has gone through"
             self.run_eagerly(CaptureError(reason=reason, where=user_line()))
-            return torch.Tensor.backward(self._real(tensor), gradient, retain_graph, create_graph, inputs)
+            return torch.Tensor.backward(self.real(tensor), gradient, retain_graph, create_graph, inputs)
         try:
-            entry = self._append(
+            entry = self.append(
                 torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
             )
         except CaptureError as error:
             self.run_eagerly(error)
-            return torch.Tensor.backward(self._real(tensor), self._real(gradient), retain_graph, inputs=inputs)
+            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
         if not retain_graph:
             self.tape.free(slot)
         self._called_since_backward = {
@@ -348,15 +271,15 @@ class Session:
         module = function if isinstance(function, nn.Module) else None
         is_function = module is None and not is_in_place(getattr(function, "__name__", ""))
         if is_function and not (torch.is_grad_enabled() and self._needs_gradient(args, kwargs)):
-            self._fallbacks.leave_part(error)  # no gradient passes it, so it is a look at values: a metric, most likely
-            return function(*self._real(args), **self._real(kwargs))
+            self.fallbacks.leave_part(error)  # no gradient passes it, so it is a look at values: a metric, most likely
+            return function(*self.real(args), **self.real(kwargs))
         if module is not None and not self.tape and self.book.begins_in_torch(module, self.calls.modules):
             self._guard.rest()
-            self._backward_compiled = False
+            self.backward_compiled = False
         else:
             self.run_eagerly(error, module)
         with undeferred() if module is not None else contextlib.nullcontext():
-            return function(*self._real(args), **self._real(kwargs))
+            return function(*self.real(args), **self.real(kwargs))
 
     def _write_real(self, function, args, kwargs) -> Any:
         """An in-place call on a tensor that is no result of the tape, with a deferred operand: `total += loss`."""
@@ -370,15 +293,15 @@ class Session:
             and not total._is_view()
             and not self._needs_gradient(args[1:], kwargs)
         )
-        result = self._record(functional, args, kwargs) if simple else None
+        result = self.record(functional, args, kwargs) if simple else None
         if (
             isinstance(result, DeferredTensor)
             and torch.can_cast(result.dtype, total.dtype)
             and result.dtype != total.dtype
         ):
-            result = self._record(torch.Tensor.to, (result, total.dtype), {})
+            result = self.record(torch.Tensor.to, (result, total.dtype), {})
         if not isinstance(result, DeferredTensor) or (result.dtype, result.shape) != (total.dtype, total.shape):
-            return function(*self._real(args), **self._real(kwargs))
+            return function(*self.real(args), **self.real(kwargs))
         slot = result.slot
         if isinstance(total, DeferredTensor):
             total.slot = slot
@@ -394,7 +317,7 @@ class Session:
         for entry in self.tape.entries:
             if isinstance(entry.function, nn.Module):
                 leaves += self.calls.modules.fingerprint(entry.function).parameters
-            elif entry.optimizers or entry.function in self._clippings:
+            elif entry.optimizers or entry.function in self.stepping.clippings:
                 return False
         if any(leaf.requires_grad and id(leaf) not in cleared for leaf in leaves):
             return False
@@ -457,7 +380,7 @@ class Session:
             self.commit()
 
     def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
-        self._backward_compiled |= self.has_backward
+        self.backward_compiled |= self.has_backward
         for entry in entries:
             for slot in entry.outputs or ():
                 slot.committed = True
@@ -517,7 +440,7 @@ class Session:
             items = [error.culprit]
         items = [item for item in (*items, culprit) if isinstance(item, nn.Module | torch.optim.Optimizer)]
         try:
-            self._fallbacks.leave(error, items)
+            self.fallbacks.leave(error, items)
         except FallbackError:
             self.tape.entries.clear()
             raise
@@ -525,7 +448,7 @@ class Session:
         self._guard.rest()
         entries, self.tape = self.tape.entries, Tape()
         self._called_since_backward = set()
-        self._backward_compiled = False
+        self.backward_compiled = False
         self._speculation.forget()
         with undeferred():
             for entry in entries:
@@ -533,24 +456,29 @@ class Session:
 
     def _run_at_once(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call that needs no gradient: one program, run now."""
-        result = self._record(module, args, kwargs)
+        result = self.record(module, args, kwargs)
         self.commit()
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, result)
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def _unwatched(self) -> bool:
+    def is_unwatched(self) -> bool:
         # Inside torch's own backward, checkpointed blocks call their modules again.
         in_backward = torch._C._current_graph_task_id() != -1
-        return is_replaying() or in_backward or threading.get_ident() != self._thread
+        return is_replaying() or in_backward or not self.is_own_thread
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether this is the thread that trains."""
+        return threading.get_ident() == self._thread
 
     def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        if not self.deferring or self._fallbacks.covers(module):
+        if not self.deferring or self.fallbacks.covers(module):
             return False
         if not self.book.trains(module, self.calls.modules) and not self._any_pending(args, kwargs):
             return False
         if torch.is_anomaly_enabled():
-            self._fallbacks.say(CaptureError(ANOMALY, user_line()))
+            self.fallbacks.say(CaptureError(ANOMALY, user_line()))
             return False
         return True
 
@@ -568,7 +496,7 @@ class Session:
         """Whether a backward is on the tape, so that only the tape knows the gradients."""
         return bool(self._called_since_backward)
 
-    def _real(self, value: Any) -> Any:
+    def real(self, value: Any) -> Any:
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
 
     def _make_constant(self, entries: list[Entry], error: NumberUsed) -> bool:

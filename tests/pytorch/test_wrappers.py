@@ -1,8 +1,9 @@
 """Optimizers inside others, closures, loaded states, and numbers that stand twice in a loop."""
 
+import pytest
 import torch
 from parity import assert_same, assert_same_training, train
-from small import adamw, batches, mlp, sgd, train_on
+from small import adamw, batches, made, mlp, sgd, train_on
 from torch.nn import functional as F
 
 
@@ -101,8 +102,8 @@ def test_a_total_of_another_dtype_stays_on_the_tape():
     assert run.statistics.launches == run.statistics.compiled_steps
 
 
-def test_a_gradient_scaler_skips_the_steps_that_eager_skips():
-    """It asks for the value itself, once a step; forward and backward are one program, the step is another."""
+def scaled(clips: bool):
+    """A loop with a gradient scaler, in which the gradients of two steps overflow, the first one's among them."""
 
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
@@ -112,16 +113,60 @@ def test_a_gradient_scaler_skips_the_steps_that_eager_skips():
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = F.cross_entropy(model(x), y)
-            scaler.scale(loss * (float("inf") if step == 7 else 1.0)).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.scale(loss * (float("inf") if step in (0, 7) else 1.0)).backward()
+            if clips:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.item())
             scales.append(scaler.get_scale())
         return losses + scales
 
-    eager, run = (train(sgd(), loop, batches(), compiled=compiled) for compiled in (False, True))
-    assert not run.fallbacks() and run.statistics.compiled_steps == len(batches()) - 1  # all but the skipped one
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("kind", "clips"),
+    [(torch.optim.SGD, True), (torch.optim.AdamW, False), (torch.optim.NAdam, True), (torch.optim.RMSprop, False)],
+)
+def test_a_gradient_scaler_skips_the_steps_that_eager_skips(kind, clips):
+    """Whether to skip is decided in the program: one a step, and nothing is read."""
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    make = made(mlp, kind, lr=1e-2, **options)
+    eager, run = (train(make, scaled(clips), batches(), compiled=compiled) for compiled in (False, True))
+    assert not run.fallbacks()
+    assert run.statistics.compiled_steps >= len(batches()) - 1  # RMSprop's first may be torch's
+    assert run.statistics.launches == run.statistics.compiled_steps
     # float16 rounds at 11 bits, in another order here and there.
+    assert_same(eager, run, float64_tolerance=2**-9)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_who_tells_a_skipped_step_by_the_call_is_told(watched):
+    """Accelerate replaces `optimizer.step` to see whether the scaler calls it: one value is read a step."""
+
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        original, called = optimizer.step, []
+        for step, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss * (float("inf") if step == 7 else 1.0)).backward()
+            if watched:
+                optimizer.step = lambda *args: (called.append(step), original(*args))[1]
+            scaler.step(optimizer)
+            scaler.update()
+        return [loss.item(), *map(float, called)]
+
+    run = assert_same_training(adamw(), loop, batches())
+    assert run.statistics.launches == run.statistics.compiled_steps == len(batches())
+    assert run.statistics.host_reads == 1 + watched * len(batches())
+
+
+def test_a_fused_optimizer_and_a_gradient_scaler():
+    """torch's fused kernels unscale the gradients themselves, and leave `.grad` scaled."""
+    make = made(mlp, torch.optim.AdamW, lr=1e-2, fused=True)
+    eager, run = (train(make, scaled(False), batches(), compiled=compiled) for compiled in (False, True))
     assert_same(eager, run, float64_tolerance=2**-9)
