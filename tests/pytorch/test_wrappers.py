@@ -155,7 +155,7 @@ def test_who_tells_a_skipped_step_by_the_call_is_told(watched):
             loss = F.cross_entropy(model(x), y)
             scaler.scale(loss * (float("inf") if step == 7 else 1.0)).backward()
             if watched:
-                optimizer.step = lambda *args: (called.append(step), original(*args))[1]
+                optimizer.step = lambda *args, step=step: (called.append(step), original(*args))[1]
             scaler.step(optimizer)
             scaler.update()
         return [loss.item(), *map(float, called)]
