@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainingcompiler import worker
+from trainingcompiler import watched
 from trainingcompiler.config import to_environment
 from trainingcompiler.errors import UsageError
 from trainingcompiler.launch import CommandLine, flags_of, parse, target_of
@@ -33,27 +33,15 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(0)
     try:
         steps, line = _parse(words)
-        target, flags = target_of(line), flags_of(line)
+        target_of(line)
+        flags = flags_of(line)
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         sys.exit(BAD_INPUT)
     os.environ.update(to_environment({"engine": "xla", "quiet": True, **flags}))
     checker = importlib.import_module("trainingcompiler.frameworks.pytorch.check_run").CheckRun(steps)
     checker.start()
-    failure: BaseException | None = None
-    try:
-        worker.run("module" if line.is_module else "script", target, *line.arguments)
-    except checker.Enough:
-        pass
-    except SystemExit as leaving:
-        if isinstance(leaving.__context__, UsageError) and leaving.code == BAD_INPUT:
-            raise  # the worker has said what is wrong
-        failure = leaving if leaving.code not in (None, 0, worker.BAD_INPUT) else None
-    except BaseException as error:
-        failure = error
-    sys.stdout.flush()
-    if isinstance(failure, Exception):
-        sys.excepthook(type(failure), failure, failure.__traceback__)
+    failure = watched.run(line, checker.Enough)
     lines, code = checker.report(failure)
     sys.stderr.write("".join(f"[check]      {text}\n" for text in lines))
     sys.exit(code)

@@ -159,6 +159,21 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
     return compiled, compile_time_s
 
 
+def lowered(program: StepProgram) -> Any:
+    """The program as JAX lowers it for this process's device: for a look at its text, or at the work in it.
+
+    Args:
+        program: The step.
+
+    Returns:
+        JAX's `Lowered`; its `cost_analysis()` counts each operator's arithmetic once, before any fusion.
+    """
+    with jax.enable_x64(True):
+        return jax.jit(_named(program), donate_argnums=0, keep_unused=True).lower(
+            _abstract(program.state), _abstract(program.inputs)
+        )
+
+
 def options(program: StepProgram, target: Target) -> dict[str, bool | str]:
     """The options of XLA that a program needs on a target, by name."""
     needed: dict[str, bool | str] = {}

@@ -1,7 +1,8 @@
 """GPUs that a program can be compiled for where there is none, as the numbers that XLA's cost models and limits need.
 
 Sources: the descriptions that come with XLA (openxla/xla, xla/backends/gpu/target_config/specs), which are what the
-driver reports on the machine, and NVIDIA's data sheets for the memory of the H200.
+driver reports on the machine; NVIDIA's data sheets for the memory of the H200, for all of L4, L40S, A10G and T4, and
+for the peaks of arithmetic, which are the dense ones of the SXM boards.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Gpu:
         l2_bytes: The cache that all cores share.
         shared_bytes: Shared memory of one core.
         shared_bytes_block: The part of it that one block may ask for.
+        flops: Floating-point operations a second, dense, at most: by what matrix products take ("float32", "tf32",
+            "float16", "bfloat16"). What a GPU has no units for is missing.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Gpu:
     l2_bytes: int
     shared_bytes: int
     shared_bytes_block: int
+    flops: dict[str, float]
 
     def description(self) -> str:
         """The GPU as text of XLA's `GpuTargetConfigProto`."""
@@ -82,6 +86,7 @@ _HOPPER: dict[str, Any] = dict(
     l2_bytes=52428800,
     shared_bytes=233472,
     shared_bytes_block=232448,
+    flops={"float32": 66.9e12, "tf32": 494.7e12, "float16": 989.4e12, "bfloat16": 989.4e12},
 )
 _AMPERE: dict[str, Any] = dict(
     compute_capability=(8, 0),
@@ -91,7 +96,10 @@ _AMPERE: dict[str, Any] = dict(
     l2_bytes=41943040,
     shared_bytes=167936,
     shared_bytes_block=166912,
+    flops={"float32": 19.5e12, "tf32": 156e12, "float16": 312e12, "bfloat16": 312e12},
 )
+# Ada and the small Ampere: 128 units a core, 100 KB of shared memory, of which a block may have 99.
+_SMALL: dict[str, Any] = dict(float32_units=128, shared_bytes=102400, shared_bytes_block=101376)
 
 GPUS: dict[str, Gpu] = {
     # XLA's file gives the H200 141 GiB; the data sheet says 141 GB, of which programs can use a little less.
@@ -110,6 +118,53 @@ GPUS: dict[str, Gpu] = {
         l2_bytes=132644864,
         shared_bytes=233472,
         shared_bytes_block=232448,
+        flops={"float32": 74.5e12, "tf32": 1125e12, "float16": 2250e12, "bfloat16": 2250e12},
+    ),
+    "l40s": Gpu(
+        name="NVIDIA L40S",
+        compute_capability=(8, 9),
+        memory_bytes=47_810_936_832,
+        bandwidth=864_000_000_000,
+        cores=142,
+        clock_ghz=2.52,
+        l2_bytes=100663296,
+        flops={"float32": 91.6e12, "tf32": 183e12, "float16": 362e12, "bfloat16": 362e12},
+        **_SMALL,
+    ),
+    "l4": Gpu(
+        name="NVIDIA L4",
+        compute_capability=(8, 9),
+        memory_bytes=23_669_899_264,
+        bandwidth=300_000_000_000,
+        cores=58,
+        clock_ghz=2.04,
+        l2_bytes=50331648,
+        flops={"float32": 30.3e12, "tf32": 60e12, "float16": 121e12, "bfloat16": 121e12},
+        **_SMALL,
+    ),
+    "a10g": Gpu(
+        name="NVIDIA A10G",
+        compute_capability=(8, 6),
+        memory_bytes=23_836_098_560,
+        bandwidth=600_096_000_000,
+        cores=80,
+        clock_ghz=1.71,
+        l2_bytes=6291456,
+        flops={"float32": 35e12, "tf32": 35e12, "float16": 70e12, "bfloat16": 70e12},
+        **_SMALL,
+    ),
+    "t4": Gpu(
+        name="Tesla T4",
+        compute_capability=(7, 5),
+        memory_bytes=15_828_320_256,
+        bandwidth=320_064_000_000,
+        cores=40,
+        float32_units=64,
+        clock_ghz=1.59,
+        l2_bytes=4194304,
+        shared_bytes=65536,
+        shared_bytes_block=65536,
+        flops={"float32": 8.1e12, "float16": 65e12},
     ),
 }
 """What a person calls a GPU -> its description."""

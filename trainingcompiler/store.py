@@ -82,7 +82,7 @@ class ExecutableStore:
             emit(Note(text=f"{program.name} is not kept for the next run: {error}"))
 
     def _path(self, program: StepProgram) -> Path:
-        return self.folder / f"{program.name}-{_key(program)}{ENTRY}"
+        return self.folder / f"{program.name}-{key_of(program)}{ENTRY}"
 
     def _write(self, path: Path, data: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
@@ -113,7 +113,8 @@ def digest_of_code(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _key(program: StepProgram) -> str:
+def key_of(program: StepProgram) -> str:
+    """What an executable of a program is found by; it must have a digest."""
     parts = [
         program.digest,
         program.is_deterministic,

@@ -96,7 +96,7 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         optimizers=(optimizer,),
         modules=(module,),
     )
-    with undeferred(), _with_state(optimizer), phase("capture", "train_step") as running:
+    with undeferred(), with_state(optimizer), phase("capture", "train_step") as running:
         captured = _captured(entry)
         running.detail += f"  {len(captured.graph.nodes):,} ops"
         tape = CompiledTape(ProgramCache(book), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT)
@@ -122,7 +122,7 @@ def _described(tensor: torch.Tensor) -> Input:
 
 
 @contextlib.contextmanager
-def _with_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def with_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Gives an optimizer the state that its first step would create, of zeros, and takes it away again.
 
     A copy of the optimizer steps on parameters without memory. The zeros are pages that nobody touches, so that the

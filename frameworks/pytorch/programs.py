@@ -30,7 +30,7 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import CellRegistry, input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
-from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.program import Role, StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
 
 _REFUSED = "a value is out of range, such as an index: torch is to say which"
@@ -89,6 +89,8 @@ class ProgramCache:
             CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
                 changed.
         """
+        if inspection.planner is not None and any(entry.optimizers for entry in entries):
+            inspection.planner.step(self, entries)
         key, numbering = self.signature(entries)
         wanted = {numbering[slot] for slot in exports}
         variants = self._programs.setdefault((purpose, key), [])
@@ -151,7 +153,7 @@ class ProgramCache:
             if old[2:] != new[2:]:
                 emit(
                     Recompiled(
-                        changed=f"{_leaf_name(entries[new[0]], new[1])}  {_described(old)} -> {_described(new)}",
+                        changed=f"{leaf_name(entries[new[0]], new[1])}  {_described(old)} -> {_described(new)}",
                         where=where,
                         count=len(seen),
                         compile_time_s=compile_time_s,
@@ -236,7 +238,7 @@ class CompiledTape:
         program = StepProgram(
             name=name,
             function=step,
-            state=tuple(_spec(f"state {i}", t.shape, t.dtype, "parameter") for i, t in enumerate(_tensors(donated))),
+            state=_state_specs(_tensors(donated), entries),
             inputs=(
                 *(_spec(f"constant {i}", t.shape, t.dtype, "constant") for i, t in enumerate(_tensors(read))),
                 *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
@@ -432,11 +434,21 @@ def _spec(name: str, shape, dtype: torch.dtype, role) -> TensorSpec:
     return TensorSpec(name=name, shape=tuple(shape), dtype=jax_dtype(dtype), role=role)
 
 
+def _state_specs(tensors: list[torch.Tensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
+    stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
+    kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
+
+    def role(tensor: torch.Tensor) -> Role:
+        return "parameter" if isinstance(tensor, nn.Parameter) else "optimizer" if id(tensor) in kept else "buffer"
+
+    return tuple(_spec(f"state {i}", t.shape, t.dtype, role(t)) for i, t in enumerate(tensors))
+
+
 def _described(shape: tuple) -> str:
     return f"{str(shape[3]).removeprefix('torch.')}{list(shape[2])}"
 
 
-def _leaf_name(entry: Entry, place: int) -> str:
+def leaf_name(entry: Entry, place: int) -> str:
     """What the user calls a leaf: the parameter of `forward`, or the key it was passed under."""
     args, kwargs = entry.structure.children
     names: list[str] = []

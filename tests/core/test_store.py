@@ -71,19 +71,19 @@ def test_another_program_is_compiled(tmp_path, seen, other):
 )
 def test_an_option_that_decides_is_part_of_the_key(tmp_path, name, value):
     before = getattr(jax.config, name)
-    mine = store._key(program())
+    mine = store.key_of(program())
     jax.config.update(name, value)
     try:
-        assert store._key(program()) != mine
+        assert store.key_of(program()) != mine
     finally:
         jax.config.update(name, before)
-    assert store._key(program()) == mine
+    assert store.key_of(program()) == mine
 
 
 def test_flags_of_xla_are_part_of_the_key(monkeypatch):
-    mine = store._key(program())
+    mine = store.key_of(program())
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    assert store._key(program()) != mine
+    assert store.key_of(program()) != mine
 
 
 def test_a_program_without_a_digest_is_left_to_jax(tmp_path, seen):
