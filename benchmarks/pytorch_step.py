@@ -109,9 +109,8 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             peak = max(rows[engine]["peak_rss_mib"], result["peak_rss_mib"])
             rows[engine] |= {**result, "peak_rss_mib": peak}
     if with_host:
-        for engine in workers:
-            _say(f"{model} / {engine}: host work")
-            rows[engine]["host_ms"] = host_ms(model, engine)
+        for engine, result in host_work(model, [engine for engine in engines if "ms" in rows[engine]], rounds).items():
+            rows[engine]["host_ms"] = result.get("ms")
     return list(rows.values())
 
 
@@ -152,15 +151,17 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
     return results
 
 
-def host_ms(model: str, engine: str) -> float | None:
-    """The median milliseconds of a step of the narrow twin; None where it fails."""
-    with tempfile.TemporaryDirectory() as caches:
-        try:
-            with contextlib.closing(Worker(model, engine, Path(caches), narrow=True)) as worker:
-                worker.run(20)
-                return 1e3 * statistics.median(worker.run(200)["seconds"])
-        except WorkerFailed:
-            return None
+def host_work(model: str, engines: list[str], rounds: int) -> dict[str, dict]:
+    """Times the narrow twin of a model, whose step is the host's work, as `take_turns` returns it."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            _say(f"{model} / {engine}: host work")
+            caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with contextlib.suppress(WorkerFailed):
+                worker = Worker(model, engine, caches, narrow=True)
+                workers[engine] = stack.enter_context(contextlib.closing(worker))
+        return take_turns(workers, rounds)
 
 
 def names_of(known):

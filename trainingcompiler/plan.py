@@ -4,7 +4,6 @@ Runs the script up to its first training step, takes no step, and compiles that 
 sizes. A described GPU need not be there.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import watched
+from trainingcompiler import planner, watched
 from trainingcompiler.config import resolve, to_environment
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import GPUS, gpu
@@ -96,16 +95,16 @@ def _in_this_process(request: _Request) -> Any:
 
     target = Target.local() if request.gpu == "local" else Target.gpu(request.gpu)
     target.sharding()  # what is not installed is said before anything is run
-    watcher = importlib.import_module("trainingcompiler.frameworks.pytorch.plan_run").PlanRun(request.script_batch_size)
-    watcher.start()
-    failure = watched.run(request.line, watcher.Enough)
+    waiting = planner.current = planner.Planner(request.script_batch_size)
+    failure = watched.run(request.line, waiting.Enough)
+    planner.current = None
     if failure is not None:
         raise UsageError(f"the script failed before its first training step ({type(failure).__name__}: {failure})")
-    own = watcher.seen()
+    own = waiting.rows()
     store = PlanStore.of(resolve(request.flags, os.environ).config)
 
     def at(size: int) -> Any:
-        program = watcher.program_at(size)
+        program = waiting.program_at(size)
         found = store.load(program, target)
         if found is None:
             found = planning.planned(program, size, target)

@@ -229,7 +229,7 @@ def table(plan: Plan) -> str:
                     size_of, (batch.parameter_bytes, batch.optimizer_bytes, memory.temporary_bytes, memory.peak_bytes)
                 ),
                 f"{memory.peak_bytes / plan.memory_bytes:.1%}" + ("" if plan.fits(batch) else " too much"),
-                f"{batch.flops / 1e9:,.1f}",
+                f"{batch.flops / 1e9:,.2f}",
                 size_of(batch.moved_bytes),
                 "-" if bound_s is None else f"{bound_s * 1e3:,.3f}",
                 "-" if bound_s is None else f"{batch.batch_size / bound_s:,.0f}",

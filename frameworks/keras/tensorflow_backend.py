@@ -13,6 +13,7 @@ from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
 from trainingcompiler.frameworks.keras.counting import count_steps
+from trainingcompiler.frameworks.tensorflow.batches import next_batch
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
 from trainingcompiler.frameworks.tensorflow.programs import is_input
 from trainingcompiler.frameworks.tensorflow.runner import StepRunner
@@ -93,7 +94,7 @@ class TrainFunction:
         logs = None
         for index in range(self._model.steps_per_execution):
             try:
-                data = next(iterator)
+                data = next_batch(iterator)
             except (StopIteration, tf.errors.OutOfRangeError):
                 if index == 0:
                     raise

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,22 +37,3 @@ inspector: Callable[[Inspection], None] | None = None
 
 missing: list[CaptureError] | None = None
 """While it is a list, recording notes operators without a lowering there and goes on; capture fails at its end."""
-
-
-class Planner(Protocol):
-    """Is shown the first training step of a script, which then is not run."""
-
-    def step(self, cache: Any, entries: list[Any]) -> None:
-        """Takes the recorded step; does not return.
-
-        Args:
-            cache: The session's `ProgramCache`.
-            entries: The step's entries, with the values that it was given.
-        """
-
-    def torch_steps(self, reason: str) -> None:
-        """Is told that the script's step would run in torch, and why; does not return."""
-
-
-planner: Planner | None = None
-"""While there is one, no step is run, and the first one is recorded even where torch would begin."""

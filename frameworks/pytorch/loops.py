@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainingcompiler import planner
 from trainingcompiler.errors import GradientNotKeptError
-from trainingcompiler.frameworks.pytorch import first_steps, inspection, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 
 
@@ -70,7 +71,7 @@ class OptimizerBook:
         self._update_owners()
         owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
         trained = bool(owners) and all(map(self.is_ready, owners.values()))
-        if trained and inspection.planner is None and any(not self.habits(owner).steps for owner in owners.values()):
+        if trained and planner.current is None and any(not self.habits(owner).steps for owner in owners.values()):
             # A gradient that no optimizer clears is there from the second step on: that would be another program.
             trained = all(self.owner(p) is not None for p in fingerprint.parameters if p.requires_grad)
         self._trained[id(module)] = (fingerprint, self._changes, trained)
@@ -83,7 +84,7 @@ class OptimizerBook:
         Several optimizers begin in torch: in the first iteration of a GAN one has stepped when the other has not.
         """
         habits = self.habits(optimizer)
-        if habits.steps or inspection.planner is not None:
+        if habits.steps or planner.current is not None:
             return True
         if habits.begins_in_torch or habits.zeroes or not habits.clears or len(self._habits) > 1:
             return False

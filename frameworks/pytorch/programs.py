@@ -89,8 +89,6 @@ class ProgramCache:
             CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
                 changed.
         """
-        if inspection.planner is not None and any(entry.optimizers for entry in entries):
-            inspection.planner.step(self, entries)
         key, numbering = self.signature(entries)
         wanted = {numbering[slot] for slot in exports}
         variants = self._programs.setdefault((purpose, key), [])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
@@ -29,6 +30,7 @@ from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
+from trainingcompiler.frameworks.pytorch.planned import RecordedStep
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -347,6 +349,8 @@ class Session:
         self._guard.rest()
         self._check_parameters(entries)
         self._check_gradients(entries)
+        if planner.current is not None and any(entry.optimizers for entry in entries):
+            planner.current.take(RecordedStep(self.programs, entries))
         try:
             with undeferred():
                 self.programs.run(entries, exports, Purpose.COMMIT)

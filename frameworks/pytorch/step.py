@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
@@ -55,6 +56,8 @@ class CompiledStep:
             UsageError: The function reaches no optimizer, or changes no parameter.
             FallbackError: It cannot be compiled, and `fallback="error"`.
         """
+        if planner.current is not None:
+            planner.current.left("it is a function given to tc.compile, whose first call runs in PyTorch")
         if not self._optimizers:
             result = self._observe(args, kwargs)
         elif self._is_eager or not self._choice.defers or self._is_watched():

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trainingcompiler import planner
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import inspection, loss_scaling
+from trainingcompiler.frameworks.pytorch import loss_scaling
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -55,8 +56,8 @@ class Stepping:
             function, arguments = self._unless_overflow(original, optimizer)
             session.append(function, arguments, {}, optimizers=(optimizer,))
             return self._end_step(optimizer)
-        if inspection.planner is not None:
-            inspection.planner.torch_steps(reason)
+        if planner.current is not None:
+            planner.current.left(f"PyTorch would run it, because {reason}")
         if (
             session.tape
             and session.fallbacks.covers(optimizer)

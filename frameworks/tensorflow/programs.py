@@ -47,6 +47,7 @@ class TracedStep:
         self._args = args
         self._function = function
         self.template: Any = None
+        self._keys: list | None = None  # in tf.nest's order, where the step returns a dict of tensors, as Keras's do
         self._results: list[Any] = []
         traced = tf.function(self._flat, jit_compile=True, autograph=autograph)
         specs = [_spec(index, leaf) for index, leaf in enumerate(leaves) if is_input(leaf)]
@@ -98,6 +99,9 @@ class TracedStep:
         """Returns what the step returns, given its tensors in order."""
         remaining = iter(tensors)
         values = [next(remaining) if is_tensor else item for is_tensor, item in self._results]
+        if self._keys is not None:
+            logs = dict(zip(self._keys, values, strict=True))
+            return {key: logs[key] for key in self.template}
         return tf.nest.pack_sequence_as(self.template, values, expand_composites=True)
 
     def _flat(self, *inputs: tf.Tensor) -> list[tf.Tensor]:
@@ -114,6 +118,8 @@ class TracedStep:
             else:
                 self._results.append((True, None))
                 tensors.append(tf.convert_to_tensor(item))
+        is_flat = type(self.template) is dict and all(isinstance(item, tf.Tensor) for item in self.template.values())
+        self._keys = sorted(self.template) if is_flat else None
         return tensors
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import tensorflow as tf
+from tensorflow.python.framework.ops import EagerTensor
 
-from trainingcompiler import fallback
+from trainingcompiler import fallback, planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, TrainingCompilerError
 from trainingcompiler.events import Note, Recompiled, emit
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.frameworks.tensorflow.planned import CalledStep
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
 
@@ -72,6 +74,8 @@ class StepRunner:
         if self.is_native or not tf.executing_eagerly():
             return self.run_native(*args)
         leaves = tf.nest.flatten(args)
+        if planner.current is not None:
+            planner.current.take(CalledStep(self._function, args, self._labels_of(args), self._autograph))
         key = (_structure(args), *_signature(leaves))
         start_s = time.perf_counter()
         step = self._steps.get(key)
@@ -93,6 +97,8 @@ class StepRunner:
 
     def run_native(self, *args: Any) -> Any:
         """Lets TensorFlow do one step as it would without us."""
+        if planner.current is not None:
+            planner.current.left("TensorFlow would run it")
         result = self._native(*args)
         self.count_native(1)
         return result
@@ -109,6 +115,8 @@ class StepRunner:
             FallbackError: `fallback="error"` forbids it.
         """
         error.where = error.where or self._where
+        if planner.current is not None:
+            planner.current.left(f"TensorFlow would run it, because {error}")
         fallback.leave(error, self._config, how="as TensorFlow runs it")
         self.is_native = True
 
@@ -159,7 +167,7 @@ class StepRunner:
         if not self._steps:
             return
         last = next(reversed(self._steps))
-        labels = self._labels(*args) if self._labels else [f"input {index}" for index in range(len(key))]
+        labels = self._labels_of(args)
         changed = [
             f"{label} {_described(old)} -> {_described(new)}"
             for label, old, new in zip(labels, last[1:], key[1:], strict=False)
@@ -176,6 +184,9 @@ class StepRunner:
             )
         )
 
+    def _labels_of(self, args: tuple) -> Sequence[str]:
+        return self._labels(*args) if self._labels else [f"input {i}" for i in range(len(tf.nest.flatten(args)))]
+
     def _fall_back(self, error: CaptureError, args: tuple) -> Any:
         if self._config.fallback == "error":
             self.leave_to_tensorflow(error)
@@ -185,9 +196,13 @@ class StepRunner:
 
 
 def _signature(leaves: Sequence[Any]) -> tuple:
-    return tuple(
-        [(tuple(leaf.shape), tf.as_dtype(leaf.dtype)) if is_input(leaf) else _constant(leaf) for leaf in leaves]
-    )
+    return tuple([_kind(leaf) if is_input(leaf) else _constant(leaf) for leaf in leaves])
+
+
+def _kind(leaf: Any) -> tuple:
+    if type(leaf) is EagerTensor:
+        return leaf._shape_tuple(), leaf.dtype
+    return tuple(leaf.shape), tf.as_dtype(leaf.dtype)
 
 
 def _structure(item: Any) -> Any:

@@ -117,13 +117,16 @@ def test_tensors_that_disagree_about_the_batch(plan, tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("print('nothing')", "train.py reached no optimizer.step(), so there is nothing to plan"),
+        (
+            "print('nothing')",
+            "train.py reached no optimizer.step() of PyTorch and no training step of Keras",
+        ),
         ("raise ValueError('broken')", "the script failed before its first training step (ValueError: broken)"),
         (
             PLAIN.replace("torch.optim.AdamW(model.parameters())", "torch.optim.LBFGS(model.parameters())").replace(
                 "optimizer.step()", "optimizer.step(lambda: loss)"
             ),
-            "the step of train.py would run in torch, so there is no program to plan",
+            "the step of train.py is no program that could be planned: PyTorch would run it, because optimizer",
         ),
     ],
 )

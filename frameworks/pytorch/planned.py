@@ -1,0 +1,83 @@
+"""A recorded training step as a program for any batch size: the PyTorch half of `trainingcompiler.plan`."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from trainingcompiler.errors import CaptureError, UsageError
+from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
+from trainingcompiler.frameworks.pytorch.described import with_state
+from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.programs import CompiledTape, ProgramCache, Purpose, leaf_name
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input
+from trainingcompiler.program import StepProgram
+
+
+class RecordedStep:
+    """A tape that ends with an optimizer's step; see `planner.PlannableStep`."""
+
+    def __init__(self, cache: ProgramCache, entries: list[Entry]):
+        self._cache = cache
+        self._entries = list(entries)
+
+    def given(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The name and shape of every tensor that the calls on the tape were given."""
+        return [
+            (leaf_name(entry, place), leaf.shape)
+            for entry in self._entries
+            for place, leaf in enumerate(entry.leaves)
+            if isinstance(leaf, Input)
+        ]
+
+    def program_at(self, rows: int, batch_size: int) -> StepProgram:
+        """Captures the tape again; the optimizer's state is made for that, and taken away."""
+        entries = self._with_rows(rows, batch_size)
+        optimizers = {id(o): o for entry in entries for o in entry.optimizers}.values()
+        for optimizer in optimizers:  # gradients die with the step, as in a loop that clears them
+            habits = self._cache.book.habits(optimizer)
+            habits.clears |= not habits.zeroes
+        with undeferred(), contextlib.ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.enter_context(with_state(optimizer))
+            captured = self._captured(entries, rows, batch_size)
+            exports = [slot for entry in entries for slot in entry.outputs or () if slot.live]
+            name = f"train_step_batch_{batch_size}"
+            program = CompiledTape(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
+        if program is None or not program.state:
+            raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
+        return program
+
+    def _captured(self, entries: list[Entry], rows: int, batch_size: int) -> CapturedStep:
+        book = self._cache.book
+        while True:
+            try:
+                return capture(entries, lambda optimizer: book.habits(optimizer).constants)
+            except NumberUsed as error:  # a hyperparameter that has to be a constant, as a run finds out too
+                source: Any = error.source
+                of_optimizer = source is not None and source.optimizer is not None
+                if not of_optimizer or not book.fix_number(source.optimizer(), source.position):
+                    raise CaptureError("the step decides by the value of a number", entries[0].where) from None
+            except CaptureError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                if batch_size == rows:
+                    raise CaptureError(reason, entries[0].where) from error
+                raise UsageError(
+                    f"the step cannot be captured with a batch of {batch_size} in place of {rows}: something in the "
+                    f"loop was computed from the batch size ({reason}). Name the script's option for it, "
+                    "--batch-size-arg=--bs, and the script is run again for every size"
+                ) from None
+
+    def _with_rows(self, rows: int, batch_size: int) -> list[Entry]:
+        scaled: dict[int, Input] = {}
+
+        def of(leaf: Any) -> Any:
+            if not isinstance(leaf, Input) or not leaf.shape or leaf.shape[0] != rows:
+                return leaf
+            if id(leaf) not in scaled:
+                scaled[id(leaf)] = dataclasses.replace(leaf, array=None, shape=(batch_size, *leaf.shape[1:]))
+            return scaled[id(leaf)]
+
+        return [dataclasses.replace(entry, leaves=[of(leaf) for leaf in entry.leaves]) for entry in self._entries]

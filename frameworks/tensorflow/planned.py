@@ -1,0 +1,57 @@
+"""A training step that was called, as a program for any batch size: the TensorFlow half of `trainingcompiler.plan`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainingcompiler.errors import CaptureError, TrainingCompilerError, UsageError
+from trainingcompiler.frameworks.tensorflow.programs import TracedStep, is_input
+from trainingcompiler.program import StepProgram
+
+
+class CalledStep:
+    """A step and the arguments of its call; see `planner.PlannableStep`.
+
+    Args:
+        function: The step.
+        args: Nested structures of arrays and tensors.
+        labels: What a person calls their leaves.
+        autograph: Whether Python's control flow is converted while tracing.
+    """
+
+    def __init__(self, function: Callable, args: tuple, labels: Sequence[str], autograph: bool):
+        self._function, self._args, self._autograph = function, args, autograph
+        self._leaves = tf.nest.flatten(args)
+        self._labels = labels
+
+    def given(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The name and shape of every array among the arguments."""
+        named = zip(self._labels, self._leaves, strict=False)
+        return [(name, tuple(leaf.shape)) for name, leaf in named if is_input(leaf)]
+
+    def program_at(self, rows: int, batch_size: int) -> StepProgram:
+        """Traces the step again; its values do not matter."""
+        leaves = [_with_rows(leaf, rows, batch_size) for leaf in self._leaves]
+        args = tf.nest.pack_sequence_as(self._args, leaves)
+        try:
+            traced = TracedStep(self._function, "train_step", args, leaves, self._autograph)
+        except TrainingCompilerError:
+            raise
+        except Exception as error:  # the script's own code
+            reason = f"tracing it raised {type(error).__name__}: {error}".split("\n")[0]
+            if batch_size == rows:
+                raise CaptureError(reason) from error
+            raise UsageError(
+                f"the step cannot be traced with a batch of {batch_size} in place of {rows}: {reason}. Name the "
+                "script's option for its batch size, --batch-size-arg=--bs, and the script is run again for every size"
+            ) from None
+        return dataclasses.replace(traced.bridged.program, name=f"train_step_batch_{batch_size}")
+
+
+def _with_rows(leaf: Any, rows: int, batch_size: int) -> Any:
+    if not is_input(leaf) or not len(leaf.shape) or leaf.shape[0] != rows:
+        return leaf
+    return np.zeros((batch_size, *leaf.shape[1:]), tf.as_dtype(leaf.dtype).as_numpy_dtype)
