@@ -4,6 +4,7 @@ Runs the script up to its first training step, takes no step, and compiles that 
 sizes. A described GPU need not be there.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ _OPTIONS = {
     "--script-batch-size": "N",
     "--batch-size-arg": "NAME",
     "--json": "FILE",
+    "--plot": "FILE",
 }
 _USAGE = f"""usage: python -m {PROGRAM} [options] [launcher options] script.py [script args]
 
@@ -41,6 +43,7 @@ memory, arithmetic, a bound on the time, the largest batch that fits and the fas
   --script-batch-size N     rows of the script's batch, where its tensors disagree: what has N rows is scaled
   --batch-size-arg=--bs     the script's own option for its batch size: the script is run again for every size
   --json FILE               write the plan there as well
+  --plot FILE               draw it: memory, and rows a second, over the batch
 
 Exit code 0: planned. 2: there was nothing to plan, or the script failed."""
 
@@ -55,6 +58,7 @@ class _Request:
     script_batch_size: int | None
     batch_size_arg: str | None
     json: Path | None
+    plot: Path | None
     line: CommandLine
     flags: dict[str, object]
 
@@ -82,6 +86,8 @@ def main(words: Sequence[str] | None = None) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if request.json is not None:
         _write(request.json, planning.as_json(plan))
+    if request.plot is not None:
+        _plotting().save(plan, request.plot)
 
 
 def _in_this_process(request: _Request) -> Any:
@@ -199,6 +205,8 @@ def _parse(words: list[str]) -> _Request:
     own = given.get("--script-batch-size")
     line = parse(words)
     target_of(line)
+    if "--plot" in given:
+        _plotting().check()
     return _Request(
         gpu=name,
         sizes=tuple(numbers),
@@ -206,9 +214,14 @@ def _parse(words: list[str]) -> _Request:
         script_batch_size=None if own is None else _positive("--script-batch-size", own),
         batch_size_arg=given.get("--batch-size-arg"),
         json=Path(given["--json"]) if "--json" in given else None,
+        plot=Path(given["--plot"]) if "--plot" in given else None,
         line=line,
         flags=flags_of(line),
     )
+
+
+def _plotting() -> Any:
+    return importlib.import_module("trainingcompiler.plan_plot")  # reaches JAX, which is to be imported late
 
 
 def _positive(name: str, text: str) -> int:

@@ -51,7 +51,8 @@ def sizes(done: subprocess.CompletedProcess, path: Path) -> dict[int, dict]:
 
 def test_no_step_is_taken_and_every_size_is_compiled(plan, tmp_path):
     path = tmp_path / "plans" / "plan.json"
-    done = plan(PLAIN, "--batch-sizes", "8,16,64", "--json", str(path))
+    figure = path.with_name("plan.png")
+    done = plan(PLAIN, "--batch-sizes", "8,16,64", "--json", str(path), "--plot", str(figure))
     batches = sizes(done, path)
     assert list(batches) == [8, 16, 64] and "stepped" not in done.stdout
     state = 4 * (16 * 64 + 64 + 64 * 4 + 4)
@@ -61,6 +62,7 @@ def test_no_step_is_taken_and_every_size_is_compiled(plan, tmp_path):
     assert batch_bytes[1] - batch_bytes[0] == 8 * (16 * 4 + 8)  # eight rows more of x and y
     assert batches[64]["flops"] > 5 * batches[8]["flops"]
     assert "largest that fits: 64" in done.stdout and not list(path.parent.glob("*.part"))
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_plan_compiles_nothing(plan):
