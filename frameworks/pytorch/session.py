@@ -172,6 +172,7 @@ class Session:
             entry = self.append(function, args, kwargs)
         except CaptureError as error:
             return self._record_nothing(function, args, kwargs, error)
+        entry.reads_gradients = gradients_exist
         key = (entry.key, gradients_exist, tuple(_described(leaf) for leaf in entry.leaves))
         planned = self._plans.get(key)
         if planned is None:

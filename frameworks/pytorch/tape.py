@@ -128,6 +128,7 @@ class Entry:
         where: The script's line.
         turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
+        reads_gradients: Whether it reads `.grad`, which no slot stands for: it depends on everything before it.
     """
 
     function: Callable
@@ -146,6 +147,7 @@ class Entry:
     where: str | None = None
     turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    reads_gradients: bool = False
 
     def leaf(self, position: int) -> Any:
         """The leaf at a position; those of the closure come after the arguments'."""
@@ -200,6 +202,8 @@ class Tape:
         if self.mutated:
             return list(self.entries)
         indices = self._ancestors(slots, lambda read: read.value is None)
+        last = max((index for index in indices if self.entries[index].reads_gradients), default=-1)
+        indices |= set(range(last))
         return [self.entries[index] for index in sorted(indices)]
 
     def functions_behind(self, slot: Slot) -> list[Callable]:

@@ -84,3 +84,32 @@ def test_gan_with_one_loss_for_the_discriminator_is_one_program():
         return seen
 
     assert_same_training(gan, loop, batches(), max_compiles=1)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_what_reads_gradients_is_looked_at_while_another_gradient_crosses_the_step(scales):
+    """A clipped norm, and what a GradScaler finds, are computed from gradients, which are no arguments of theirs."""
+
+    def loop(objects, data):
+        netG, netD = objects["netG"], objects["netD"]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=scales)
+        seen = []
+
+        def step(loss, net, optimizer):
+            net.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            seen.extend([value.item() if value.isfinite() else -1.0 for value in (loss, norm)] + [scaler.get_scale()])
+
+        for i, (batch, _) in enumerate(data):
+            noise = torch.randn(batch.size(0), 4)
+            fake = netG(noise)
+            factor = float("inf") if scales and i == 9 else 1.0
+            step((netD(fake.detach()).mean() - netD(batch).mean()) * factor, netD, objects["optimizerD"])
+            step(-netD(fake).mean(), netG, objects["optimizerG"])
+        return seen
+
+    assert_same_training(gan, loop, batches(20), dtypes=(torch.float64,), may_fall_back=True)
