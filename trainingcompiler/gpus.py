@@ -5,7 +5,8 @@ driver reports on the machine; NVIDIA's data sheets for the memory of the H200, 
 for the peaks of arithmetic, which are the dense ones of the SXM boards.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainingcompiler.config import did_you_mean
@@ -43,7 +44,7 @@ class Gpu:
     l2_bytes: int
     shared_bytes: int
     shared_bytes_block: int
-    flops: dict[str, float]
+    flops: Mapping[str, float] = field(hash=False)
 
     def description(self) -> str:
         """The GPU as text of XLA's `GpuTargetConfigProto`."""

@@ -94,6 +94,7 @@ def _in_this_process(request: _Request) -> Any:
     """Runs the script once, and captures its step again for every size."""
     if request.gpu != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of every batch that is too large
     os.environ.update(to_environment({"engine": "xla", **request.flags}))
     from trainingcompiler import planning
     from trainingcompiler.plan_store import PlanStore

@@ -135,8 +135,10 @@ def product_dtype(text: str) -> str:
 def search(at: Callable[[int], PlannedBatch], start: int, usable_bytes: int) -> list[PlannedBatch]:
     """Finds the largest batch that fits, and shows that the next one does not.
 
-    Every answer comes from a compiled program: the memory of two sizes predicts which size to compile next, and what
-    that one needs decides. A size above 16 is a multiple of the eighth of the power of two below it.
+    Every answer comes from a compiled program: what two sizes need predicts which one to compile next, and what that
+    one needs decides. Memory is no straight line (near the limit XLA computes values again instead of keeping them), so
+    where a prediction leaves more than half of the range, the middle is next, and where predictions go on to fit, half
+    as much again. A size above 16 is a multiple of the eighth of the power of two below it.
 
     Args:
         at: Compiles one size.
@@ -154,12 +156,18 @@ def search(at: Callable[[int], PlannedBatch], start: int, usable_bytes: int) -> 
         return known[size].memory.peak_bytes <= usable_bytes
 
     low, high = (start, None) if fits(start) else (0, start)
+    is_far = False
     while len(known) < MOST_COMPILES and (high is None or high > next_size(low)):
-        size = _guess(known, low, high, usable_bytes)
+        width = low if high is None else high - low
+        size = low + width // 2 if is_far else _predicted(known, low, high, usable_bytes)
+        size = max(size - size % _grain(size), next_size(low))
+        if high is not None and size >= high:
+            size = max(next_size(low), (high - 1) - (high - 1) % _grain(high - 1))
         if fits(size):
             low = size
         else:
             high = size
+        is_far = len(known) > 3 if high is None else high - low > width / 2
     return [known[size] for size in sorted(known)]
 
 
@@ -169,21 +177,23 @@ def next_size(size: int) -> int:
 
 
 def _grain(size: int) -> int:
-    return max(1, 2 ** (size.bit_length() - 4)) if size else 1
+    return max(1, 2 ** (size.bit_length() - 4)) if size > 0 else 1
 
 
-def _guess(known: dict[int, PlannedBatch], low: int, high: int | None, usable_bytes: int) -> int:
-    """A size above `low` and below `high`, near where a straight line through the two nearest meets the limit."""
-    if len(known) == 1:
-        return 2 * low if high is None else max(1, high // 2)
-    one, other = sorted(known, key=lambda size: abs(known[size].memory.peak_bytes - usable_bytes))[:2]
-    rise = (known[other].memory.peak_bytes - known[one].memory.peak_bytes) / (other - one)
-    size = one + int((usable_bytes - known[one].memory.peak_bytes) / rise) if rise > 0 else 2 * max(known)
-    size -= size % _grain(max(1, size))
-    size = max(size, next_size(low))
-    if high is not None and size >= high:
-        size = max(next_size(low), (high - 1) - (high - 1) % _grain(high - 1))
-    return size
+def _predicted(known: dict[int, PlannedBatch], low: int, high: int | None, usable_bytes: int) -> int:
+    """Where a straight line meets the limit: between the two ends, or on from what is known so far."""
+
+    def needed(size: int) -> int:
+        return known[size].memory.peak_bytes
+
+    if high is not None and low == 0:
+        return max(1, high * usable_bytes // needed(high) if needed(high) > 0 else high // 2)
+    least = min(known)
+    if high is None and low == least:
+        return 2 * low
+    one, other = (least, low) if high is None else (low, high)
+    rise = (needed(other) - needed(one)) / (other - one)
+    return one + int((usable_bytes - needed(one)) / rise) if rise > 0 else 2 * other
 
 
 def evaluate(

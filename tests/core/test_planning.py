@@ -43,6 +43,20 @@ def test_memory_that_does_not_grow_in_a_straight_line():
     assert fits == 40 and len(found) <= MOST_COMPILES
 
 
+def test_memory_that_stands_still_near_the_limit():
+    """XLA computes values again where it would otherwise not fit, so that more rows may need no more memory."""
+
+    def at(size: int) -> PlannedBatch:
+        kept = min(size, 700) + max(0, size - 1500)
+        return batch(size, row_bytes=kept * GIB // 8 // size)
+
+    usable = FIXED + 800 * GIB // 8
+    found = search(at, 8, usable)
+    fits = max(one.batch_size for one in found if one.memory.peak_bytes <= usable)
+    too_much = min(one.batch_size for one in found if one.memory.peak_bytes > usable)
+    assert 1280 <= fits <= 1600 < too_much <= 2048 and len(found) <= MOST_COMPILES
+
+
 def test_nothing_fits():
     found = search(batch, 8, FIXED)
     assert [one.batch_size for one in found][0] == 1
