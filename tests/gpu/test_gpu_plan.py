@@ -30,7 +30,7 @@ def test_the_largest_batch_is_found_for_a_small_gpu_and_kept(tmp_path):
     peaks = {batch["batch_size"]: batch["peak_bytes"] for batch in found["batches"]}
     assert len(peaks) <= MOST_COMPILES
     above = min(size for size in peaks if size > found["largest"])
-    assert peaks[found["largest"]] <= found["usable_bytes"] < peaks[above] < 1.2 * peaks[found["largest"]]
+    assert peaks[found["largest"]] <= found["usable_bytes"] < peaks[above]
     assert all(batch["bound_s"] > 0 for batch in found["batches"])
     assert found["fastest"] <= found["largest"]
     again = plan(tmp_path, "--gpu", "t4")
