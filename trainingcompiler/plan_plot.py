@@ -26,8 +26,8 @@ def save(plan: Plan, path: Path) -> None:
     memory.axhline(plan.usable_bytes / GIB, color="black", linewidth=0.8, label="usable")
     memory.set_xlabel("batch size")
     memory.set_ylabel("GiB")
-    rates = [plan.rows_per_s(batch) for batch in plan.batches]
-    if all(rate is not None for rate in rates):
+    rates = [rate for batch in plan.batches if (rate := plan.rows_per_s(batch)) is not None]
+    if rates:
         speed = memory.twinx()
         speed.plot(sizes, rates, "s:", color="tab:green", label="rows/s, at most")
         speed.set_ylabel("rows/s, at most")

@@ -229,7 +229,7 @@ def size_of(size_bytes: float) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as a table: memory, then the work and its bound; a mark where a batch does not fit."""
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for batch in plan.batches:
         memory, bound_s = batch.memory, batch.bound_s(plan.gpu)
         rows.append(
