@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from trainingcompiler.config import did_you_mean
 from trainingcompiler.errors import ConfigError, UsageError
@@ -197,8 +197,12 @@ def rescale(
     if policy not in POLICIES:
         hint = did_you_mean(str(policy), POLICIES)
         raise ConfigError([f"policy={policy!r}: must be one of {', '.join(POLICIES)}{hint}"])
-    sizes: dict[str, Any] = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "world_size": world_size}
-    grown = dataclasses.replace(recipe, **{name: size for name, size in sizes.items() if size is not None})
+    grown = dataclasses.replace(
+        recipe,
+        batch_size=recipe.batch_size if batch_size is None else batch_size,
+        accumulation_steps=recipe.accumulation_steps if accumulation_steps is None else accumulation_steps,
+        world_size=recipe.world_size if world_size is None else world_size,
+    )
     factor = grown.global_batch_size / recipe.global_batch_size
     chosen, because = (policy, "asked for") if policy != "auto" else _choose(recipe.optimizer)
     scaled = _RULES[chosen](grown, factor)
