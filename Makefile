@@ -60,7 +60,7 @@ $(GPU)/.ready: $(READY)
 	@touch $@
 
 fuzz: $(READY)
-	FUZZ_LOOPS=2000 FUZZ_SEED=1 $(BIN)/python -m pytest -q -s tests/fuzz
+	FUZZ_LOOPS=2000 FUZZ_SEED=1 $(BIN)/python -m pytest -q -n auto -rP tests/fuzz
 
 gpu-plan: $(GPU)/.ready
 	JAX_PLATFORMS=cpu $(GPU)/bin/python -m pytest tests/gpu

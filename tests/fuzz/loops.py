@@ -102,12 +102,15 @@ LOOPS = st.builds(
 )
 
 
-def script(loop: Loop, reverse: bool = False) -> str:
+TURNS = ("flip(0)", "roll(1, 0)", "roll(2, 0)", "roll(3, 0)")
+
+
+def script(loop: Loop, turn: str = "") -> str:
     """The loop as an ordinary script; it leaves `model`, `optimizers` and `seen`, the numbers that it has looked at.
 
     Args:
         loop: What to write down.
-        reverse: Whether to turn the rows of every batch around: eager's own noise, in sums of another order.
+        turn: What to do to the rows of every batch, one of `TURNS`: eager's own noise, in sums of another order.
     """
     happening = {name for _, name in loop.events}
     parts = [
@@ -123,7 +126,7 @@ def script(loop: Loop, reverse: bool = False) -> str:
         f"data = [(torch.randn(6, 5), torch.randint(0, 3, (6,))) for _ in range({STEPS * loop.accumulate})]",
         "seen, saved = [], None" if "load" in happening or "save" in happening else "seen = []",
         f"for step in range({STEPS}):",
-        _indented(_step(loop, reverse)),
+        _indented(_step(loop, turn)),
         "print(seen)\nfor name, value in model.state_dict().items():\n    print(name, value.double().sum().item())\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -149,7 +152,7 @@ def _optimizers(loop: Loop) -> list[str]:
     ]
 
 
-def _step(loop: Loop, reverse: bool) -> str:
+def _step(loop: Loop, turn: str) -> str:
     steps: dict[str, list[int]] = {}
     for at, name in loop.events:
         steps.setdefault(name, []).append(at)
@@ -166,7 +169,7 @@ def _step(loop: Loop, reverse: bool) -> str:
     lines += [clear] if loop.zero != "last" else []
     start = "step" if loop.accumulate == 1 else f"step * {loop.accumulate}"
     stop = "step + 1" if loop.accumulate == 1 else f"(step + 1) * {loop.accumulate}"
-    lines += [f"for x, y in data[{start} : {stop}]:", _indented(_micro_step(loop, steps, reverse)), clip]
+    lines += [f"for x, y in data[{start} : {stop}]:", _indented(_micro_step(loop, steps, turn)), clip]
     if "gradient before step" in loop.reads:
         lines.append("if model[-1].weight.grad is not None:\n    seen.append(model[-1].weight.grad.sum().item())")
     update = "for optimizer in optimizers:\n    optimizer.step()"
@@ -178,12 +181,12 @@ def _step(loop: Loop, reverse: bool) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _micro_step(loop: Loop, steps: dict[str, list[int]], reverse: bool) -> str:
+def _micro_step(loop: Loop, steps: dict[str, list[int]], turn: str) -> str:
     loss, small, twice = _LOSSES[loop.loss], steps.get("smaller batch"), steps.get("two calls")
     share = f"loss / {loop.accumulate}" if loop.accumulate > 1 else "loss"
     lines = [
         _when(small, "x, y = x[:-1], y[:-1]") if small else "",
-        "x, y = x.flip(0), y.flip(0)" if reverse else "",
+        f"x, y = x.{turn}, y.{turn}" if turn else "",
         "out = model(x)",
         "seen.append(out.argmax(1).double().mean().item())" if "logits before backward" in loop.reads else "",
         f"loss = {loss.format('out')}",

@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 
-from loops import LOOPS, STEPS, Loop, script
+from loops import LOOPS, STEPS, TURNS, Loop, script
 from parity import FLOAT64_TOLERANCE, Run, assert_same, train
 
 COUNT = int(os.environ.get("FUZZ_LOOPS", "50"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
+PART = 250  # loops in a test, so that processes can share them
 FOLDER = Path(__file__).parents[2] / "build" / "fuzz"
 # Of all steps: the first of every loop is torch's, and so is one whose optimizer's state was cleared.
 COMPILED_SHARE = 0.8
@@ -35,6 +37,7 @@ def loop(**changes) -> Loop:
 FOUND = {
     "nothing special": loop(),
     "clipping outlived its gradients": loop(clip="value", events=((8, "two calls"), (9, "skip the step"))),
+    "one twin was too quiet": loop(layers=("batch norm",), loss="margin", optimizers=("adagrad",)),
     "fake kernels make a gradient that nobody asked for": loop(layers=("batch norm",), events=((3, "freeze"),)),
 }
 
@@ -59,11 +62,19 @@ def run(source: str, *, compiled: bool) -> Run:
 def compare(loop: Loop) -> Run:
     """Asserts that a loop trains what eager trains, and returns the compiled run.
 
-    In float64, against the noise of eager itself: a twin whose rows are summed in the opposite order.
+    In float64, against the noise of eager itself: a twin whose rows are summed in another order. One twin is one sample
+    of it; where a gradient is nothing but rounding, and Adagrad divides it by its own size, three more are taken.
     """
-    eager, twin = (run(script(loop, reverse), compiled=False) for reverse in (False, True))
-    compiled = run(script(loop), compiled=True)
-    assert_same(eager, compiled, twin, floor=FLOAT64_TOLERANCE)
+    eager, compiled = run(script(loop), compiled=False), run(script(loop), compiled=True)
+    twins: list[Run] = []
+    for turn in TURNS:
+        twins.append(run(script(loop, turn), compiled=False))
+        try:
+            assert_same(eager, compiled, twins, floor=FLOAT64_TOLERANCE)
+            break
+        except AssertionError:
+            if turn == TURNS[-1]:
+                raise
     return compiled
 
 
@@ -72,6 +83,7 @@ class Tally:
     """What many loops have come to.
 
     Attributes:
+        part: Which of several runs.
         loops: How many have run.
         steps: Their optimizer steps.
         compiled_steps: Those that ran as a program.
@@ -79,6 +91,7 @@ class Tally:
         failures: Scripts that train something else than eager does, each with what was seen.
     """
 
+    part: int
     loops: int = 0
     steps: int = 0
     compiled_steps: int = 0
@@ -97,12 +110,10 @@ class Tally:
         self.compiled_steps += ran.statistics.compiled_steps
         for reason in {event.reason for event in ran.fallbacks()}:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if self.loops % 100 == 0:
-            print(self, flush=True)
 
     def _failed(self, loop: Loop, what: str) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        path = FOLDER / f"loop_{SEED}_{self.loops}.py"
+        path = FOLDER / f"loop_{SEED}_{self.part}_{self.loops}.py"
         path.write_text(f"# {loop}\n# {what.strip().splitlines()[0]}\n{script(loop)}")
         self.failures.append(f"{what}as a script, {path.relative_to(FOLDER.parents[1])}:\n\n{script(loop)}")
         print(self.failures[-1], flush=True)
@@ -115,12 +126,14 @@ class Tally:
         )
 
 
-def test_loops_by_chance():
-    tally = Tally()
+@pytest.mark.parametrize("part", range(-(-COUNT // PART)))
+def test_loops_by_chance(part):
+    tally = Tally(part)
+    count = min(PART, COUNT - part * PART)
 
-    @seed(SEED)
+    @seed(1000 * SEED + part)
     @settings(
-        max_examples=COUNT,
+        max_examples=count,
         deadline=None,
         database=None,
         verbosity=Verbosity.quiet,
@@ -132,8 +145,10 @@ def test_loops_by_chance():
         tally.add(loop)
 
     judge()
+    print(tally)
+    jax.clear_caches()  # XLA ends the process somewhere beyond 5,000 executables
     assert not tally.failures, "\n".join([str(tally), *tally.failures[:3]])
-    assert tally.loops >= COUNT * 0.9, tally  # Hypothesis may find fewer different ones, not many fewer
+    assert tally.loops >= count * 0.9, tally  # Hypothesis may find fewer different ones, not many fewer
     assert tally.compiled_steps >= COMPILED_SHARE * tally.steps, tally
 
 

@@ -7,7 +7,7 @@ and to 1e-4 where the twin is quieter. float64 leaves no room for rounding: 1e-7
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,7 @@ def assert_same_training(
 def assert_same(
     eager: Run,
     compiled: Run,
-    twin: Run | None = None,
+    twin: Run | Sequence[Run] | None = None,
     float64_tolerance: float = FLOAT64_TOLERANCE,
     floor: float = FLOAT32_TOLERANCE,
 ) -> None:
@@ -136,12 +136,14 @@ def assert_same(
     Args:
         eager: What is right.
         compiled: What to judge.
-        twin: A second eager run with other rounding, for float32; None for float64.
+        twin: A second eager run with other rounding, for float32, or several, of which the noisiest counts for each
+            value; None for float64.
         float64_tolerance: The largest relative difference without a twin.
         floor: The largest relative difference with one, however quiet it is.
     """
     right, judged = dict(_values(eager)), dict(_values(compiled))
-    noisy = dict(_values(twin)) if twin is not None else None
+    twins = [twin] if isinstance(twin, Run) else twin or []
+    noisy = [dict(_values(one)) for one in twins]
     assert right.keys() == judged.keys(), right.keys() ^ judged.keys()
     scales: dict[str, float] = {}
     for name, value in right.items():
@@ -153,8 +155,8 @@ def assert_same(
         scale = max(_largest(value), 1e-3 * scales[name.rsplit("/", 1)[-1]], 1e-30)
         difference = _largest(value.double() - judged[name].double()) / scale
         tolerance = float64_tolerance
-        if noisy is not None:
-            noise = _largest(value.double() - noisy[name].double()) / scale
+        if noisy:
+            noise = max(_largest(value.double() - one[name].double()) for one in noisy) / scale
             tolerance = max(TWIN_FACTOR * noise, floor)
         assert difference <= tolerance, f"{name}: relative difference {difference:.3g} > {tolerance:.3g}"
 
