@@ -146,7 +146,7 @@ def test_loops_by_chance(part):
 
     judge()
     print(tally)
-    jax.clear_caches()  # XLA ends the process somewhere beyond 5,000 executables
+    jax.clear_caches()  # with the executables of 1,950 loops, XLA's serialize() ended the process (jaxlib 0.10.2)
     assert not tally.failures, "\n".join([str(tally), *tally.failures[:3]])
     assert tally.loops >= count * 0.9, tally  # Hypothesis may find fewer different ones, not many fewer
     assert tally.compiled_steps >= COMPILED_SHARE * tally.steps, tally
