@@ -95,7 +95,7 @@ def _in_this_process(request: _Request) -> Any:
     if request.gpu != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of every batch that is too large
-    os.environ.update(to_environment({"engine": "xla", **request.flags}))
+    os.environ.update(to_environment({**request.flags, "enabled": True, "engine": "xla"}))
     from trainingcompiler import planning
     from trainingcompiler.plan_store import PlanStore
     from trainingcompiler.targets import Target
@@ -161,8 +161,8 @@ def _command(request: _Request, size: int | None, path: Path) -> list[str]:
     if size is not None:
         arguments = _with_option(arguments, name, size)
     options = ["--gpu", request.gpu, "--batch-sizes", "own", "--json", str(path)]
-    if request.script_batch_size is not None and size is None:
-        options += ["--script-batch-size", str(request.script_batch_size)]
+    if request.script_batch_size is not None:
+        options += ["--script-batch-size", str(size or request.script_batch_size)]
     environment_flags = [
         word for key, value in line.given.items() if key != "--module" for word in ([key, value] if value else [key])
     ]
@@ -206,6 +206,9 @@ def _parse(words: list[str]) -> _Request:
     own = given.get("--script-batch-size")
     line = parse(words)
     target_of(line)
+    for option in ("--no-compile", "--engine"):
+        if option in line.given:  # without our step there is none to stop at: the script would train
+            raise UsageError(f"{option} does not go with a plan, which compiles the script's step and takes none")
     if "--plot" in given:
         _plotting().check()
     return _Request(

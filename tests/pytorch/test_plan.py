@@ -144,6 +144,7 @@ def test_scripts_without_a_step_to_plan(plan, source, said):
         (("--batch-sizes", "8,-1"), "--batch-sizes: '-1' is not a batch size; give whole numbers, 1 or more"),
         (("--batch-sizes", "8", "--batch-sizes", "9"), "--batch-sizes is given twice; give it once"),
         (("--batch-size", "8"), "--batch-size is not an option"),
+        (("--no-compile",), "--no-compile does not go with a plan, which compiles the script's step and takes none"),
     ],
 )
 def test_wrong_options(plan, options, said):
