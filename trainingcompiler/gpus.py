@@ -2,11 +2,16 @@
 
 Sources: the descriptions that come with XLA (openxla/xla, xla/backends/gpu/target_config/specs), which are what the
 driver reports on the machine; NVIDIA's data sheets for the memory of the H200, for all of L4, L40S, A10G and T4, and
-for the peaks of arithmetic, which are the dense ones of the SXM boards.
+for the peaks of arithmetic, which are the dense ones of the SXM boards. A person's own GPU comes from a file.
 """
 
+import dataclasses
+import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trainingcompiler.config import did_you_mean
@@ -31,7 +36,7 @@ class Gpu:
         shared_bytes: Shared memory of one core.
         shared_bytes_block: The part of it that one block may ask for.
         flops: Floating-point operations a second, dense, at most: by what matrix products take ("float32", "tf32",
-            "float16", "bfloat16"). What a GPU has no units for is missing.
+            "float16", "bfloat16"). What a GPU has no units for is missing; "float32" never is.
     """
 
     name: str
@@ -75,110 +80,152 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} }}
-device_description_str: "{self.name}"
+device_description_str: {json.dumps(self.name)}
 """
 
 
-_HOPPER: dict[str, Any] = dict(
-    compute_capability=(9, 0),
-    cores=132,
-    float32_units=128,
-    clock_ghz=1.98,
-    l2_bytes=52428800,
-    shared_bytes=233472,
-    shared_bytes_block=232448,
-    flops={"float32": 66.9e12, "tf32": 494.7e12, "float16": 989.4e12, "bfloat16": 989.4e12},
-)
-_AMPERE: dict[str, Any] = dict(
-    compute_capability=(8, 0),
-    cores=108,
-    float32_units=64,
-    clock_ghz=1.41,
-    l2_bytes=41943040,
-    shared_bytes=167936,
-    shared_bytes_block=166912,
-    flops={"float32": 19.5e12, "tf32": 156e12, "float16": 312e12, "bfloat16": 312e12},
-)
-# Ada and the small Ampere: 128 units a core, 100 KB of shared memory, of which a block may have 99.
-_SMALL: dict[str, Any] = dict(float32_units=128, shared_bytes=102400, shared_bytes_block=101376)
+_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
-GPUS: dict[str, Gpu] = {
-    # XLA's file gives the H200 141 GiB; the data sheet says 141 GB, of which programs can use a little less.
-    "h200": Gpu(name="NVIDIA H200", memory_bytes=150_000_000_000, bandwidth=4_800_000_000_000, **_HOPPER),
-    "h100": Gpu(name="NVIDIA H100 80GB HBM3", memory_bytes=84_942_979_072, bandwidth=3_352_320_000_000, **_HOPPER),
-    "a100-80": Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=85_100_068_864, bandwidth=2_039_040_000_000, **_AMPERE),
-    "a100-40": Gpu(name="NVIDIA A100-SXM4-40GB", memory_bytes=42_331_013_120, bandwidth=1_555_200_000_000, **_AMPERE),
-    "b200": Gpu(
-        name="NVIDIA B200",
-        compute_capability=(10, 0),
-        memory_bytes=191_514_411_008,
-        bandwidth=7_672_320_000_000,
-        cores=148,
-        float32_units=128,
-        clock_ghz=1.965,
-        l2_bytes=132644864,
-        shared_bytes=233472,
-        shared_bytes_block=232448,
-        flops={"float32": 74.5e12, "tf32": 1125e12, "float16": 2250e12, "bfloat16": 2250e12},
-    ),
-    "l40s": Gpu(
-        name="NVIDIA L40S",
-        compute_capability=(8, 9),
-        memory_bytes=47_810_936_832,
-        bandwidth=864_000_000_000,
-        cores=142,
-        clock_ghz=2.52,
-        l2_bytes=100663296,
-        flops={"float32": 91.6e12, "tf32": 183e12, "float16": 362e12, "bfloat16": 362e12},
-        **_SMALL,
-    ),
-    "l4": Gpu(
-        name="NVIDIA L4",
-        compute_capability=(8, 9),
-        memory_bytes=23_669_899_264,
-        bandwidth=300_000_000_000,
-        cores=58,
-        clock_ghz=2.04,
-        l2_bytes=50331648,
-        flops={"float32": 30.3e12, "tf32": 60e12, "float16": 121e12, "bfloat16": 121e12},
-        **_SMALL,
-    ),
-    "a10g": Gpu(
-        name="NVIDIA A10G",
-        compute_capability=(8, 6),
-        memory_bytes=23_836_098_560,
-        bandwidth=600_096_000_000,
-        cores=80,
-        clock_ghz=1.71,
-        l2_bytes=6291456,
-        flops={"float32": 35e12, "tf32": 35e12, "float16": 70e12, "bfloat16": 70e12},
-        **_SMALL,
-    ),
-    "t4": Gpu(
-        name="Tesla T4",
-        compute_capability=(7, 5),
-        memory_bytes=15_828_320_256,
-        bandwidth=320_064_000_000,
-        cores=40,
-        float32_units=64,
-        clock_ghz=1.59,
-        l2_bytes=4194304,
-        shared_bytes=65536,
-        shared_bytes_block=65536,
-        flops={"float32": 8.1e12, "float16": 65e12},
-    ),
+# By compute capability: 32-bit units of a core, its shared memory, and the part of it that one block may ask for.
+_CORES = {
+    (7, 0): (64, 98304, 98304),
+    (7, 5): (64, 65536, 65536),
+    (8, 0): (64, 167936, 166912),
+    (8, 6): (128, 102400, 101376),
+    (8, 9): (128, 102400, 101376),
+    (9, 0): (128, 233472, 232448),
+    (10, 0): (128, 233472, 232448),
 }
+
+# sm 90 is compute capability 9.0. XLA's file gives the H200 141 GiB; the data sheet says 141 GB, of which programs can
+# use a little less.
+# fmt: off
+_ROWS: dict[str, tuple[Any, ...]] = {
+    #           driver's name            sm     memory bytes     GB/s  cores   GHz  L2 MiB TFLOP/s, as _DTYPES
+    "h200":    ("NVIDIA H200",           90, 150_000_000_000,    4800,  132,  1.98,    50, 66.9, 494.7, 989.4, 989.4),
+    "h100":    ("NVIDIA H100 80GB HBM3",  90,  84_942_979_072, 3352.32,  132,  1.98,    50, 66.9, 494.7, 989.4, 989.4),
+    "a100-80": ("NVIDIA A100-SXM4-80GB",  80,  85_100_068_864, 2039.04,  108,  1.41,    40, 19.5,   156,   312, 312),
+    "a100-40": ("NVIDIA A100-SXM4-40GB",  80,  42_331_013_120,  1555.2,  108,  1.41,    40, 19.5,   156,   312, 312),
+    "b200":    ("NVIDIA B200",          100, 191_514_411_008, 7672.32,  148, 1.965, 126.5, 74.5,  1125,  2250, 2250),
+    "l40s":    ("NVIDIA L40S",           89,  47_810_936_832,     864,  142,  2.52,    96, 91.6,   183,   362, 362),
+    "l4":      ("NVIDIA L4",             89,  23_669_899_264,     300,   58,  2.04,    48, 30.3,    60,   121, 121),
+    "a10g":    ("NVIDIA A10G",           86,  23_836_098_560, 600.096,   80,  1.71,     6,   35,    35,    70, 70),
+    "t4":      ("Tesla T4",              75,  15_828_320_256, 320.064,   40,  1.59,     4,  8.1,  None,    65, None),
+    "v100":    ("Tesla V100-SXM2-16GB",  70,  16_935_682_048, 898.048,   80,  1.53,     6, 15.7,  None,   125, None),
+}
+# fmt: on
+
+
+def _of_row(
+    name: str, sm: int, memory_bytes: int, gb_s: float, cores: int, ghz: float, l2_mib: float, *peaks: float | None
+) -> Gpu:
+    capability = divmod(sm, 10)
+    float32_units, shared_bytes, shared_bytes_block = _CORES[capability]
+    return Gpu(
+        name=name,
+        compute_capability=capability,
+        memory_bytes=memory_bytes,
+        bandwidth=round(gb_s * 1e9),
+        cores=cores,
+        float32_units=float32_units,
+        clock_ghz=ghz,
+        l2_bytes=int(l2_mib * 2**20),
+        shared_bytes=shared_bytes,
+        shared_bytes_block=shared_bytes_block,
+        flops={dtype: float(round(peak * 1e12)) for dtype, peak in zip(_DTYPES, peaks, strict=True) if peak},
+    )
+
+
+GPUS: dict[str, Gpu] = {called: _of_row(*row) for called, row in _ROWS.items()}
 """What a person calls a GPU -> its description."""
+
+_FIELDS = tuple(one.name for one in dataclasses.fields(Gpu))
+# The most that XLA's description can hold, of whole numbers.
+_MOST = dict.fromkeys(("memory_bytes", "bandwidth", "l2_bytes"), 2**63 - 1) | dict.fromkeys(
+    ("cores", "float32_units", "shared_bytes", "shared_bytes_block"), 2**31 - 1
+)
 
 
 def gpu(name: str) -> Gpu:
-    """Finds a GPU by name; case does not matter.
+    """Finds a GPU by name, whose case does not matter, or reads it from a file.
+
+    Args:
+        name: One of `GPUS`, or the path of a file: a JSON object with the fields of `Gpu`, where the compute capability
+            is `"8.6"` or `[8, 6]`, and `"like": "a100-80"` takes all that is not given from one of `GPUS`.
 
     Raises:
-        UsageError: There is no description of it.
+        UsageError: There is no description of it, or the file's is wrong; all its mistakes are named.
     """
     found = GPUS.get(name.lower())
-    if found is None:
-        hint = did_you_mean(name.lower(), GPUS) or f"; described are {', '.join(GPUS)}"
-        raise UsageError(f"there is no description of a GPU {name!r}{hint}")
-    return found
+    if found is not None:
+        return found
+    if name.lower().endswith(".json") or os.path.isfile(name):
+        return _from_file(name)
+    raise UsageError(f"there is no description of a GPU {name!r}{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    longer = [known for known in GPUS if known.startswith(name.lower())]  # a100: there are two
+    if longer:
+        return f"; did you mean {' or '.join(longer)}?"
+    known = f"; described are {', '.join(GPUS)}, and a JSON file can describe others"
+    return did_you_mean(name.lower(), GPUS) or known
+
+
+def _from_file(path: str) -> Gpu:
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: this description of a GPU cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: this description of a GPU is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"{path}: a description of a GPU is one JSON object, {{...}}; this is {json.dumps(given)}")
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    like = given.pop("like", None)
+    if isinstance(like, str) and like.lower() in GPUS:
+        values = {name: getattr(GPUS[like.lower()], name) for name in _FIELDS}
+    elif like is not None:
+        mistakes.append(f"like is {json.dumps(like)}, which is no described GPU{_hint(str(like))}")
+    elif missing := [name for name in _FIELDS if name not in given]:
+        mistakes.append(f'missing: {", ".join(missing)}; give them, or "like": "a100-80" to take them from that one')
+    for name, value in given.items():
+        if name in _FIELDS:
+            values[name] = _read(name, value, mistakes)
+        else:
+            hint = did_you_mean(name, (*_FIELDS, "like")) or f"; the fields are {', '.join(_FIELDS)}"
+            mistakes.append(f"{name} is no field of a GPU{hint}")
+    if len(mistakes) == 1:
+        raise UsageError(f"{path}: {mistakes[0]}")
+    if mistakes:
+        raise UsageError("\n  - ".join([f"{path}: {len(mistakes)} mistakes in this description of a GPU:", *mistakes]))
+    return Gpu(**values)
+
+
+def _read(name: str, value: Any, mistakes: list[str]) -> Any:
+    """A field's value, from JSON; what is wrong with it is added to the mistakes."""
+    if name == "name":
+        if isinstance(value, str) and value.strip() and value.isprintable():
+            return value
+        expected = "text, on one line"
+    elif name == "compute_capability":
+        parts = value.split(".") if isinstance(value, str) else value
+        if isinstance(parts, list) and len(parts) == 2 and all(str(part).isdecimal() for part in parts):
+            return int(parts[0]), int(parts[1])
+        expected = 'text such as "8.6", or [8, 6]'
+    elif name == "flops":
+        if isinstance(value, dict) and "float32" in value:
+            for dtype in [dtype for dtype in value if dtype not in _DTYPES]:
+                hint = did_you_mean(dtype, _DTYPES) or f"; there are {', '.join(_DTYPES)}"
+                mistakes.append(f"flops.{dtype} is not known{hint}")
+            return {dtype: _read(f"flops.{dtype}", value[dtype], mistakes) for dtype in _DTYPES if dtype in value}
+        expected = 'an object such as {"float32": 19.5e12, "bfloat16": 312e12}, with "float32" in it'
+    else:
+        is_whole, most = name in _MOST, _MOST.get(name, sys.float_info.max)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+        if is_number and (not is_whole or value == int(value)):
+            return int(value) if is_whole else float(value)
+        expected = f"a whole number from 1 to {most:,}" if is_whole else "a number above 0"
+    mistakes.append(f"{name} is {json.dumps(value)}, and must be {expected}")
+    return None

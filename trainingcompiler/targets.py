@@ -1,8 +1,12 @@
 """Where a program is compiled for: the device of this process, or a described GPU that need not be there."""
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,9 +19,14 @@ from jax.sharding import SingleDeviceSharding
 
 from trainingcompiler import pages
 from trainingcompiler.errors import TrainingCompilerError, UsageError
-from trainingcompiler.gpus import Gpu, gpu
+from trainingcompiler.gpus import GPUS, Gpu, gpu
 
-_WHEELS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# The compute capabilities that each of XLA's compilers for GPUs makes code for: what ptxas 12.9 and 13.5 list, less
+# 10.1, on which XLA and 12.9 disagree. For any other, XLA fails halfway or ends the process.
+_TOOLKITS = {
+    "cuda12": "5.0 5.2 5.3 6.0 6.1 6.2 7.0 7.2 7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.3 12.0 12.1".split(),
+    "cuda13": "7.5 8.0 8.6 8.7 8.8 8.9 9.0 10.0 10.3 10.7 11.0 12.0 12.1".split(),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +66,13 @@ class Target:
 
     @classmethod
     def gpu(cls, name: str) -> "Target":
-        """A described GPU: one of `gpus.GPUS`, which need not be in this machine.
+        """A described GPU: one of `gpus.GPUS`, or of a file; it need not be in this machine.
 
         Args:
-            name: Such as `"h200"`.
+            name: Such as `"h200"`, or `"my_gpu.json"`; see `gpus.gpu`.
 
         Raises:
-            UsageError: There is no description of it.
+            UsageError: There is no description of it, or the file's is wrong.
         """
         found = gpu(name)
         return cls(
@@ -73,6 +82,13 @@ class Target:
             compute_capability=found.compute_capability,
             described=found,
         )
+
+    @property
+    def key(self) -> str:
+        """What files about this target are called: its description, and a digest, as two GPUs may have one name."""
+        facts = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.description)[:60].strip("-")
+        return f"{words}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     def sharding(self) -> SingleDeviceSharding | None:
         """Where the arrays of a program live; None is JAX's own default, the local device.
@@ -106,17 +122,47 @@ def current() -> Target | None:
 
 def compiles_for_gpus() -> bool:
     """Whether XLA's compiler for NVIDIA GPUs is installed, with or without a GPU."""
-    return any(find_spec(wheel) for wheel in _WHEELS)
+    return bool(_installed())
+
+
+def _installed() -> list[str]:
+    return [toolkit for toolkit in _TOOLKITS if find_spec(f"jax_{toolkit}_plugin")]
+
+
+def _check_toolkit(described: Gpu) -> None:
+    """Refuses a GPU that what is installed makes no code for."""
+
+    def capability(one: Gpu) -> str:
+        return ".".join(map(str, one.compute_capability))
+
+    able = [toolkit for toolkit, known in _TOOLKITS.items() if capability(described) in known]
+    if not able:
+        raise UsageError(
+            f"XLA does not compile for {described.name}, of compute capability {capability(described)}: those of CUDA "
+            f"12 are {', '.join(_TOOLKITS['cuda12'])}, and those of CUDA 13 {', '.join(_TOOLKITS['cuda13'])}. If it is "
+            "a slip, mend the description."
+        )
+    install = "pip install " + " or ".join(f'"trainingcompiler[{toolkit}]"' for toolkit in able)
+    installed = _installed()
+    if not installed:
+        raise UsageError(
+            f"compiling for a described {described.name} needs XLA's compiler for GPUs, which is not installed: "
+            f'{install} (the same as "jax[{able[0]}]"; 4 GB of wheels, and neither a GPU nor a driver is needed)'
+        )
+    for toolkit in installed:  # where two are, JAX loads one or the other
+        if toolkit not in able:
+            possible = [name for name, other in GPUS.items() if capability(other) in _TOOLKITS[toolkit]]
+            raise UsageError(
+                f"CUDA {toolkit[4:]}, which is installed, does not compile for {described.name}, of compute capability "
+                f"{capability(described)}, but for {', '.join(_TOOLKITS[toolkit])}. Either pip uninstall "
+                f"jax-{toolkit}-plugin jax-{toolkit}-pjrt, and {install}; or take another described GPU: "
+                f"{', '.join(possible)}"
+            )
 
 
 @functools.cache
 def _described_device(described: Gpu) -> Any:
-    if not compiles_for_gpus():
-        raise UsageError(
-            f"compiling for a described {described.name} needs XLA's compiler for GPUs, which is not installed: "
-            'pip install "trainingcompiler[cuda12]", or [cuda13] (the same as "jax[cuda12]"; 4 GB of wheels, and '
-            "neither a GPU nor a driver is needed)"
-        )
+    _check_toolkit(described)
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",
