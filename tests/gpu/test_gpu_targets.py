@@ -17,6 +17,18 @@ from trainingcompiler.gpus import GPUS
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.targets import Target
 
+INCREMENT = """
+import numpy as np
+from trainingcompiler import cache, compiler
+from trainingcompiler.errors import UsageError
+from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.targets import Target
+counter = TensorSpec(name="counter", shape=({size},), dtype=np.dtype("float32"), role="parameter")
+program = StepProgram(
+    name="increment", function=lambda state, _: ((state[0] + 1,), ()), state=(counter,), inputs=(), outputs=()
+)
+"""
+
 
 def increment(size: int = 1000) -> StepProgram:
     """Counts, in an array."""
@@ -152,15 +164,7 @@ def test_a_gpu_at_which_xla_would_end_the_process_is_refused(tmp_path):
 @pytest.mark.gpu_plan
 def test_at_log_level_3_xla_says_nothing_of_what_does_not_fit():
     """Of state that is too large, it would say that its own "calculation" has an error."""
-    script = """
-import numpy as np
-from trainingcompiler import compiler
-from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
-counter = TensorSpec(name="counter", shape=(2**33,), dtype=np.dtype("float32"), role="parameter")
-program = StepProgram(
-    name="increment", function=lambda state, _: ((state[0] + 1,), ()), state=(counter,), inputs=(), outputs=()
-)
+    script = f"""{INCREMENT.format(size=2**33)}
 print(compiler.compile(program, Target.gpu("t4")).memory.argument_bytes)
 """
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -180,11 +184,9 @@ def test_every_described_gpu_is_accepted_and_cannot_run(name):
 @pytest.mark.gpu_plan
 @pytest.mark.skipif(Target.local().platform == "cuda", reason="there is a GPU, so JAX loads its compiler")
 def test_a_compiler_that_jax_does_not_load_is_told_apart_from_a_missing_one():
-    script = """
-from trainingcompiler.errors import UsageError
-from trainingcompiler.targets import Target
+    script = f"""{INCREMENT.format(size=9)}
 try:
-    Target.gpu("h200").sharding()
+    compiler.compile(program, Target.gpu("h200"))
 except UsageError as error:
     print(error)
 """
@@ -195,15 +197,7 @@ except UsageError as error:
 
 @pytest.mark.gpu_plan
 def test_what_cannot_be_read_back_is_not_kept(tmp_path):
-    script = f"""
-import numpy as np
-from trainingcompiler import cache, compiler
-from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
-counter = TensorSpec(name="counter", shape=(9,), dtype=np.dtype("float32"), role="parameter")
-program = StepProgram(
-    name="increment", function=lambda state, _: ((state[0] + 1,), ()), state=(counter,), inputs=(), outputs=()
-)
+    script = f"""{INCREMENT.format(size=9)}
 folder = cache.enable_persistent_cache({str(tmp_path)!r})
 import os
 for target in (Target.gpu("h200"), Target.local(), Target.gpu("h200"), Target.local()):
