@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TrainingCompilerError,
         UsageError,
     )
+    from trainingcompiler.scaling import Scaled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "compile",
     "disable",
     "enable",
+    "recommendation",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,6 +68,8 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
     hooked = dict(adapters.HOOKED)
+    if config.record:
+        _withdrawals.append(importlib.import_module("trainingcompiler.record").keep(config))
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         hooked = {name: adapter for name, adapter in hooked.items() if name in adapters.ALWAYS_HOOKED}
@@ -110,6 +114,24 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         return train_step
     return importlib.import_module(adapters.for_step(train_step)).compile(train_step, config)
+
+
+def recommendation() -> Scaled | None:
+    """What `launch --batch-size=...` recommends for this run, for scripts that set their batch themselves.
+
+    A script that asks is taken to follow: nothing of it is rewritten.
+
+    Returns:
+        The recipe as it is (`before`), the recommended one (`recipe`) and the rule; None where the launcher was not
+        asked for another batch, and while the script is being planned.
+
+    Example:
+        >>> wanted = tc.recommendation()
+        >>> batch_size, lr = (wanted.recipe.batch_size, wanted.recipe.lr) if wanted else (32, 3e-4)
+    """
+    from trainingcompiler import recommended
+
+    return recommended.current()
 
 
 def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerConfig, str]:

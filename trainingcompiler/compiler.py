@@ -16,6 +16,7 @@ from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import phase
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
@@ -110,7 +111,7 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
         alias_bytes=analysis.alias_size_in_bytes,
         temporary_bytes=analysis.temp_size_in_bytes,
     )
-    state_bytes = sum(spec.size_bytes for spec in program.state)
+    state_bytes = bytes_per_device(program.state, target.device_count, target.strategy)
     if memory.alias_bytes < state_bytes:
         raise TrainingCompilerError(
             f"XLA updates only {memory.alias_bytes} of {state_bytes} bytes of the training state of {program.name} "
@@ -138,8 +139,7 @@ def _kept(program: StepProgram, store: ExecutableStore) -> tuple[Any, float] | N
 def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -> tuple[Any, float]:
     """Lowers and compiles; what the store keeps, JAX's own cache need not keep as well."""
     start_s = time.perf_counter()
-    sharding = target.sharding()
-    placed: dict[str, Any] = {} if sharding is None else {"in_shardings": sharding, "out_shardings": sharding}
+    placed = _placed(program, target)
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
             lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(
@@ -157,6 +157,15 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
     if store is not None:
         store.save(program, compiled, time.perf_counter() - start_s)
     return compiled, compile_time_s
+
+
+def _placed(program: StepProgram, target: Target) -> dict[str, Any]:
+    """Where the arrays live, as `jax.jit` is told; what the step returns besides its state, XLA places."""
+    devices = target.devices()
+    if devices is None:
+        return {}
+    state, inputs = shardings(program, mesh_of(devices), target.strategy)
+    return {"in_shardings": (state, inputs), "out_shardings": (state, None)}
 
 
 def lowered(program: StepProgram) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from trainingcompiler.errors import ConfigError
 
 PREFIX = "TRAININGCOMPILER"
+RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its worker; see `recommended`
 
 _CHOICES = {"engine": ("auto", "xla", "eager", "tensorflow"), "fallback": ("eager", "error")}
 _SWITCHES = ("enabled", "debug", "keep_gradients", "small_pages", "quiet")
@@ -39,6 +40,7 @@ class TrainingCompilerConfig:
             0 keeps none.
         small_pages: Do not have the launcher ask for huge pages, which make steps with large temporaries faster on a
             CPU (see `pages`). Only the launcher can: it is decided when the process starts.
+        record: File to write at the end what the run was, as JSON; None writes none.
         quiet: Say only what changes the run: fallbacks, recompiles, damaged cache entries, errors.
 
     Raises:
@@ -53,6 +55,7 @@ class TrainingCompilerConfig:
     cache_dir: str | None = None
     cache_size_gb: float = 10.0
     small_pages: bool = False
+    record: str | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -91,7 +94,7 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str]) -> Resolved
     Raises:
         ConfigError: A value is wrong, or a variable begins with TRAININGCOMPILER_ and is not known.
     """
-    ours = [name for name in environ if name.startswith(f"{PREFIX}_")]
+    ours = [name for name in environ if name.startswith(f"{PREFIX}_") and name != RECIPE]
     mistakes = [_unknown_variable(name) for name in ours if name not in VARIABLES.values()]
     values: dict[str, Any] = {}
     sources = dict.fromkeys(FIELDS, "default")
@@ -168,7 +171,8 @@ def _complaint(name: str, value: object) -> str | None:
     if name == "cache_size_gb":
         sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
         return None if sound else "must be a number of gigabytes, 0 or more (0 keeps nothing)"
-    return None if value is None or (isinstance(value, str) and value) else "must be the path of a folder, as text"
+    kind = "file" if name == "record" else "folder"
+    return None if value is None or (isinstance(value, str) and value) else f"must be the path of a {kind}, as text"
 
 
 def _shown(name: str, value: object) -> str:

@@ -16,36 +16,56 @@ from pathlib import Path
 from typing import Any
 
 from trainingcompiler import planner, watched
+from trainingcompiler.command_line import (
+    CONFIGURING,
+    GENERAL,
+    CommandLine,
+    Option,
+    Program,
+    flags_of,
+    parse,
+    target_of,
+    with_option,
+)
 from trainingcompiler.config import resolve, to_environment
 from trainingcompiler.errors import TrainingCompilerError, UsageError
+from trainingcompiler.files import write_json
 from trainingcompiler.gpus import GPUS, gpu
-from trainingcompiler.launch import CommandLine, flags_of, parse, target_of
+from trainingcompiler.recommended import recipe_from_json
+from trainingcompiler.scaling import Recipe, keep_global_sizes
 
-PROGRAM = "trainingcompiler.plan"
 BAD_INPUT = 2
-_OPTIONS = {
-    "--gpu": f"local|{'|'.join(GPUS)}",
-    "--batch-sizes": "auto|own|8,16,...",
-    "--script-batch-size": "N",
-    "--batch-size-arg": "NAME",
-    "--json": "FILE",
-    "--plot": "FILE",
-}
-_USAGE = f"""usage: python -m {PROGRAM} [options] [launcher options] script.py [script args]
+_MODES = ("auto", "own", "keep-global")
+_STRATEGIES = ("dp", "fsdp")
 
-Runs the script up to its first training step, takes none, and compiles the step for a device at several batch sizes:
-memory, arithmetic, a bound on the time, the largest batch that fits and the fastest.
-
-  --gpu local|NAME          the device: this machine's (local), or a described one, which need not be there:
-                            {", ".join(GPUS)}
-  --batch-sizes auto|own|8,16,...
-                            search for the largest that fits (auto), only the script's own, or these
-  --script-batch-size N     rows of the script's batch, where its tensors disagree: what has N rows is scaled
-  --batch-size-arg=--bs     the script's own option for its batch size: the script is run again for every size
-  --json FILE               write the plan there as well
-  --plot FILE               draw it: memory, and rows a second, over the batch
-
-Exit code 0: planned. 2: there was nothing to plan, or the script failed."""
+PLAN = Program(
+    "trainingcompiler.plan",
+    "Runs the script up to its first training step, takes none, and compiles the step for a device at several batch\n"
+    "sizes: memory, arithmetic, a bound on the time, the largest batch that fits and the fastest.",
+    {
+        "--gpu": Option(
+            "local|NAME|FILE.json",
+            f"this machine's device, a described one ({', '.join(GPUS)}), or one that you describe",
+        ),
+        "--gpus": Option("N", "so many of them, which run one program together; a batch is divided between them"),
+        "--strategy": Option(
+            "fsdp|dp", "what becomes of the training state on several: divided (fsdp), or copied (dp)"
+        ),
+        "--batch-sizes": Option(
+            "auto|own|keep-global|8,16,...",
+            "search for the largest that fits (auto), only the script's own, those that the global batch is a "
+            "multiple of, or these",
+        ),
+        "--script-batch-size": Option("N", "the script's batch size, where its tensors disagree: N rows are scaled"),
+        "--batch-size-arg": Option("--NAME", "the script's own option for it: the script is run again for every size"),
+        "--fill-weights": Option("", "let the script fill its model's weights, which takes their memory"),
+        "--json": Option("FILE", "write the plan there as well"),
+        "--plot": Option("FILE", "draw it: memory, and rows a second, over the batch"),
+        **CONFIGURING,
+        **GENERAL,
+    },
+    "Exit code 0: planned. 2: there was nothing to plan, or the script failed.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,170 +73,171 @@ class _Request:
     """What the command line asks for."""
 
     gpu: str
+    gpus: int
+    strategy: Any
+    mode: str
     sizes: tuple[int, ...]
-    searches: bool
     script_batch_size: int | None
     batch_size_arg: str | None
+    fills_weights: bool
     json: Path | None
     plot: Path | None
     line: CommandLine
     flags: dict[str, object]
 
+    def target(self) -> Any:
+        """The devices to compile for."""
+        from trainingcompiler.targets import Target
+
+        return Target.local() if self.gpu == "local" else Target.gpu(self.gpu, self.gpus, self.strategy)
+
+    def chosen(self, own: int, recipe: Recipe | None) -> dict[str, Any]:
+        """What `planning.evaluate` is to compile."""
+        sizes = {"auto": (), "own": (own,), "keep-global": ()}.get(self.mode, self.sizes)
+        bisects = self.mode == "keep-global"
+        if bisects and recipe is None:
+            raise UsageError("--batch-sizes=keep-global needs the script's optimizer, which nothing tells")
+        if recipe is not None and bisects:
+            sizes = tuple(keep_global_sizes(recipe))
+        return {"sizes": sizes, "bisects": bisects, "recipe": recipe}
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Plans the script named on the command line."""
-    words = list(sys.argv[1:] if words is None else words)
-    if words[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(_USAGE + "\n")
-        sys.exit(0)
     try:
-        request = _parse(words)
-        plan = _by_runs(request) if request.batch_size_arg else _in_this_process(request)
+        line = parse(sys.argv[1:] if words is None else words, PLAN)
+        if "--help" in line.given:
+            sys.stdout.write(PLAN.usage() + "\n")
+            sys.exit(0)
+        request = _request(line)
+        plan, applies = _by_runs(request) if request.batch_size_arg else _in_this_process(request)
     except (TrainingCompilerError, ValueError) as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        sys.stderr.write(f"{PLAN.name}: {error}\n")
         sys.exit(BAD_INPUT)
-    from trainingcompiler import planning
+    from trainingcompiler import plan_report
 
     script = os.path.basename(request.line.target or "")
-    lines = [
-        f"{script} on {plan.device} ({planning.size_of(plan.memory_bytes)})",
-        planning.table(plan),
-        *planning.advice(plan),
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(f"{script} on {plan_report.described(plan)}\n")
     if request.json is not None:
-        _write(request.json, planning.as_json(plan))
+        write_json(request.json, {**plan_report.as_json(plan), "applies": applies})
     if request.plot is not None:
         _plotting().save(plan, request.plot)
 
 
-def _in_this_process(request: _Request) -> Any:
+def _in_this_process(request: _Request) -> tuple[Any, str]:
     """Runs the script once, and captures its step again for every size."""
     if request.gpu != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of every batch that is too large
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of every batch that is too large
     os.environ.update(to_environment({**request.flags, "enabled": True, "engine": "xla"}))
     from trainingcompiler import planning
     from trainingcompiler.plan_store import PlanStore
-    from trainingcompiler.targets import Target
 
-    target = Target.local() if request.gpu == "local" else Target.gpu(request.gpu)
-    target.sharding()  # what is not installed is said before anything is run
-    waiting = planner.current = planner.Planner(request.script_batch_size)
-    failure = watched.run(request.line, waiting.Enough)
+    target = request.target()
+    target.devices()  # what is not installed is said before anything is run
+    waiting = planner.current = planner.Planner(request.script_batch_size, request.fills_weights)
+    with waiting.surroundings:
+        failure = watched.run(request.line, waiting.Enough)
     planner.current = None
     if failure is not None:
         raise UsageError(f"the script failed before its first training step ({type(failure).__name__}: {failure})")
     own = waiting.rows()
+    recipe = waiting.recipe()
     store = PlanStore.of(resolve(request.flags, os.environ).config)
 
     def at(size: int) -> Any:
         program = waiting.program_at(size)
         found = store.load(program, target)
         if found is None:
-            found = planning.planned(program, size, target)
+            found = planning.planned(program, size, target, waiting.eager_bytes(max(1, size // target.device_count)))
             store.save(program, target, found)
         return found
 
-    sizes = request.sizes or (() if request.searches else (own,))
-    return planning.evaluate(at, own, target, _memory_bytes(request.gpu), sizes)
+    plan = planning.evaluate(at, own, target, **request.chosen(own, recipe))
+    return plan, waiting.applies
 
 
-def _by_runs(request: _Request) -> Any:
+def _by_runs(request: _Request) -> tuple[Any, str]:
     """Runs the script anew for every size, each time with its own option for the batch size."""
-    from trainingcompiler import planning
-    from trainingcompiler.targets import Target
+    from trainingcompiler import plan_report, planning
 
-    target = Target.local() if request.gpu == "local" else Target.gpu(request.gpu)
-
-    def run(size: int | None) -> Any:
+    def run(size: int | None) -> tuple[Any, dict]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "plan.json"
             done = subprocess.run(_command(request, size, path), stdout=subprocess.DEVNULL, check=False)
             if done.returncode or not path.exists():
                 raise UsageError(f"the run with a batch of {size or 'its own size'} was not planned; see above")
-            (batch,) = json.loads(path.read_text(encoding="utf-8"))["batches"]
-        found = planning.from_json(batch)
+            plan = json.loads(path.read_text(encoding="utf-8"))
+        found = plan_report.from_json(plan["batches"][0])
         if size is not None and found.batch_size != size:
             raise UsageError(
                 f"{request.batch_size_arg} {size} gave the step a batch of {found.batch_size}: is it the option for "
                 "the batch size of training?"
             )
-        return found
+        return found, plan
 
-    own = run(None)
+    own, plan = run(None)
+    recipe = plan["recipe"] and recipe_from_json(plan["recipe"])
     known = {own.batch_size: own}
 
     def at(size: int) -> Any:
-        return known.get(size) or run(size)
+        return known.get(size) or run(size)[0]
 
-    sizes = request.sizes or (() if request.searches else (own.batch_size,))
-    return planning.evaluate(at, own.batch_size, target, _memory_bytes(request.gpu), sizes)
+    chosen = request.chosen(own.batch_size, recipe)
+    return planning.evaluate(at, own.batch_size, request.target(), **chosen), plan["applies"]
 
 
 def _command(request: _Request, size: int | None, path: Path) -> list[str]:
-    line, name = request.line, request.batch_size_arg
-    assert name is not None and line.target is not None
-    arguments = list(line.arguments)
-    if size is not None:
-        arguments = _with_option(arguments, name, size)
-    options = ["--gpu", request.gpu, "--batch-sizes", "own", "--json", str(path)]
+    line = request.line
+    assert request.batch_size_arg is not None and line.target is not None
+    replaced = {
+        "--batch-size-arg": None, "--plot": None, "--module": None, "--batch-sizes": "own", "--json": str(path),
+    }  # fmt: skip
     if request.script_batch_size is not None:
-        options += ["--script-batch-size", str(size or request.script_batch_size)]
-    environment_flags = [
-        word for key, value in line.given.items() if key != "--module" for word in ([key, value] if value else [key])
-    ]
+        replaced["--script-batch-size"] = str(size or request.script_batch_size)
+    options = {**line.given, **replaced}
+    words = [f"{name}={value}" if value else name for name, value in options.items() if value is not None]
+    arguments = line.arguments
+    if size is not None:
+        arguments = with_option(arguments, request.batch_size_arg, str(size))
     script = ["-m", line.target] if line.is_module else [line.target]
-    return [sys.executable, "-m", PROGRAM, *options, *environment_flags, "--", *script, *arguments]
+    return [sys.executable, "-m", PLAN.name, *words, "--", *script, *arguments]
 
 
-def _with_option(arguments: list[str], name: str, value: int) -> list[str]:
-    """The script's arguments with the last mention of an option replaced, or the option added."""
-    for index in range(len(arguments) - 1, -1, -1):
-        if arguments[index].startswith(f"{name}="):
-            return [*arguments[:index], f"{name}={value}", *arguments[index + 1 :]]
-        if arguments[index] == name:
-            return [*arguments[: index + 1], str(value), *arguments[index + 2 :]]
-    return [*arguments, name, str(value)]
+def _request(line: CommandLine) -> _Request:
+    """Checks everything that can be checked before the script runs.
 
-
-def _memory_bytes(name: str) -> int:
-    if name != "local":
-        return gpu(name).memory_bytes
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _parse(words: list[str]) -> _Request:
-    given: dict[str, str] = {}
-    while words and words[0].partition("=")[0].replace("_", "-") in _OPTIONS:
-        name, equals, text = words.pop(0).partition("=")
-        name = name.replace("_", "-")
-        if name in given:
-            raise UsageError(f"{name} is given twice; give it once")
-        if not equals:
-            if not words:
-                raise UsageError(f"{name} needs a value: {name} {_OPTIONS[name]}")
-            text = words.pop(0)
-        given[name] = text
-    name = given.get("--gpu", "local").lower()
+    Raises:
+        UsageError, ValueError: Something is wrong.
+    """
+    given = line.given
+    name = given.get("--gpu", "local")
+    name = name.lower() if name.lower() in ("local", *GPUS) else name
     if name != "local":
         gpu(name)
-    sizes = given.get("--batch-sizes", "auto")
-    numbers = [] if sizes in ("auto", "own") else [_positive("--batch-sizes", text) for text in sizes.split(",")]
+    gpus = _positive("--gpus", given.get("--gpus", "1"), "a number of GPUs")
+    strategy = given.get("--strategy", "fsdp")
+    if strategy not in _STRATEGIES:
+        raise UsageError(f"--strategy={strategy}: must be one of {', '.join(_STRATEGIES)}")
+    if name == "local" and gpus > 1:
+        raise UsageError("--gpus goes with a described GPU: --gpu h100 --gpus 8")
+    if gpus == 1 and "--strategy" in given:
+        raise UsageError("--strategy says how several GPUs share the training state; give their number too: --gpus 8")
+    mode = given.get("--batch-sizes", "auto")
+    numbers = [] if mode in _MODES else [_positive("--batch-sizes", text, "a batch size") for text in mode.split(",")]
     own = given.get("--script-batch-size")
-    line = parse(words)
     target_of(line)
-    for option in ("--no-compile", "--engine"):
-        if option in line.given:  # without our step there is none to stop at: the script would train
-            raise UsageError(f"{option} does not go with a plan, which compiles the script's step and takes none")
     if "--plot" in given:
         _plotting().check()
     return _Request(
         gpu=name,
+        gpus=gpus,
+        strategy=strategy,
+        mode=mode,
         sizes=tuple(numbers),
-        searches=sizes == "auto",
-        script_batch_size=None if own is None else _positive("--script-batch-size", own),
+        script_batch_size=None if own is None else _positive("--script-batch-size", own, "a batch size"),
         batch_size_arg=given.get("--batch-size-arg"),
+        fills_weights="--fill-weights" in given,
         json=Path(given["--json"]) if "--json" in given else None,
         plot=Path(given["--plot"]) if "--plot" in given else None,
         line=line,
@@ -228,18 +249,10 @@ def _plotting() -> Any:
     return importlib.import_module("trainingcompiler.plan_plot")  # reaches JAX, which is to be imported late
 
 
-def _positive(name: str, text: str) -> int:
+def _positive(name: str, text: str, what: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"{name}: {text!r} is not a batch size; give whole numbers, 1 or more")
+        raise UsageError(f"{name}: {text!r} is not {what}; give whole numbers, 1 or more")
     return int(text)
-
-
-def _write(path: Path, plan: dict) -> None:
-    """A file is there whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

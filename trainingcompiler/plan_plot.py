@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from trainingcompiler.errors import UsageError
-from trainingcompiler.planning import GIB, Plan
+from trainingcompiler.plan_report import GIB
+from trainingcompiler.planning import Plan
 
 
 def check() -> None:

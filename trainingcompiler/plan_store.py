@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainingcompiler.config import TrainingCompilerConfig, default_cache_dir
-from trainingcompiler.planning import PlannedBatch, from_json
+from trainingcompiler.plan_report import from_json
+from trainingcompiler.planning import PlannedBatch
 from trainingcompiler.program import StepProgram
 from trainingcompiler.store import key_of
 from trainingcompiler.targets import Target
@@ -46,5 +47,4 @@ class PlanStore:
     def _path(self, program: StepProgram, target: Target) -> Path | None:
         if self.folder is None or program.digest is None:
             return None
-        device = target.description if target.described else "local"
-        return self.folder / f"{key_of(program)}-{device.replace(' ', '-')}.json"
+        return self.folder / f"{key_of(program)}-{target.key}.json"

@@ -1,12 +1,15 @@
 """The one who waits for a script's first training step, to plan it: adapters hand it over, and it is not run."""
 
+import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from trainingcompiler.errors import UsageError
 from trainingcompiler.program import StepProgram
+from trainingcompiler.scaling import Recipe
 
 
 class PlannableStep(Protocol):
@@ -27,22 +30,52 @@ class PlannableStep(Protocol):
             CaptureError: It cannot be compiled, whatever its batch.
         """
 
+    def eager_bytes(self, rows: int, batch_size: int) -> int | None:
+        """What the framework itself needs for the step with another batch, an estimate; None if nobody can tell.
+
+        Args:
+            rows: As for `program_at`.
+            batch_size: Likewise.
+        """
+
+    def recipe(self) -> dict[str, Any]:
+        """Fields of `scaling.Recipe`, as far as the step tells: of the optimizer, at its peak."""
+
 
 class Planner:
     """Waits for a script's first training step.
 
     Args:
         batch_size: Rows of the script's batch, where the person has named them.
+        fills_weights: Whether the model's weights are to be filled; a step that is not taken needs no values.
+
+    Attributes:
+        fills_weights: Likewise.
+        applies: Who can give the script another batch: `"arguments"`, the script's own options; `"script"`, which asks
+            with `trainingcompiler.recommendation()`; or the library whose arguments can be set, `"huggingface"` or
+            `"keras"`.
+        backwards: How often each line of the script has called `backward()` so far.
+        surroundings: What an adapter needs around the script only; closed when the script has been stopped.
     """
 
     class Enough(BaseException):
         """Stops the script at its first step; no `except Exception` of the script's catches it."""
 
-    def __init__(self, batch_size: int | None = None):
+    def __init__(self, batch_size: int | None = None, fills_weights: bool = False):
         self._named = batch_size
+        self.fills_weights = fills_weights
         self._step: PlannableStep | None = None
         self._refusal: str | None = None
         self._rows = 0
+        self._told: dict[str, Any] = {}
+        self.applies = "arguments"
+        self.backwards: Counter[str | None] = Counter()
+        self.surroundings = contextlib.ExitStack()
+
+    def tell(self, applies: str, **recipe: Any) -> None:
+        """Takes what a library knows of the run, fields of `scaling.Recipe`; and that its arguments can be set."""
+        self.applies = applies
+        self._told |= recipe
 
     def take(self, step: PlannableStep) -> NoReturn:
         """Takes the script's step, and stops the script."""
@@ -91,6 +124,18 @@ class Planner:
         """The step with another batch; `rows` has been asked before."""
         assert self._step is not None and self._rows
         return self._step.program_at(self._rows, batch_size)
+
+    def eager_bytes(self, batch_size: int) -> int | None:
+        """What the framework itself needs for that; likewise."""
+        assert self._step is not None and self._rows
+        return self._step.eager_bytes(self._rows, batch_size)
+
+    def recipe(self) -> Recipe | None:
+        """What of the run depends on its batch size; None where the optimizer does not tell. Likewise."""
+        assert self._step is not None and self._rows
+        accumulated = max(self.backwards.values(), default=1)
+        known = {"accumulation_steps": accumulated, **self._step.recipe(), **self._told, "batch_size": self._rows}
+        return Recipe(**known) if known.get("lr") else None
 
 
 current: Planner | None = None

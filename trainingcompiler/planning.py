@@ -7,18 +7,20 @@ https://doi.org/10.1145/1498765.1498785). It says which of two batches is the be
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainingcompiler import compiler
+from trainingcompiler.collectives import Collective, collectives
 from trainingcompiler.compiler import MemoryPlan
 from trainingcompiler.gpus import Gpu
 from trainingcompiler.program import StepProgram
+from trainingcompiler.scaling import Recipe
+from trainingcompiler.sharding import bytes_per_device
 from trainingcompiler.targets import Target
 
 MARGIN = 0.1  # of the memory: the libraries' workspaces, the driver's context, fragmentation
 MOST_COMPILES = 8
-GIB = 2**30
 
 _PRODUCT = re.compile(
     r"stablehlo\.(?:dot_general|convolution)\b(?P<options>[^\n]*?): \(tensor<[^>]*?(?P<dtype>bf16|f16|f32|f64)>"
@@ -30,13 +32,16 @@ class PlannedBatch:
     """The step at one batch size, compiled for the device.
 
     Attributes:
-        batch_size: Rows.
-        parameter_bytes: Of the model, once.
-        optimizer_bytes: Of the optimizer's state and of buffers.
-        memory: The compiled program's own plan.
-        flops: Arithmetic of one step.
+        batch_size: Rows, of all devices together.
+        parameter_bytes: Of the model, on one device.
+        optimizer_bytes: Of the optimizer's state and of buffers, likewise.
+        memory: The compiled program's own plan, of one device.
+        flops: Arithmetic of one step on one device.
         product_dtype: What most matrix products take, as `Gpu.flops` names it.
         compile_time_s: Seconds that compiling took.
+        collectives: What the devices send each other.
+        eager_bytes: What the same step needs in the framework itself on one device, an estimate; None where nobody
+            can tell.
     """
 
     batch_size: int
@@ -46,6 +51,8 @@ class PlannedBatch:
     flops: float
     product_dtype: str
     compile_time_s: float
+    collectives: tuple[Collective, ...] = ()
+    eager_bytes: int | None = None
 
     @property
     def moved_bytes(self) -> int:
@@ -66,16 +73,18 @@ class Plan:
     """What has been found.
 
     Attributes:
-        device: Its name.
-        memory_bytes: All of its memory.
+        device: Its name, or that of all of them.
+        memory_bytes: All of the memory of one.
         gpu: Its description, if it is a described one.
         batches: By size.
+        recipe: What of the script's run depends on its batch size, as far as its first step tells.
     """
 
     device: str
     memory_bytes: int
     gpu: Gpu | None
     batches: tuple[PlannedBatch, ...]
+    recipe: Recipe | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -98,26 +107,45 @@ class Plan:
         most = max(rates.values(), default=0.0)
         return min((b for b, rate in rates.items() if rate > 0.98 * most), key=lambda b: b.batch_size, default=None)
 
+    @property
+    def largest_eager(self) -> int | None:
+        """The largest batch for which the framework itself would have memory: an estimate.
+
+        What it holds grows in a straight line, row by row: nothing is computed again, and nothing is fused.
+        """
+        known = [batch for batch in self.batches if batch.eager_bytes is not None]
+        if len(known) < 2:
+            return None
+        one, other = known[0], known[-1]
+        assert one.eager_bytes is not None and other.eager_bytes is not None
+        row_bytes = (other.eager_bytes - one.eager_bytes) / (other.batch_size - one.batch_size)
+        fixed_bytes = one.eager_bytes - row_bytes * one.batch_size
+        return max(0, int((self.usable_bytes - fixed_bytes) // row_bytes)) if row_bytes > 0 else None
+
     def rows_per_s(self, batch: PlannedBatch) -> float | None:
         """Rows a second, at most."""
         bound_s = batch.bound_s(self.gpu)
         return None if bound_s is None else batch.batch_size / bound_s
 
 
-def planned(program: StepProgram, batch_size: int, target: Target) -> PlannedBatch:
+def planned(program: StepProgram, batch_size: int, target: Target, eager_bytes: int | None = None) -> PlannedBatch:
     """Compiles a program for a target and reads its plan."""
     lowered = compiler.lowered(program)
     costs = lowered.cost_analysis()
     executable = compiler.compile(program, target)
-    parameters = sum(spec.size_bytes for spec in program.state if spec.role == "parameter")
+    devices, strategy = target.device_count, target.strategy
+    parameters = [spec for spec in program.state if spec.role == "parameter"]
+    parameter_bytes = bytes_per_device(parameters, devices, strategy)
     return PlannedBatch(
         batch_size=batch_size,
-        parameter_bytes=parameters,
-        optimizer_bytes=sum(spec.size_bytes for spec in program.state) - parameters,
+        parameter_bytes=parameter_bytes,
+        optimizer_bytes=bytes_per_device(program.state, devices, strategy) - parameter_bytes,
         memory=executable.memory,
-        flops=float(costs.get("flops", 0.0)),
+        flops=float(costs.get("flops", 0.0)) / devices,
         product_dtype=product_dtype(lowered.as_text()),
         compile_time_s=executable.compile_time_s,
+        collectives=collectives(executable.as_text()) if devices > 1 else (),
+        eager_bytes=eager_bytes,
     )
 
 
@@ -171,6 +199,27 @@ def search(at: Callable[[int], PlannedBatch], start: int, usable_bytes: int) -> 
     return [known[size] for size in sorted(known)]
 
 
+def bisect(at: Callable[[int], PlannedBatch], sizes: Sequence[int], usable_bytes: int) -> list[PlannedBatch]:
+    """Finds the largest of some sizes that fits, and shows that the next one does not.
+
+    Args:
+        at: Compiles one size.
+        sizes: Which there are, the smallest first.
+        usable_bytes: What there is.
+
+    Returns:
+        What was compiled, by size.
+    """
+    known: dict[int, PlannedBatch] = {}
+    low, high = -1, len(sizes)
+    place = high - 1  # most often all of them fit
+    while low < high - 1:
+        known[sizes[place]] = batch = at(sizes[place])
+        low, high = (place, high) if batch.memory.peak_bytes <= usable_bytes else (low, place)
+        place = (low + high) // 2
+    return [known[size] for size in sorted(known)]
+
+
 def next_size(size: int) -> int:
     """The next larger size that is looked at."""
     return size + _grain(size)
@@ -197,99 +246,32 @@ def _predicted(known: dict[int, PlannedBatch], low: int, high: int | None, usabl
 
 
 def evaluate(
-    at: Callable[[int], PlannedBatch], start: int, target: Target, memory_bytes: int, sizes: Iterable[int] = ()
+    at: Callable[[int], PlannedBatch],
+    start: int,
+    target: Target,
+    sizes: Sequence[int] = (),
+    *,
+    recipe: Recipe | None = None,
+    bisects: bool = False,
 ) -> Plan:
     """Compiles batch sizes and puts them side by side.
 
     Args:
-        at: Compiles one size.
+        at: Compiles one size: rows of all devices together.
         start: The script's own size.
-        target: The device.
-        memory_bytes: Its memory.
-        sizes: Which ones; none searches for the largest that fits.
+        target: The devices.
+        sizes: Which ones; none searches for the largest that fits, among those that the devices divide.
+        recipe: What else is known of the run.
+        bisects: Whether to search among `sizes`, instead of compiling all of them.
     """
-    plan = Plan(device=target.description, memory_bytes=memory_bytes, gpu=target.described, batches=())
-    found = [at(size) for size in sorted(set(sizes))] or search(at, start, plan.usable_bytes)
+    plan = Plan(
+        device=target.description, memory_bytes=target.memory_bytes, gpu=target.described, batches=(), recipe=recipe
+    )
+    devices = target.device_count
+    if bisects:
+        found = bisect(at, sorted(set(sizes)), plan.usable_bytes)
+    elif sizes:
+        found = [at(size) for size in sorted(set(sizes))]
+    else:
+        found = search(lambda rows: at(rows * devices), max(1, start // devices), plan.usable_bytes)
     return dataclasses.replace(plan, batches=tuple(found))
-
-
-_COLUMNS = (
-    "batch", "parameters", "optimizer", "temporaries", "total", "of device", "GFLOP", "moved", "ms/step, at least",
-    "rows/s, at most",
-)  # fmt: skip
-
-
-def size_of(size_bytes: float) -> str:
-    """A size as a person reads it."""
-    for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes / 2**10:.1f} KiB"
-
-
-def table(plan: Plan) -> str:
-    """The plan as a table: memory, then the work and its bound; a mark where a batch does not fit."""
-    rows: list[tuple[str, ...]] = [_COLUMNS]
-    for batch in plan.batches:
-        memory, bound_s = batch.memory, batch.bound_s(plan.gpu)
-        rows.append(
-            (
-                str(batch.batch_size),
-                *map(
-                    size_of, (batch.parameter_bytes, batch.optimizer_bytes, memory.temporary_bytes, memory.peak_bytes)
-                ),
-                f"{memory.peak_bytes / plan.memory_bytes:.1%}" + ("" if plan.fits(batch) else " too much"),
-                f"{batch.flops / 1e9:,.2f}",
-                size_of(batch.moved_bytes),
-                "-" if bound_s is None else f"{bound_s * 1e3:,.3f}",
-                "-" if bound_s is None else f"{batch.batch_size / bound_s:,.0f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def advice(plan: Plan) -> list[str]:
-    """What to do, in sentences."""
-    largest, fastest = plan.largest, plan.fastest
-    usable = f"{size_of(plan.usable_bytes)}, which leaves {MARGIN:.0%} of the device free"
-    if largest is None:
-        smallest = plan.batches[0]
-        needed = size_of(smallest.memory.peak_bytes)
-        return [f"nothing fits: a batch of {smallest.batch_size} needs {needed}, and there are {usable}"]
-    above = min((b for b in plan.batches if not plan.fits(b)), key=lambda batch: batch.batch_size, default=None)
-    beyond = "" if above is None else f"; {above.batch_size} would need {size_of(above.memory.peak_bytes)}"
-    lines = [f"largest that fits: {largest.batch_size} ({size_of(largest.memory.peak_bytes)} of {usable}{beyond})"]
-    if fastest is not None:
-        rate = plan.rows_per_s(fastest)
-        lines.append(
-            f"fastest predicted: {fastest.batch_size} (at most {rate:,.0f} rows/s; within 2% of the best here)"
-        )
-    return lines
-
-
-def as_json(plan: Plan) -> dict:
-    """The plan as plain data: bytes, seconds, FLOP."""
-    return {
-        "device": plan.device,
-        "memory_bytes": plan.memory_bytes,
-        "usable_bytes": plan.usable_bytes,
-        "largest": plan.largest and plan.largest.batch_size,
-        "fastest": plan.fastest and plan.fastest.batch_size,
-        "batches": [
-            {
-                **dataclasses.asdict(batch),
-                "peak_bytes": batch.memory.peak_bytes,
-                "fits": plan.fits(batch),
-                "moved_bytes": batch.moved_bytes,
-                "bound_s": batch.bound_s(plan.gpu),
-            }
-            for batch in plan.batches
-        ],
-    }
-
-
-def from_json(batch: dict) -> PlannedBatch:
-    """A batch as `as_json` has written it."""
-    names = {field.name for field in dataclasses.fields(PlannedBatch)}
-    return PlannedBatch(**{name: batch[name] for name in names - {"memory"}}, memory=MemoryPlan(**batch["memory"]))

@@ -1,7 +1,7 @@
 """`StepProgram`: one training step as a pure function on arrays, the one object in the middle of the house."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -59,3 +59,11 @@ class StepProgram:
     digest: str | None = None
     is_deterministic: bool = False
     recomputes: bool = False
+
+    def with_batch(self, rows: int) -> "StepProgram":
+        """The same program, whose inputs know their batch dim: the first, where a batch input is `rows` long there."""
+        inputs = (
+            replace(spec, batch_dim=0) if spec.role == "batch" and spec.shape[:1] == (rows,) else spec
+            for spec in self.inputs
+        )
+        return replace(self, inputs=tuple(inputs))

@@ -160,6 +160,12 @@ def keep_global(recipe: Recipe, *, batch_size: int, world_size: int | None = Non
     )
 
 
+def keep_global_sizes(recipe: Recipe) -> list[int]:
+    """The batches on one device, from the own one on, of which the global batch is a multiple; the largest last."""
+    share = recipe.batch_size * recipe.accumulation_steps
+    return [size for size in range(recipe.batch_size, share + 1) if share % size == 0]
+
+
 def rescale(
     recipe: Recipe,
     *,

@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from trainingcompiler import pages
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import GPUS, Gpu, gpu
+from trainingcompiler.sharding import Strategy
 
+_HOST = 8  # devices of a usual machine
 # The compute capabilities that each of XLA's compilers for GPUs makes code for: what ptxas 12.9 and 13.5 list, less
 # 10.1, on which XLA and 12.9 disagree. For any other, XLA fails halfway or ends the process.
 _TOOLKITS = {
@@ -36,7 +37,8 @@ class Target:
     Attributes:
         platform: `"cpu"`, `"cuda"`, or JAX's name of another platform.
         description: What a person calls the device, e.g. `"cpu, huge pages"` or `"NVIDIA H200"`.
-        device_count: How many devices the target has.
+        device_count: How many devices the target has; all of them run one program together.
+        strategy: What becomes of the training state on several devices; see `sharding`.
         compute_capability: Major and minor, of a CUDA device.
         described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
             plans leave out the workspaces of cuDNN, which only a GPU tells.
@@ -45,6 +47,7 @@ class Target:
     platform: str
     description: str
     device_count: int
+    strategy: Strategy = "dp"
     compute_capability: tuple[int, int] | None = None
     described: Gpu | None = None
 
@@ -65,20 +68,23 @@ class Target:
         )
 
     @classmethod
-    def gpu(cls, name: str) -> "Target":
-        """A described GPU: one of `gpus.GPUS`, or of a file; it need not be in this machine.
+    def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = "fsdp") -> "Target":
+        """Described GPUs of one kind: one of `gpus.GPUS`, which need not be in this machine.
 
         Args:
             name: Such as `"h200"`, or `"my_gpu.json"`; see `gpus.gpu`.
+            device_count: How many of them.
+            strategy: What becomes of the training state on several.
 
         Raises:
-            UsageError: There is no description of it, or the file's is wrong.
+            UsageError: There is no description of it.
         """
         found = gpu(name)
         return cls(
             platform="cuda",
-            description=found.name,
-            device_count=1,
+            description=found.name if device_count == 1 else f"{device_count} x {found.name}, {strategy}",
+            device_count=device_count,
+            strategy=strategy,
             compute_capability=found.compute_capability,
             described=found,
         )
@@ -90,8 +96,17 @@ class Target:
         words = re.sub(r"[^A-Za-z0-9]+", "-", self.description)[:60].strip("-")
         return f"{words}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
-    def sharding(self) -> SingleDeviceSharding | None:
-        """Where the arrays of a program live; None is JAX's own default, the local device.
+    @property
+    def memory_bytes(self) -> int:
+        """All of the memory of one device."""
+        if self.described is not None:
+            return self.described.memory_bytes
+        device: Any = jax.devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")  # a CPU has no such statistics
+        return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def devices(self) -> tuple[Any, ...] | None:
+        """What JAX calls the devices; None is its own default, the local device.
 
         Raises:
             UsageError: The target is a described GPU and XLA's compiler for GPUs is missing, or JAX did not load it.
@@ -99,7 +114,7 @@ class Target:
         """
         if self.described is None:
             return None
-        return SingleDeviceSharding(_described_device(self.described))
+        return _described_devices(self.described, self.device_count)
 
 
 _current: ContextVar[Target | None] = ContextVar("target", default=None)
@@ -161,14 +176,14 @@ def _check_toolkit(described: Gpu) -> None:
 
 
 @functools.cache
-def _described_device(described: Gpu) -> Any:
+def _described_devices(described: Gpu, count: int) -> tuple[Any, ...]:
     _check_toolkit(described)
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name=described.name,
             target_config=described.description(),
-            topology="1x1x1",  # partitions x hosts x devices
+            topology=_topology(count),
         )
     except NotImplementedError:
         raise UsageError(
@@ -180,4 +195,10 @@ def _described_device(described: Gpu) -> Any:
             f"XLA did not accept the description of {described.name}: {error}. This is a bug of trainingcompiler, or "
             "of a version of JAX that it does not know: please report it."
         ) from error
-    return topology.devices[0]
+    return tuple(topology.devices)
+
+
+def _topology(count: int) -> str:
+    """Partitions x hosts x devices of one host, as JAX wants it: whole hosts where they divide the devices."""
+    hosts = count // _HOST if count % _HOST == 0 else 1
+    return f"1x{hosts}x{count // hosts}"

@@ -3,8 +3,8 @@
 import sys
 
 from trainingcompiler import worker
+from trainingcompiler.command_line import CommandLine, target_of
 from trainingcompiler.errors import UsageError
-from trainingcompiler.launch import CommandLine, target_of
 
 
 def run(line: CommandLine, enough: type[BaseException]) -> BaseException | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from trainingcompiler import planner
 from trainingcompiler.frameworks import pytorch
-from trainingcompiler.frameworks.huggingface import scope
+from trainingcompiler.frameworks.huggingface import scaled, scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
 from trainingcompiler.frameworks.huggingface.loop import compiled_loop
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
@@ -21,7 +22,11 @@ class Hooks:
         self._replaced: list[tuple[Any, str, Any]] = []
         self._waiting: list[tuple[str, str, dict[str, Callable]]] = [
             ("accelerate.accelerator", "Accelerator", {"clip_grad_norm_": _clip}),
-            ("transformers.trainer", "Trainer", {"train": _run, "evaluate": _run, "predict": _run, **_LOOKS}),
+            (
+                "transformers.trainer",
+                "Trainer",
+                {"train": _train, "evaluate": _run, "predict": _run, **_LOOKS, **_MAKES},
+            ),
             ("transformers.generation.utils", "GenerationMixin", {"generate": _generate}),
         ]
 
@@ -79,6 +84,15 @@ def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     check(trainer.args)
     with compiled_loop(trainer):
         return original(trainer, *args, **kwargs)
+
+
+def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    if planner.current is not None and scope.compiles(trainer.args):
+        scaled.tell(planner.current, trainer)
+    return _run(original, trainer, *args, **kwargs)
+
+
+_MAKES = {"__init__": scaled.init}
 
 
 def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:

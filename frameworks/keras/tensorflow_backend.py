@@ -12,6 +12,7 @@ from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
+from trainingcompiler.frameworks.keras import scaled
 from trainingcompiler.frameworks.keras.counting import count_steps
 from trainingcompiler.frameworks.tensorflow.batches import next_batch
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
@@ -26,11 +27,13 @@ def install(config: TrainingCompilerConfig) -> None:
     """Prepares TensorFlow, and hooks the making of a model's train function."""
     adapter.prepare(config, keras=keras.__version__)
     TensorFlowTrainer.make_train_function = _make_hooked_train_function
+    scaled.install()
 
 
 def uninstall() -> None:
     """Leaves Keras and TensorFlow as they were."""
     TensorFlowTrainer.make_train_function = _make_train_function
+    scaled.uninstall()
     for model in list(_taken):
         if isinstance(model.train_function, TrainFunction):
             model.train_function = None

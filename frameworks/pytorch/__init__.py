@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainingcompiler import cache
+from trainingcompiler import cache, planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.events import Started, emit
@@ -18,6 +18,7 @@ from trainingcompiler.frameworks.pytorch.engine import EngineChoice
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
 from trainingcompiler.frameworks.pytorch.session import Session
 from trainingcompiler.frameworks.pytorch.step import CompiledStep
+from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -38,6 +39,8 @@ def enable(config: TrainingCompilerConfig) -> None:
         _refusal = register_optimizer_step_pre_hook(lambda *_: _refuse_engine(config))
         return
     _prepare(config)
+    if planner.current is not None and not planner.current.fills_weights:
+        planner.current.surroundings.enter_context(Unfilled())
     if not _watches_forks:
         os.register_at_fork(after_in_child=_leave_child)
         _watches_forks = True

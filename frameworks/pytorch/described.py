@@ -53,7 +53,7 @@ def compile_step(
         >>> executable.memory.peak_bytes
         4370000000
     """
-    target.sharding()  # what is not installed is said before anything is captured
+    target.devices()  # what is not installed is said before anything is captured
     return compiler.compile(step_program(module, optimizer, loss_function, batch), target)
 
 
@@ -123,17 +123,17 @@ def _described(tensor: torch.Tensor) -> Input:
 
 @contextlib.contextmanager
 def with_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Gives an optimizer the state that its first step would create, of zeros, and takes it away again.
+    """Gives an optimizer the state that its first step would create, without its values, and takes it away again.
 
-    A copy of the optimizer steps on parameters without memory. The zeros are pages that nobody touches, so that the
-    state of a large model takes no memory either.
+    A copy of the optimizer steps on parameters without memory. The state is pages that nobody touches, so that that of
+    a large model takes no memory either.
     """
     missing = [parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state]
     if missing:
         for parameter, state in _initial_state(optimizer).items():
             if parameter not in optimizer.state:
                 optimizer.state[parameter] = {
-                    name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+                    name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
                     for name, value in state.items()
                 }
     try:

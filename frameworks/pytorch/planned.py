@@ -4,9 +4,12 @@ import contextlib
 import dataclasses
 from typing import Any
 
+import torch
+
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.described import with_state
+from trainingcompiler.frameworks.pytorch.eager_memory import peak_bytes
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.programs import CompiledTape, ProgramCache, Purpose, leaf_name
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
@@ -33,7 +36,7 @@ class RecordedStep:
     def program_at(self, rows: int, batch_size: int) -> StepProgram:
         """Captures the tape again; the optimizer's state is made for that, and taken away."""
         entries = self._with_rows(rows, batch_size)
-        optimizers = {id(o): o for entry in entries for o in entry.optimizers}.values()
+        optimizers = self._optimizers(entries)
         for optimizer in optimizers:  # gradients die with the step, as in a loop that clears them
             habits = self._cache.book.habits(optimizer)
             habits.clears |= not habits.zeroes
@@ -46,7 +49,35 @@ class RecordedStep:
             program = CompiledTape(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
         if program is None or not program.state:
             raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
-        return program
+        return program.with_batch(batch_size)
+
+    def eager_bytes(self, rows: int, batch_size: int) -> int | None:
+        """Counts what the tape allocates in torch; None where it cannot be replayed."""
+        entries = self._with_rows(rows, batch_size)
+        with undeferred(), contextlib.ExitStack() as stack:
+            for optimizer in self._optimizers(entries):
+                stack.enter_context(with_state(optimizer))
+            try:
+                return peak_bytes(entries)
+            except Exception:  # what the script's own code raises for another batch is said by `program_at`
+                return None
+
+    def recipe(self) -> dict[str, Any]:
+        """The first group of the first optimizer; a schedule has noted the rate that it starts from."""
+        optimizer = self._optimizers(self._entries)[0]
+        group = optimizer.param_groups[0]
+        found = {
+            "optimizer": type(optimizer).__name__,
+            "lr": float(group.get("initial_lr", group.get("lr", 0.0))),
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+        }
+        if "betas" in group and len(group["betas"]) == 2:
+            found["betas"], found["epsilon"] = tuple(map(float, group["betas"])), group.get("eps")
+        return found
+
+    @staticmethod
+    def _optimizers(entries: list[Entry]) -> list[torch.optim.Optimizer]:
+        return list({id(o): o for entry in entries for o in entry.optimizers}.values())
 
     def _captured(self, entries: list[Entry], rows: int, batch_size: int) -> CapturedStep:
         book = self._cache.book
@@ -81,3 +112,14 @@ class RecordedStep:
             return scaled[id(leaf)]
 
         return [dataclasses.replace(entry, leaves=[of(leaf) for leaf in entry.leaves]) for entry in self._entries]
+
+
+def pretend(entries: list[Entry]) -> None:
+    """Leaves behind what a batch that is only accumulated leaves, but its values: gradients, and results of calls."""
+    for entry in entries:
+        for module in entry.modules:
+            for parameter in module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)  # memory that nobody touches takes none
+        for slot in entry.outputs or ():
+            slot.value = torch.zeros(tuple(slot.meta.shape), dtype=slot.meta.dtype)

@@ -15,6 +15,7 @@ _ATTENTION = {
     "aten._scaled_dot_product_flash_attention_for_cpu.default": 3,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": 6,
 }
+_LEAST_COMPACTED = 2**20  # elements
 _MOST_ELEMENTS = 2**28  # of a mask that is looked at: half a gigabyte in 16 bits, 64 x 2048 x 2048
 
 
@@ -80,7 +81,7 @@ class _Masks:
                 pending.pop()
             elif behind is not None:
                 pending.append(behind)
-            elif node is None or node.seed is not None or not _is_small(node):
+            elif node is None or node.seed is not None:
                 return None
             else:
                 missing = [read for read in references(node) if read not in self._values]
@@ -94,12 +95,21 @@ class _Masks:
         function = _overload(node.operator)
         if function is None:
             return False
+        args, kwargs = self._decode(node.args), self._decode(node.kwargs)
+        rows = _rows_alike(function, args)
+        if rows:
+            args = [
+                arg[:1] if isinstance(arg, torch.Tensor) and arg.ndim and not arg.stride(0) else arg for arg in args
+            ]
+        elif not _is_small(node) and not _is_view(function):
+            return False
         try:
             with undeferred(), torch.no_grad():
-                result = function(*self._decode(node.args), **self._decode(node.kwargs))
+                result = function(*args, **kwargs)
+                result = result.expand(rows, *result.shape[1:]) if rows else result
         except Exception:  # the functional form of a write, with arguments of its own: the mask stays a mask
             return False
-        results = result if isinstance(result, list | tuple) else [result]
+        results = [_compact(value) for value in (result if isinstance(result, list | tuple) else [result])]
         if node.casts:  # a write: the result takes the dtype of what it is written to
             results = [value.to(meta[1]) for value, meta in zip(results, node.metas, strict=True)]
         self._values.update({output: value for output, value in zip(node.outputs, results, strict=False)})
@@ -119,14 +129,39 @@ def _is_small(node: Node) -> bool:
     return all(meta is not None and torch.Size(meta[0]).numel() <= _MOST_ELEMENTS for meta in node.metas)
 
 
+def _is_view(function: Any) -> bool:
+    return all(returned.alias_info is not None for returned in function._schema.returns)
+
+
+def _rows_alike(function: Any, args: list) -> int | None:
+    """How many rows the result has, if it is computed value by value from tensors whose rows are all alike."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    most = max((tensor.ndim for tensor in tensors), default=0)
+    rows = max((tensor.shape[0] for tensor in tensors if tensor.ndim == most), default=1) if most else 1
+    if rows == 1 or torch.Tag.pointwise not in function.tags:
+        return None
+    alike = all(tensor.ndim < most or tensor.shape[0] == 1 or tensor.stride(0) == 0 for tensor in tensors)
+    return rows if alike else None
+
+
 def _overload(operator: str) -> Any:
     namespace, _, name = operator.partition(".")
     packet, _, overload = name.partition(".")
     return getattr(getattr(getattr(torch.ops, namespace, None), packet, None), overload, None)
 
 
+def _compact(value: Any) -> Any:
+    """The first row in the place of all, where they are alike: 64 rows of 2048 x 2048 are 2 GB in 64 bits, 32 MB so."""
+    if not isinstance(value, torch.Tensor) or value.numel() < _LEAST_COMPACTED or value.shape[0] == 1:
+        return value
+    if value.stride(0) == 0 or not torch.equal(value[1:], value[:-1]):
+        return value
+    return value[:1].clone().expand(value.shape)
+
+
 def _kind(mask: torch.Tensor) -> str:
     """What a mask is that lets through where it is True, or 0, and masks where it is False, or as low as can be."""
+    mask = mask[:1] if mask.ndim > 2 and mask.stride(0) == 0 else mask
     boolean = mask.dtype is torch.bool
     through, masked = (mask, ~mask) if boolean else (mask == 0, mask <= torch.finfo(mask.dtype).min)
     if through.all():

@@ -30,7 +30,7 @@ from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.planned import RecordedStep
+from trainingcompiler.frameworks.pytorch.planned import RecordedStep, pretend
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -350,8 +350,8 @@ class Session:
         self._guard.rest()
         self._check_parameters(entries)
         self._check_gradients(entries)
-        if planner.current is not None and any(entry.optimizers for entry in entries):
-            planner.current.take(RecordedStep(self.programs, entries))
+        if planner.current is not None and self._planned(entries, planner.current):
+            return self._committed(entries, rest)
         try:
             with undeferred():
                 self.programs.run(entries, exports, Purpose.COMMIT)
@@ -362,6 +362,17 @@ class Session:
             return None
         self._committed(entries, rest)
         return None
+
+    def _planned(self, entries: list[Entry], waiting: planner.Planner) -> bool:
+        """Hands a step over to who plans it, and passes over a batch that only adds to gradients."""
+        backwards = [entry.where for entry in entries if entry.function is torch.Tensor.backward]
+        waiting.backwards.update(backwards)
+        if any(entry.optimizers for entry in entries):
+            waiting.take(RecordedStep(self.programs, entries))
+        if backwards:
+            with undeferred():
+                pretend(entries)
+        return bool(backwards)
 
     def _bound_tape(self) -> bool:
         """Runs a tape in torch that has grown too long; returns whether it has."""

@@ -44,15 +44,18 @@ _TAKES_TENSOR = frozenset(
 class Twins(TorchFunctionMode):
     """Swaps real tensors for fake, recorded ones while it is entered.
 
+    Args:
+        recorder: Who records what runs; None is a new `Recorder`.
+
     Attributes:
-        recorder: Records what runs.
+        recorder: Likewise.
         lifted: The real tensors met so far, in order.
         reads_numbers: Whether `.item()` of a floating tensor gives a `TracedNumber`, as inside `optimizer.step()`.
     """
 
-    def __init__(self):
+    def __init__(self, recorder: Any = None):
         super().__init__()
-        self.recorder = Recorder()
+        self.recorder: Any = Recorder() if recorder is None else recorder
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.lifted: list[torch.Tensor] = []
         self.reads_numbers = False

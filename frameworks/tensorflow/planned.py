@@ -48,7 +48,16 @@ class CalledStep:
                 f"the step cannot be traced with a batch of {batch_size} in place of {rows}: {reason}. Name the "
                 "script's option for its batch size, --batch-size-arg=--bs, and the script is run again for every size"
             ) from None
-        return dataclasses.replace(traced.bridged.program, name=f"train_step_batch_{batch_size}")
+        program = traced.bridged.program.with_batch(batch_size)
+        return dataclasses.replace(program, name=f"train_step_batch_{batch_size}")
+
+    def eager_bytes(self, rows: int, batch_size: int) -> int | None:
+        """TensorFlow does not say what its graphs need."""
+        return None
+
+    def recipe(self) -> dict[str, Any]:
+        """A step does not say which of its variables is a learning rate; Keras does."""
+        return {}
 
 
 def _with_rows(leaf: Any, rows: int, batch_size: int) -> Any:

@@ -33,6 +33,7 @@ def test_every_field_can_be_set_from_the_environment():
         "keep_gradients": True,
         "small_pages": True,
         "cache_dir": "kept",
+        "record": "run.json",
         "cache_size_gb": 2.5,
         "quiet": True,
     }

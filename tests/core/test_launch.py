@@ -5,6 +5,7 @@ import os
 import pytest
 
 from trainingcompiler import config, launch
+from trainingcompiler.command_line import parse
 from trainingcompiler.errors import UsageError
 
 
@@ -155,14 +156,14 @@ def test_help_names_every_option(capsys):
         launch.main(["-h"])
     assert leaving.value.code == 0
     shown = capsys.readouterr().out
-    assert [name for name in launch.OPTIONS if name not in shown] == []
+    assert [name for name in launch.LAUNCH.options if name not in shown] == []
 
 
 def test_every_field_of_the_configuration_has_its_option():
-    fields = {option.field: name for name, option in launch.OPTIONS.items() if option.field}
+    fields = {option.field: name for name, option in launch.LAUNCH.options.items() if option.field}
     assert fields == {name: config.flag_of(name) for name in config.FIELDS}
 
 
 def test_parse_raises_what_main_prints():
     with pytest.raises(UsageError, match="is not an option"):
-        launch.parse(["--nope"])
+        parse(["--nope"], launch.LAUNCH)

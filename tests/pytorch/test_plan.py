@@ -144,7 +144,12 @@ def test_scripts_without_a_step_to_plan(plan, source, said):
         (("--batch-sizes", "8,-1"), "--batch-sizes: '-1' is not a batch size; give whole numbers, 1 or more"),
         (("--batch-sizes", "8", "--batch-sizes", "9"), "--batch-sizes is given twice; give it once"),
         (("--batch-size", "8"), "--batch-size is not an option"),
-        (("--no-compile",), "--no-compile does not go with a plan, which compiles the script's step and takes none"),
+        (("--no-compile",), "--no-compile is not an option"),
+        (("--engine=eager",), "--engine=eager is not an option"),
+        (("--gpus", "8"), "--gpus goes with a described GPU: --gpu h100 --gpus 8"),
+        (("--gpu=h100", "--strategy=dp"), "--strategy says how several GPUs share the training state; give their"),
+        (("--gpu=h100", "--gpus=0"), "--gpus: '0' is not a number of GPUs; give whole numbers, 1 or more"),
+        (("--gpu=h100", "--gpus=8", "--strategy=tp"), "--strategy=tp: must be one of dp, fsdp"),
     ],
 )
 def test_wrong_options(plan, options, said):

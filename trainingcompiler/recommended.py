@@ -1,0 +1,80 @@
+"""What a run is to change about its batch and what depends on it: decided by the launcher, done by whoever can.
+
+It reaches the worker in an environment variable, so that a script, its library's adapter and the run record see one
+and the same thing.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from trainingcompiler import planner
+from trainingcompiler.config import RECIPE
+from trainingcompiler.errors import UsageError
+from trainingcompiler.scaling import Recipe, Scaled
+
+
+def current() -> Scaled | None:
+    """The recommendation that this process was started with; None without `--batch-size`."""
+    if planner.current is not None:
+        planner.current.tell("script")
+        return None
+    return planned()
+
+
+def planned() -> Scaled | None:
+    """The same, whoever asks."""
+    text = os.environ.get(RECIPE)
+    return from_json(json.loads(text)) if text else None
+
+
+def for_library(name: str) -> Scaled | None:
+    """The recommendation, if this library's arguments are to be set: `"huggingface"` or `"keras"`."""
+    text = os.environ.get(RECIPE) if planner.current is None else None
+    content = json.loads(text) if text else {}
+    return from_json(content) if content.get("applies") == name else None
+
+
+def to_environment(scaled: Scaled, applies: str) -> dict[str, str]:
+    """The variable for the worker; `applies` says whose arguments are to be set."""
+    return {RECIPE: json.dumps({**as_json(scaled), "applies": applies})}
+
+
+def as_json(scaled: Scaled) -> dict[str, Any]:
+    """A recommendation as plain data."""
+    return dataclasses.asdict(scaled)
+
+
+def from_json(content: Mapping[str, Any]) -> Scaled:
+    """A recommendation as `as_json` has written it."""
+    fields = {field.name: content[field.name] for field in dataclasses.fields(Scaled)}
+    recipes = {name: recipe_from_json(content[name]) for name in ("before", "recipe")}
+    return Scaled(**{**fields, **recipes, "remarks": tuple(content["remarks"])})
+
+
+def recipe_from_json(content: Mapping[str, Any]) -> Recipe:
+    """A recipe as `dataclasses.asdict` and JSON leave it."""
+    betas = content["betas"]
+    return Recipe(**{**content, "betas": None if betas is None else (betas[0], betas[1])})
+
+
+def scaled_number(value: float, old: float, new: float) -> float:
+    """A script's own number, changed as the rule changes `old` to `new`; what is equal becomes equal, exactly."""
+    return new if value == old else value * (new / old)
+
+
+def scaled_steps(steps: int, factor: float) -> int:
+    """A number of steps that is to mean as many samples as before, for a global batch `factor` times as large."""
+    return max(1, -int(-steps // factor))
+
+
+class NotApplicable(UsageError):
+    """The library has no place for a change that the rule asks for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. Either leave it as it is, --lr-scaling=none, or have the script ask trainingcompiler."
+            "recommendation() and use what it says"
+        )
