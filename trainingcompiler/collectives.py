@@ -1,12 +1,13 @@
 """What devices send each other in a step: read off the compiled program."""
 
+import math
 import re
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _WIDE = 8  # f64, s64, u64, c64
-_LINE = re.compile(rf"= (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>.*)")
+_LINE = re.compile(rf" = (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[suf]\d+|bf16|c\d+)\[(?P<shape>[\d,]*)\]")
 
 
@@ -25,36 +26,36 @@ class Collective:
     size_bytes: int
 
 
-def collectives(text: str) -> tuple[Collective, ...]:
+def collectives(text: str, devices: int) -> tuple[Collective, ...]:
     """The collectives of an optimized program.
 
     Args:
         text: As `Executable.as_text` gives it. An asynchronous collective is counted where it starts.
+        devices: How many take part.
     """
     found: dict[str, list[int]] = {}
     for line in text.splitlines():
         match = _LINE.search(line)
         if match:
-            found.setdefault(match["kind"], []).append(_whole(match))
+            found.setdefault(match["kind"], []).append(_whole(match, devices))
     return tuple(
         Collective(kind=kind, count=len(found[kind]), size_bytes=sum(found[kind])) for kind in KINDS if kind in found
     )
 
 
-def _whole(match: re.Match) -> int:
-    """Bytes of the larger side: what is gathered is whole in the result, what is scattered in the operands."""
-    operands, _, _ = match["operands"].partition("), ")
-    result = _size(match["result"])
-    if match["start"]:  # whose result is the operands and the result together
-        result -= _size(operands)
-    return max(result, _size(operands))
+def _whole(match: re.Match, devices: int) -> int:
+    """Bytes of the larger side: what is gathered is whole in the result, what is scattered in the operands.
+
+    The text does not show operands, but where a collective starts: there the result is both of them, one after the
+    other. Only an all-reduce, whose sides are alike, has one there too.
+    """
+    sizes = [_size(array) for array in _ARRAY.finditer(match["result"])]
+    if match["start"] and match["kind"] != "all-reduce":
+        half = len(sizes) // 2
+        return max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
+    return sum(sizes) * (devices if match["kind"] == "reduce-scatter" else 1)
 
 
-def _size(text: str) -> int:
-    total = 0
-    for array in _ARRAY.finditer(text):
-        elements = 1
-        for length in filter(None, array["shape"].split(",")):
-            elements *= int(length)
-        total += elements * _BYTES.get(array["dtype"], _WIDE)
-    return total
+def _size(array: re.Match) -> int:
+    elements = math.prod(int(length) for length in array["shape"].split(",") if length)
+    return elements * _BYTES.get(array["dtype"], _WIDE)

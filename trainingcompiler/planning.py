@@ -144,7 +144,7 @@ def planned(program: StepProgram, batch_size: int, target: Target, eager_bytes: 
         flops=float(costs.get("flops", 0.0)) / devices,
         product_dtype=product_dtype(lowered.as_text()),
         compile_time_s=executable.compile_time_s,
-        collectives=collectives(executable.as_text()) if devices > 1 else (),
+        collectives=collectives(executable.as_text(), devices) if devices > 1 else (),
         eager_bytes=eager_bytes,
     )
 
