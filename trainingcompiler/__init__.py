@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ConfigError,
         FallbackError,
         GradientNotKeptError,
+        NotEnoughMemoryError,
         TrainingCompilerError,
         UsageError,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "FallbackError",
     "GradientNotKeptError",
+    "NotEnoughMemoryError",
     "TrainingCompilerConfig",
     "TrainingCompilerError",
     "UsageError",

@@ -5,8 +5,6 @@ import re
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-_WIDE = 8  # f64, s64, u64, c64
 _LINE = re.compile(rf" = (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[suf]\d+|bf16|c\d+)\[(?P<shape>[\d,]*)\]")
 
@@ -58,4 +56,10 @@ def _whole(match: re.Match, devices: int) -> int:
 
 def _size(array: re.Match) -> int:
     elements = math.prod(int(length) for length in array["shape"].split(",") if length)
-    return elements * _BYTES.get(array["dtype"], _WIDE)
+    return elements * bytes_of_dtype(array["dtype"])
+
+
+def bytes_of_dtype(name: str) -> int:
+    """Bytes of one element, by XLA's name of its dtype: `"pred"`, `"bf16"`, `"s64"`, `"f8e4m3fn"`."""
+    bits = re.search(r"\d+", name)
+    return max(1, int(bits[0]) // 8) if bits else 1

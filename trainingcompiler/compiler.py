@@ -15,6 +15,7 @@ from trainingcompiler import cache
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import phase
+from trainingcompiler.memory import check as memory_check
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings
 from trainingcompiler.statistics import current as statistics
@@ -39,9 +40,14 @@ class MemoryPlan:
     temporary_bytes: int
 
     @property
+    def added_bytes(self) -> int:
+        """What a run takes on top of its arguments, which exist before it."""
+        return self.output_bytes - self.alias_bytes + self.temporary_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """Arguments, outputs that are not aliased, and temporaries together."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+        return self.argument_bytes + self.added_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,12 +93,13 @@ class Executable:
         return self.compiled.as_text()
 
 
-def compile(program: StepProgram, target: Target | None = None) -> Executable:
+def compile(program: StepProgram, target: Target | None = None, *, checks_memory: bool = True) -> Executable:
     """Lowers and compiles a program.
 
     Args:
         program: The step. Its state is donated, each array to its own successor.
         target: What to compile it for; None is the local device.
+        checks_memory: Whether to fail if the local device cannot give the memory that the program plans with.
 
     Returns:
         The executable, with its memory plan.
@@ -100,6 +107,7 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
     Raises:
         TrainingCompilerError: XLA did not accept the identity alias map, so that state would exist twice.
         UsageError: The target is a described GPU, and XLA's compiler for GPUs is not installed.
+        NotEnoughMemoryError: See `checks_memory`.
     """
     target = target or Target.local()
     store = cache.store() if program.digest is not None and target.described is None else None
@@ -118,7 +126,12 @@ def compile(program: StepProgram, target: Target | None = None) -> Executable:
             "in place, so the rest would exist twice. This is a bug of trainingcompiler: please report it with the "
             "script, and run with --engine=eager until it is mended."
         )
-    return Executable(program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled)
+    executable = Executable(
+        program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled
+    )
+    if target.described is None and checks_memory:
+        memory_check(executable)
+    return executable
 
 
 def _kept(program: StepProgram, store: ExecutableStore) -> tuple[Any, float] | None:

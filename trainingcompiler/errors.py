@@ -81,3 +81,36 @@ class UsageError(TrainingCompilerError):
 
 class GradientNotKeptError(TrainingCompilerError, RuntimeError):
     """A gradient was read after a compiled step that did not keep it."""
+
+
+class NotEnoughMemoryError(TrainingCompilerError, MemoryError):
+    """A step would need more memory than there is; nothing of it has run.
+
+    Attributes:
+        program: Its name.
+        needed_bytes: What it needs besides the training state and the batch, which exist.
+        available_bytes: What there is.
+        buffers: The largest arrays that it makes, with the lines they come from.
+        cures: What would need less, with numbers of programs that were compiled.
+    """
+
+    def __init__(
+        self, program: str, needed_bytes: int, available_bytes: int, buffers: Sequence[str], cures: Sequence[str] = ()
+    ) -> None:
+        super().__init__(program, needed_bytes, available_bytes, tuple(buffers), tuple(cures))
+        self.program = program
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        self.buffers = tuple(buffers)
+        self.cures = tuple(cures)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.program} needs {self.needed_bytes / 2**30:.2f} GiB besides its state and its batch, and "
+            f"{self.available_bytes / 2**30:.2f} GiB are available; nothing of it has run. Its largest arrays:",
+            *(f"  {buffer}" for buffer in self.buffers),
+            "What helps:",
+            *(f"  {cure}" for cure in self.cures),
+            "  a smaller batch, and accumulation to make up for it: python -m trainingcompiler.plan says which fits",
+        ]
+        return "\n".join(lines)

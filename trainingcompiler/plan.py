@@ -4,6 +4,7 @@ Runs the script up to its first training step, takes no step, and compiles that 
 sizes. A described GPU need not be there.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -130,7 +131,7 @@ def _in_this_process(request: _Request) -> tuple[Any, str]:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of every batch that is too large
     os.environ.update(to_environment({**request.flags, "enabled": True, "engine": "xla"}))
-    from trainingcompiler import planning
+    from trainingcompiler import cures, planning
     from trainingcompiler.plan_store import PlanStore
 
     target = request.target()
@@ -154,6 +155,9 @@ def _in_this_process(request: _Request) -> tuple[Any, str]:
         return found
 
     plan = planning.evaluate(at, own, target, **request.chosen(own, recipe))
+    if plan.largest is None:
+        remarks = cures.explained(waiting.step, own, plan.batches[0].batch_size, target)
+        plan = dataclasses.replace(plan, remarks=tuple(remarks))
     return plan, waiting.applies
 
 

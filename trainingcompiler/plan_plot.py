@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from trainingcompiler.errors import UsageError
-from trainingcompiler.plan_report import GIB
 from trainingcompiler.planning import Plan
+
+GIB = 2**30
 
 
 def check() -> None:

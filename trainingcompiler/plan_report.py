@@ -5,22 +5,13 @@ from collections.abc import Callable
 
 from trainingcompiler.collectives import Collective
 from trainingcompiler.compiler import MemoryPlan
+from trainingcompiler.memory import size_of
 from trainingcompiler.planning import MARGIN, Plan, PlannedBatch
-
-GIB = 2**30
-
-
-def size_of(size_bytes: float) -> str:
-    """A size as a person reads it."""
-    for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes / 2**10:.1f} KiB"
 
 
 def described(plan: Plan) -> str:
     """The device, the table, and what to do."""
-    return "\n".join([f"{plan.device} ({size_of(plan.memory_bytes)})", table(plan), *advice(plan)])
+    return "\n".join([f"{plan.device} ({size_of(plan.memory_bytes)})", table(plan), *advice(plan), *plan.remarks])
 
 
 def table(plan: Plan) -> str:

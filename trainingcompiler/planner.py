@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from trainingcompiler.errors import UsageError
@@ -37,6 +37,9 @@ class PlannableStep(Protocol):
             rows: As for `program_at`.
             batch_size: Likewise.
         """
+
+    def variants(self) -> Mapping[str, "PlannableStep"]:
+        """The same step in ways that may need less memory, by what the script has to do for it."""
 
     def recipe(self) -> dict[str, Any]:
         """Fields of `scaling.Recipe`, as far as the step tells: of the optimizer, at its peak."""
@@ -129,6 +132,12 @@ class Planner:
         """What the framework itself needs for that; likewise."""
         assert self._step is not None and self._rows
         return self._step.eager_bytes(self._rows, batch_size)
+
+    @property
+    def step(self) -> PlannableStep:
+        """What was taken; `rows` has been asked before."""
+        assert self._step is not None and self._rows
+        return self._step
 
     def recipe(self) -> Recipe | None:
         """What of the run depends on its batch size; None where the optimizer does not tell. Likewise."""

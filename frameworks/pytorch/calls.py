@@ -48,10 +48,9 @@ class CallBook:
         ambient = Ambient.now()
         encoded = [encode(leaf) for leaf in leaves]
         function_key: Any = function
-        where = None
+        where = user_line()
         prints: tuple[Fingerprint, ...] = ()
         if isinstance(function, nn.Module):
-            where = user_line()
             fingerprint = self.modules.fingerprint(function)
             prints = (fingerprint,)
             if fingerprint.hooked:

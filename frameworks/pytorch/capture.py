@@ -102,6 +102,7 @@ def capture(
     """
     twins = Twins()
     recorder = twins.recorder
+    recorder.until = replay.__code__
     fakes: dict[Any, torch.Tensor] = {}
     leaves: list[tuple[int, int, int]] = []
     seeds: list[tuple[int, int]] = []
@@ -144,6 +145,7 @@ def capture(
             for optimizer in entry.optimizers:
                 if entry.outputs is not None:
                     first_steps.prepare(optimizer, twins.has_gradient)
+            recorder.where = entry.where
             with twins.recording():
                 if entry.seed is not None:
                     seed = twins.fake_like((), torch.int64)

@@ -61,7 +61,8 @@ def _nodes(graph: Graph, results: list[int]) -> list[Node]:
 
 def _run_node_or_say(node: Node, values: dict[int, Any]) -> None:
     try:
-        _run_node(node, values)
+        with jax.named_scope(node.where or "torch"):  # the script's lines, in XLA's profiles and memory reports
+            _run_node(node, values)
     except CaptureError:
         raise
     except Exception as error:  # whatever the table cannot express: the step can still run in torch

@@ -62,6 +62,28 @@ class RecordedStep:
             except Exception:  # what the script's own code raises for another batch is said by `program_at`
                 return None
 
+    def variants(self) -> dict[str, "RecordedStep"]:
+        """In bfloat16, and with the blocks of a Transformers model computed again, where it does neither yet."""
+        found: dict[str, RecordedStep] = {}
+        if not any(entry.ambient.autocast for entry in self._entries):
+            found['torch.autocast("cpu", dtype=torch.bfloat16) around the forward'] = self._in_bfloat16()
+        models = [module for entry in self._entries for module in entry.modules]
+        models = [module for module in models if getattr(module, "supports_gradient_checkpointing", False)]
+        if models and not any(getattr(model, "is_gradient_checkpointing", True) for model in models):
+            found["model.gradient_checkpointing_enable(), which computes blocks again"] = _Checkpointed(self, models)
+        return found
+
+    def _in_bfloat16(self) -> "RecordedStep":
+        entries = [
+            entry
+            if entry.optimizers
+            else dataclasses.replace(
+                entry, ambient=dataclasses.replace(entry.ambient, autocast=True, autocast_dtype=torch.bfloat16)
+            )
+            for entry in self._entries
+        ]
+        return RecordedStep(self._cache, entries)
+
     def recipe(self) -> dict[str, Any]:
         """The first group of the first optimizer; a schedule has noted the rate that it starts from."""
         optimizer = self._optimizers(self._entries)[0]
@@ -112,6 +134,24 @@ class RecordedStep:
             return scaled[id(leaf)]
 
         return [dataclasses.replace(entry, leaves=[of(leaf) for leaf in entry.leaves]) for entry in self._entries]
+
+
+class _Checkpointed(RecordedStep):
+    """A step whose Transformers models compute their blocks again on the way back."""
+
+    def __init__(self, step: RecordedStep, models: list[Any]):
+        super().__init__(step._cache, step._entries)
+        self._models = models
+
+    def program_at(self, rows: int, batch_size: int) -> StepProgram:
+        """Captures the tape with the models switched, and switches them back."""
+        for model in self._models:
+            model.gradient_checkpointing_enable()
+        try:
+            return super().program_at(rows, batch_size)
+        finally:
+            for model in self._models:
+                model.gradient_checkpointing_disable()
 
 
 def pretend(entries: list[Entry]) -> None:

@@ -9,11 +9,13 @@ import functools
 import os
 import sys
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import trainingcompiler
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import inspection
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
@@ -21,7 +23,7 @@ from trainingcompiler.frameworks.pytorch.lower import FAKES, LOWERINGS, RANDOM_L
 from trainingcompiler.frameworks.pytorch.recomputation import Recomputation
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_HERE = (os.path.dirname(__file__) + os.sep, os.path.dirname(trainingcompiler.__file__) + os.sep)
 
 # Overloads that write to arguments although their schema does not say so:
 # overload -> the positions of the arguments that the trailing outputs of its lowering replace.
@@ -85,6 +87,8 @@ class Recorder(TorchDispatchMode):
     Attributes:
         graph: What has been recorded.
         draws: The seed of the random operators that follow, and how many have been drawn from it; None without one.
+        where: The script's line behind operators whose stack does not show one, as those of a backward.
+        until: The function that replays the script's calls: what is outside of it asked for another thing.
         missing: What the first operator without a lowering would have raised; see `inspection.missing`.
     """
 
@@ -95,6 +99,8 @@ class Recorder(TorchDispatchMode):
         self._tensors: dict[int, _Tensor] = {}
         self._storages: dict[int, _Storage] = {}
         self.draws: tuple[Ref, int] | None = None
+        self.where: str | None = None
+        self.until: CodeType | None = None
         self.missing: CaptureError | None = None
         self._decompositions = torch._decomp.decomposition_table
         self._inside: set[str] = set()  # the operators that are being decomposed
@@ -376,7 +382,7 @@ class Recorder(TorchDispatchMode):
                 )
             seed = self.draws
             self.draws = (seed[0], seed[1] + 1)
-        node = Node(operator, args, kwargs, outputs, metas, seed, user_line(), casts)
+        node = Node(operator, args, kwargs, outputs, metas, seed, user_line(self.until) or self.where, casts)
         self._recomputation.fence(node)
         self.graph.nodes.append(node)
 
@@ -386,12 +392,16 @@ def unsupported(operator: str) -> CaptureError:
     return CaptureError(reason=f"{operator} has no lowering to XLA", where=user_line(), operator=operator)
 
 
-def user_line() -> str | None:
-    """The innermost line on the stack that is neither torch's nor ours, as `"train.py:88"`."""
+def user_line(until: CodeType | None = None) -> str | None:
+    """The innermost line on the stack that is neither torch's nor ours, as `"train.py:88"`.
+
+    Args:
+        until: Where to stop looking, from the inside out; None looks at the whole stack.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not until:
         filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH, _HERE, contextlib.__file__, "<")):
+        if not filename.startswith((_TORCH, *_HERE, contextlib.__file__, "<")):
             return f"{os.path.basename(filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return None

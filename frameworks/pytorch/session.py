@@ -8,14 +8,15 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, FallbackError, PassingCaptureError
+from trainingcompiler.cures import with_cures
+from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
 from trainingcompiler.frameworks.pytorch.deferred import (
     METADATA,
@@ -355,6 +356,8 @@ class Session:
         try:
             with undeferred():
                 self.programs.run(entries, exports, Purpose.COMMIT)
+        except NotEnoughMemoryError as error:
+            self._give_up(error, entries)
         except (CaptureError, NumberUsed) as error:
             if isinstance(error, NumberUsed) and self._make_constant(entries, error):
                 return self.commit()
@@ -435,11 +438,18 @@ class Session:
         try:
             with undeferred():
                 self.programs.run(entries, slots, Purpose.PEEK)
+        except NotEnoughMemoryError as error:
+            self._give_up(error, entries)
         except (CaptureError, NumberUsed) as error:
             if isinstance(error, NumberUsed) and self._make_constant(entries, error):
                 return self._peek(slot)
             self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return None
+
+    def _give_up(self, error: NotEnoughMemoryError, entries: list[Entry]) -> NoReturn:
+        self.tape.entries.clear()
+        with undeferred():
+            raise with_cures(error, RecordedStep(self.programs, entries)) from None
 
     def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
         """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.

@@ -55,6 +55,10 @@ class CalledStep:
         """TensorFlow does not say what its graphs need."""
         return None
 
+    def variants(self) -> dict[str, "CalledStep"]:
+        """Which precision a model computes in is decided when it is made."""
+        return {}
+
     def recipe(self) -> dict[str, Any]:
         """A step does not say which of its variables is a learning rate; Keras does."""
         return {}

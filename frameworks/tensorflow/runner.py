@@ -11,7 +11,8 @@ from tensorflow.python.framework.ops import EagerTensor
 
 from trainingcompiler import fallback, planner
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.errors import CaptureError, TrainingCompilerError
+from trainingcompiler.cures import with_cures
+from trainingcompiler.errors import CaptureError, NotEnoughMemoryError, TrainingCompilerError
 from trainingcompiler.events import Note, Recompiled, emit
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
 from trainingcompiler.frameworks.tensorflow.planned import CalledStep
@@ -75,7 +76,7 @@ class StepRunner:
             return self.run_native(*args)
         leaves = tf.nest.flatten(args)
         if planner.current is not None:
-            planner.current.take(CalledStep(self._function, args, self._labels_of(args), self._autograph))
+            planner.current.take(self._called(args))
         key = (_structure(args), *_signature(leaves))
         start_s = time.perf_counter()
         step = self._steps.get(key)
@@ -90,10 +91,15 @@ class StepRunner:
             except CaptureError as error:
                 return self._fall_back(error, args)
         engine = self._choice.next
+        if engine == XLA:
+            self._compile(step, args)
         result = self._run(engine, key, step, leaves)
         self._choice.ran(engine, time.perf_counter() - start_s, not is_new and key == self._typical)
         statistics().step_finished("xla" if engine == XLA else "tensorflow", time.monotonic())
         return result
+
+    def _called(self, args: tuple) -> CalledStep:
+        return CalledStep(self._function, args, self._labels_of(args), self._autograph)
 
     def run_native(self, *args: Any) -> Any:
         """Lets TensorFlow do one step as it would without us."""
@@ -153,7 +159,7 @@ class StepRunner:
         statistics().compile_time_s += time.perf_counter() - start_s
         if self._choice.next == XLA:
             try:
-                step.compile()
+                self._compile(step, args)
             except jax.errors.JaxRuntimeError as error:
                 raise CaptureError(f"XLA could not compile it: {str(error).splitlines()[0][:300]}") from error
         self._explain(key, args, time.perf_counter() - start_s)
@@ -161,6 +167,13 @@ class StepRunner:
         if self._typical is None:
             self._typical = key
         return step
+
+    def _compile(self, step: TracedStep, args: tuple) -> None:
+        """Compiles a step, if that has not been done."""
+        try:
+            step.compile()
+        except NotEnoughMemoryError as error:
+            raise with_cures(error, self._called(args)) from None
 
     def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
         """Says what made a further program necessary."""

@@ -81,7 +81,7 @@ def test_what_nobody_has_named_an_option_for():
         (("--lr-scaling=sqrt",), "--lr-scaling goes with --batch-size=keep-global|max|N, which is not given"),
         (("--batch-size=most",), "--batch-size=most: must be keep-global, max, or a whole number of rows, 1 or more"),
         (("--batch-size=0",), "--batch-size=0: must be keep-global, max, or a whole number of rows, 1 or more"),
-        (("--batch-size=max", "--lr-scaling=liner"), "--lr-scaling=liner: must be one of auto, linear, sqrt, adam, none"),
+        (("--batch-size=max", "--lr-scaling=liner"), "--lr-scaling=liner: must be one of auto, linear, sqrt"),
         (("--batch-size=max", "--no-compile"), "--no-compile does not go with --batch-size, which compiles the step"),
     ],
 )  # fmt: skip

@@ -5,9 +5,9 @@ import pytest
 from trainingcompiler import plan_report, planning
 from trainingcompiler.compiler import MemoryPlan
 from trainingcompiler.gpus import GPUS
-from trainingcompiler.plan_report import GIB
 from trainingcompiler.planning import MOST_COMPILES, Plan, PlannedBatch, search
 
+GIB = 2**30
 FIXED = 2 * GIB
 
 

@@ -59,11 +59,15 @@ def tracked(make, shape: tuple[int, ...]) -> int:
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
+def cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3))
+
+
 MODELS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64)), (256, 64)),
     "attention": (lambda: nn.Sequential(*[Attention() for _ in range(4)]), (16, 128, 64)),
-    "cnn": (lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3)), (16, 3, 32, 32)),
-}  # fmt: skip
+    "cnn": (cnn, (16, 3, 32, 32)),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
