@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,7 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
                 _abstract(program.state), _abstract(program.inputs)
             )
         compile_start_s = time.perf_counter()
-        keeping = _not_kept() if store or target.described else contextlib.nullcontext()
+        keeping: Any = _not_kept if store or target.described else contextlib.nullcontext()
         with phase("compile", program.name) as running, keeping:
             with watching() as outcome:
                 compiled = lowered.compile(compiler_options=options(program, target))
@@ -221,18 +222,38 @@ def _schedule_for_memory() -> dict[str, bool | str]:
     return option
 
 
-@contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
-    """Compiles without JAX's persistent cache: what it keeps for a device that is not there it cannot read again."""
-    name = "jax_enable_compilation_cache"
-    enabled = getattr(jax.config, name)
-    compilation_cache.reset_cache()  # whether there is one is asked once
-    jax.config.update(name, False)
-    try:
-        yield
-    finally:
-        jax.config.update(name, enabled)
-        compilation_cache.reset_cache()
+class _NotKept:
+    """Compiles without JAX's persistent cache: what it keeps for a device that is not there it cannot read again.
+
+    JAX has one switch for all threads, several of which may compile at once: the first turns it off, the last on.
+    """
+
+    _NAME = "jax_enable_compilation_cache"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._enabled = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._enabled = getattr(jax.config, self._NAME)
+                self._switch(False)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._switch(self._enabled)
+
+    def _switch(self, on: bool) -> None:
+        jax.config.update(self._NAME, on)
+        compilation_cache.reset_cache()  # whether there is one is asked once
+
+
+_not_kept = _NotKept()
 
 
 def _named(program: StepProgram) -> Callable:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,15 +147,26 @@ def _in_this_process(request: _Request) -> tuple[Any, str]:
     recipe = waiting.recipe()
     store = PlanStore.of(resolve(request.flags, os.environ).config)
 
-    def at(size: int) -> Any:
-        program = waiting.program_at(size)
+    def compiled(size: int, program: Any, eager_bytes: int | None) -> Any:
         found = store.load(program, target)
         if found is None:
-            found = planning.planned(program, size, target, waiting.eager_bytes(max(1, size // target.device_count)))
+            found = planning.planned(program, size, target, eager_bytes)
             store.save(program, target, found)
         return found
 
-    plan = planning.evaluate(at, own, target, **request.chosen(own, recipe))
+    def captured(size: int) -> tuple[int, Any, int | None]:
+        return size, waiting.program_at(size), waiting.eager_bytes(max(1, size // target.device_count))
+
+    def at_all(sizes: Sequence[int]) -> list[Any]:
+        # XLA compiles for a GPU on one core. Capturing runs the script's code, which is for one thread.
+        programs = [captured(size) for size in sizes]
+        with ThreadPoolExecutor(min(len(sizes), os.cpu_count() or 1)) as threads:
+            return list(threads.map(compiled, *zip(*programs, strict=True)))
+
+    def at(size: int) -> Any:
+        return compiled(*captured(size))
+
+    plan = planning.evaluate(at, own, target, **request.chosen(own, recipe), at_all=at_all)
     if plan.largest is None:
         remarks = cures.explained(waiting.step, own, plan.batches[0].batch_size, target)
         plan = dataclasses.replace(plan, remarks=tuple(remarks))

@@ -255,6 +255,7 @@ def evaluate(
     *,
     recipe: Recipe | None = None,
     bisects: bool = False,
+    at_all: Callable[[Sequence[int]], list[PlannedBatch]] | None = None,
 ) -> Plan:
     """Compiles batch sizes and puts them side by side.
 
@@ -265,6 +266,7 @@ def evaluate(
         sizes: Which ones; none searches for the largest that fits, among those that the devices divide.
         recipe: What else is known of the run.
         bisects: Whether to search among `sizes`, instead of compiling all of them.
+        at_all: Compiles several sizes that are known beforehand, at once if it can; None takes `at` for each.
     """
     plan = Plan(
         device=target.description, memory_bytes=target.memory_bytes, gpu=target.described, batches=(), recipe=recipe
@@ -273,7 +275,8 @@ def evaluate(
     if bisects:
         found = bisect(at, sorted(set(sizes)), plan.usable_bytes)
     elif sizes:
-        found = [at(size) for size in sorted(set(sizes))]
+        known = sorted(set(sizes))
+        found = at_all(known) if at_all is not None else [at(size) for size in known]
     else:
         found = search(lambda rows: at(rows * devices), max(1, start // devices), plan.usable_bytes)
     return dataclasses.replace(plan, batches=tuple(found))

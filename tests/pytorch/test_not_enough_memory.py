@@ -66,7 +66,8 @@ def test_cures_are_programs_that_were_compiled(monkeypatch):
     assert isinstance(error, MemoryError) and error.available_bytes == available < error.needed_bytes
     assert any("f32[2048,4096]  test_not_enough_memory.py:" in buffer for buffer in error.buffers)
     batch, precision = error.cures
-    assert batch.startswith("a batch of ") and "in place of 2048, accumulated" in batch and batch.endswith("MiB (compiled)")
+    assert batch.startswith("a batch of ") and "in place of 2048, accumulated" in batch
+    assert batch.endswith("MiB (compiled)")
     assert precision.startswith('torch.autocast("cpu", dtype=torch.bfloat16) around the forward: ')
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
