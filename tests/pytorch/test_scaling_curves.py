@@ -86,5 +86,6 @@ def test_sgd_follows_the_linear_rule(policy, least, most):
 )
 def test_adam_follows_the_square_root(policy, least, most):
     found = shares(ADAM, policy, 0.8, epochs=3)
-    assert all(least <= share <= most for share in found), found  # measured: 0.89 to 0.93; 0.98; 0.38 to 0.40; 1.41 to 1.76
-
+    assert all(least <= share <= most for share in found), (
+        found
+    )  # measured: 0.89 to 0.93; 0.98; 0.38 to 0.40; 1.41 to 1.76
