@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from trainingcompiler import planner
 from trainingcompiler.config import RECIPE
 from trainingcompiler.errors import UsageError
 from trainingcompiler.scaling import Recipe, Scaled
@@ -18,6 +17,8 @@ from trainingcompiler.scaling import Recipe, Scaled
 
 def current() -> Scaled | None:
     """The recommendation that this process was started with; None without `--batch-size`."""
+    from trainingcompiler import planner  # reaches NumPy, which the launcher does without
+
     if planner.current is not None:
         planner.current.tell("script")
         return None
@@ -32,6 +33,8 @@ def planned() -> Scaled | None:
 
 def for_library(name: str) -> Scaled | None:
     """The recommendation, if this library's arguments are to be set: `"huggingface"` or `"keras"`."""
+    from trainingcompiler import planner
+
     text = os.environ.get(RECIPE) if planner.current is None else None
     content = json.loads(text) if text else {}
     return from_json(content) if content.get("applies") == name else None

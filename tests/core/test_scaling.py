@@ -1,10 +1,6 @@
 """Batch size and learning rate: every number here was worked out by hand."""
 
-import math
-
-import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from trainingcompiler.errors import ConfigError, UsageError
 from trainingcompiler.scaling import Recipe, keep_global, rescale
@@ -123,33 +119,3 @@ def test_all_mistakes_are_reported_together():
     )
     with pytest.raises(ConfigError, match="policy='linaer': must be one of .*did you mean linear"):
         rescale(sgd(), batch_size=64, policy="linaer")
-
-
-def digits_loss(recipe: Recipe, epochs: int) -> float:
-    """The loss of a linear classifier of scikit-learn's digits, trained by SGD as the recipe says."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = images / 16.0, np.eye(10)[labels]
-    weights, rows = np.zeros((64, 10)), recipe.global_batch_size
-    random, step = np.random.default_rng(0), 0
-
-    def probabilities(x: np.ndarray) -> np.ndarray:
-        scores = x @ weights
-        powers = np.exp(scores - scores.max(1, keepdims=True))
-        return powers / powers.sum(1, keepdims=True)
-
-    for _ in range(epochs):
-        order = random.permutation(len(x))
-        for batch in np.split(order, range(rows, len(x), rows)):
-            step += 1
-            ramp = min(1.0, step / recipe.warmup_steps) if recipe.warmup_steps else 1.0
-            weights -= recipe.lr * ramp * x[batch].T @ (probabilities(x[batch]) - y[batch]) / len(batch)
-    return float(-np.log(probabilities(x)[y == 1]).mean())
-
-
-def test_the_rule_keeps_the_loss_where_no_rule_does_not():
-    """Eight times the batch, the same number of epochs."""
-    start = sgd(batch_size=8, lr=0.05)
-    goal = digits_loss(start, 5)
-    ruled, unruled = (rescale(start, batch_size=64, policy=policy).recipe for policy in ("linear", "none"))
-    assert math.isclose(digits_loss(ruled, 5), goal, rel_tol=0.05)
-    assert digits_loss(unruled, 5) > 2 * goal
