@@ -62,10 +62,10 @@ def loss_of(model, x):
         return model(x).float().square().mean()
 
 
-def program_of(mask, dropout=0.0) -> StepProgram:
+def program_of(mask, dropout=0.0, rows=2) -> StepProgram:
     torch.manual_seed(0)
     model = Attention(mask, dropout)
-    return step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.zeros(2, LENGTH, 8))
+    return step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.empty(rows, LENGTH, 8))
 
 
 def arguments(program: StepProgram) -> list[tuple]:
@@ -114,6 +114,19 @@ def test_a_mask_that_says_causal_or_nothing_is_not_a_mask(calls, mask, expected)
     assert calls == 2 * [expected]  # forward, and in the backward
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(causal, (True, False)), (windowed, (False, True))])
+def test_rows_that_are_all_alike_are_looked_at_once(calls, mask, expected):
+    """A mask of 2^29 elements, half a gigabyte of booleans and 2 GB of floats: the global batch of many GPUs."""
+    program = program_of(mask, rows=2**29 // LENGTH**2)
+    state, inputs = (
+        tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs)
+        for specs in (program.state, program.inputs)
+    )
+    with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
+        jax.eval_shape(lambda *given: program.function(*given), state, inputs)
+    assert calls == 2 * [expected]
 
 
 def test_dropout_is_drawn_by_us(calls):
