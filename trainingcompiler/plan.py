@@ -101,6 +101,7 @@ class _Request:
             raise UsageError("--batch-sizes=keep-global needs the script's optimizer, which nothing tells")
         if recipe is not None and bisects:
             sizes = tuple(keep_global_sizes(recipe))
+        _check_divides(sizes, self.gpus)
         return {"sizes": sizes, "bisects": bisects, "recipe": recipe}
 
 
@@ -241,6 +242,7 @@ def _request(line: CommandLine) -> _Request:
         raise UsageError("--strategy says how several GPUs share the training state; give their number too: --gpus 8")
     mode = given.get("--batch-sizes", "auto")
     numbers = [] if mode in _MODES else [_positive("--batch-sizes", text, "a batch size") for text in mode.split(",")]
+    _check_divides(numbers, gpus)
     own = given.get("--script-batch-size")
     target_of(line)
     if "--plot" in given:
@@ -259,6 +261,15 @@ def _request(line: CommandLine) -> _Request:
         line=line,
         flags=flags_of(line),
     )
+
+
+def _check_divides(sizes: Sequence[int], gpus: int) -> None:
+    for size in sizes:
+        if size % gpus:
+            raise UsageError(
+                f"a batch of {size} cannot be divided between {gpus} GPUs: give sizes that are multiples of {gpus}, "
+                f"--batch-sizes={gpus},{2 * gpus}"
+            )
 
 
 def _plotting() -> Any:

@@ -90,3 +90,13 @@ def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path, gpus, rows):
     assert state == pytest.approx(12 * 6.738e9 / gpus, rel=0.01) and batch["fits"]
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert children < 8e9  # the float32 weights alone would be 27e9
+
+
+def test_a_batch_that_the_gpus_cannot_divide_is_refused(tmp_path):
+    command = [sys.executable, "-m", "trainingcompiler.plan", "--gpu=h100", "--gpus=8", "--batch-sizes=8,12"]
+    done = subprocess.run([*command, str(CHAR_GPT)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "trainingcompiler.plan: a batch of 12 cannot be divided between 8 GPUs: give sizes that are multiples of 8, "
+        "--batch-sizes=8,16"
+    )
