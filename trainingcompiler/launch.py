@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from trainingcompiler import applying, pages
 from trainingcompiler.command_line import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
-from trainingcompiler.config import default_cache_dir, did_you_mean, resolve, to_environment
+from trainingcompiler.config import RECIPE, default_cache_dir, did_you_mean, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
 from trainingcompiler.launchers import local
 
@@ -52,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
             sys.exit(0)
         target = target_of(line)
         start = launcher_of(line)
+        os.environ.pop(RECIPE, None)  # that of a launcher around this one is not for this script
         arguments, variables = line.arguments, to_environment(flags)
         if applying.is_asked_for(line):
             applied = applying.apply(line, resolved.config.cache_dir or default_cache_dir())

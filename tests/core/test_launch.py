@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trainingcompiler import config, launch
+from trainingcompiler import applying, config, launch
 from trainingcompiler.command_line import parse
 from trainingcompiler.errors import UsageError
 
@@ -167,3 +167,17 @@ def test_every_field_of_the_configuration_has_its_option():
 def test_parse_raises_what_main_prints():
     with pytest.raises(UsageError, match="is not an option"):
         parse(["--nope"], launch.LAUNCH)
+
+
+def test_what_a_launcher_around_this_one_recommends_is_not_passed_on(started, monkeypatch):
+    monkeypatch.setenv(config.RECIPE, "{}")
+    launch.main(["train.py"])
+    assert len(started) == 1 and config.RECIPE not in os.environ
+
+
+def test_another_batch_is_planned_and_applied(started, monkeypatch, capsys):
+    applied = applying.Applied(arguments=("--bs", "32"), variables={"A": "1"}, lines=("keep-global",))
+    monkeypatch.setattr(applying, "apply", lambda line, folder: applied)
+    launch.main(["--batch-size=keep-global", "--quiet", "train.py", "--bs", "8"])
+    assert started == [(["script", "train.py", "--bs", "32"], {"TRAININGCOMPILER_QUIET": "1", "A": "1"})]
+    assert capsys.readouterr().err == "[batch]      keep-global\n"
