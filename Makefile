@@ -7,13 +7,14 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance models fuzz gpu-plan lint clean
+.PHONY: help demo test bench conformance models fuzz gpu-plan tested-models lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
 	@echo "make test      lint, type check and tests, on the CPU"
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
+	@echo "make tested-models  the original's table of largest batches, planned (two hours, no GPU needed)"
 	@echo "make conformance  every operator of PyTorch's own database, compared with torch (20 minutes)"
 	@echo "make models    a training step of every architecture in docs/models.md, compared with eager (two hours)"
 	@echo "make fuzz      2,000 training loops by chance, compared with eager (an hour)"
@@ -64,6 +65,9 @@ fuzz: $(READY)
 
 gpu-plan: $(GPU)/.ready
 	JAX_PLATFORMS=cpu $(GPU)/bin/python -m pytest tests/gpu
+
+tested-models: $(GPU)/.ready
+	$(GPU)/bin/python benchmarks/tested_models.py --write docs/tested_models.md
 
 # The type checker cannot see setup.py's package_dir, so it gets the three folders laid out as they are installed.
 lint: $(READY)
