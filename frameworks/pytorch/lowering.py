@@ -15,6 +15,7 @@ from trainingcompiler.frameworks.pytorch.lower.matmul import products_at, strict
 from trainingcompiler.frameworks.pytorch.lower.random import node_key
 from trainingcompiler.frameworks.pytorch.recomputation import BARRIER, ordered
 from trainingcompiler.frameworks.pytorch.rewriting import for_gpu
+from trainingcompiler.frameworks.pytorch.scores import recomputed
 from trainingcompiler.targets import current as current_target
 
 # Fake tensors say that these save their statistics in bfloat16 where the input is; torch's kernels save them in the
@@ -56,6 +57,7 @@ def _nodes(graph: Graph, results: list[int]) -> list[Node]:
     target = current_target()
     if target is not None and target.platform == "cuda":
         nodes = Graph(graph.inputs, for_gpu(nodes, graph.constants), graph.constants).live_nodes(results)
+        nodes = Graph(graph.inputs, recomputed(nodes), graph.constants).live_nodes(results)
     return ordered(nodes, results)
 
 
