@@ -23,8 +23,9 @@ from typing import Any
 # Two orders of summation differ by 1e-13 in float64 and by 1e-5 in float32, and deep networks amplify it.
 HEADING = "## Keras applications"
 TOLERANCES = {"float64": 1e-7, "float32": 1e-3}
-# In float64 two of them need more than 8 GB of state, and the program of EfficientNetB6 27 GB.
-LARGE = ("ConvNeXtLarge", "ConvNeXtXLarge", "EfficientNetB6", "EfficientNetB7", "EfficientNetV2L")
+# In float64 two of them need more than 8 GB. EfficientNetB6 needs 27 GB for its program, and is not among them: in
+# float32 Keras differs from itself by a hundred times the largest gradient.
+LARGE = ("ConvNeXtLarge", "ConvNeXtXLarge", "EfficientNetV2L")
 SIDES = {"Inception": 75, "Xception": 71}  # smallest side that the architecture takes; 32 for all others
 LIMIT_S = 1200
 HERE = Path(__file__).resolve()
