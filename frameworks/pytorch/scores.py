@@ -1,8 +1,9 @@
 """Attention that is written out keeps no scores: a GPU's backward computes them again, as fused kernels do.
 
 Attention with dropout has no fused kernel that XLA could call, and what the backward wants of it are matrices of
-length x length for every head: scores, probabilities, the mask of the dropout, in float32. From queries and keys, which
-are kept anyway, they are computed again for about a tenth of the layer's arithmetic (Chen et al. 2016,
+length x length for every head: scores, probabilities, the mask of the dropout, in float32. Where they are larger than
+queries, keys and values, which are kept anyway, they are computed again from those, for about a tenth of the layer's
+arithmetic; with heads of 64 that is from some 200 places on (Chen et al. 2016,
 https://arxiv.org/abs/1604.06174; FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135, does likewise).
 """
 
@@ -17,6 +18,15 @@ from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 _PRODUCTS = ("aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default")
 _SOFTMAXES = ("aten._softmax.default", "aten._safe_softmax.default")
 _SOFTMAX_BACKWARD = "aten._softmax_backward_data.default"
+# What is computed again without a thought, up to where queries, keys and values come from: half the memory in 16 bits.
+_CHEAP = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_to_copy.default", "_unsafe_view.default", "clone.default", "detach.default", "expand.default", "mul.Scalar",
+        "mul.Tensor", "permute.default", "reshape.default", "select.int", "slice.Tensor", "split.Tensor", "squeeze.dim",
+        "t.default", "transpose.int", "unsqueeze.default", "view.default",
+    )
+)  # fmt: skip
 _NOTHING_BEFORE = 2**62  # a barrier that waits for no gradients; see `recomputation.ordered`
 
 
@@ -39,14 +49,16 @@ def recomputed(nodes: Sequence[Node]) -> list[Node]:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """The nodes of one attention whose results are as large as its scores.
+    """The nodes of one attention that are computed again.
 
     Attributes:
-        members: In order, from the product of queries and keys on.
+        members: In order: what makes queries, keys and values of what is kept, and all that is as large as the scores.
+        scores: The values of the latter.
         end: The index of the product with the values.
     """
 
     members: tuple[Node, ...]
+    scores: frozenset[int]
     end: int
 
     @classmethod
@@ -77,8 +89,11 @@ class _Block:
                     known |= set(node.outputs)
                 continue
             if node.operator in _PRODUCTS and _size(node) != size:
-                members = tuple(node for node in nodes[:index] if id(node) in inside)
-                return cls(members, index)
+                first = [made for made in nodes[:index] if id(made) in inside and made.operator in _PRODUCTS]
+                if size < sum(_inputs_of([*first, node], nodes[:index], known)):
+                    return None  # a short sequence: what the scores are computed from takes as much as they do
+                inside |= _cheap_behind([*first, node], nodes[:index], known)
+                return cls(tuple(node for node in nodes[:index] if id(node) in inside), frozenset(known), index)
             if node.operator == _SOFTMAX_BACKWARD or _size(node) != size:
                 return None
             inside.add(id(node))
@@ -88,7 +103,7 @@ class _Block:
     def computed_again(self, nodes: list[Node]) -> list[Node]:
         """The nodes, with the block a second time before the first node behind its end that reads it."""
         made = {output for node in self.members for output in node.outputs if output is not None}
-        first = next((i for i in range(self.end + 1, len(nodes)) if made & set(references(nodes[i]))), None)
+        first = next((i for i in range(self.end + 1, len(nodes)) if self.scores & set(references(nodes[i]))), None)
         if first is None:
             return nodes
         fresh = max(output for node in nodes for output in node.outputs if output is not None) + 1
@@ -114,6 +129,26 @@ class _Block:
             later |= {number: behind[number] for number in (gradient,) if number in behind}
         assert all(id(node) not in own for node in nodes[first:])
         return [*nodes[:first], barrier, *copies, *(_renamed(node, later) for node in nodes[first:])]
+
+
+def _inputs_of(products: list[Node], before: list[Node], known: set[int]) -> list[int]:
+    """The elements of what products read besides scores: queries, keys and values."""
+    makers = {output: node for node in before for output in node.outputs}
+    numbers = {number for product in products for number in references(product) if number not in known}
+    return [_size(makers[number]) for number in numbers if number in makers]
+
+
+def _cheap_behind(products: list[Node], before: list[Node], known: set[int]) -> set[int]:
+    """The ids of the nodes that only turn, widen or scale something for a product."""
+    makers = {output: node for node in before for output in node.outputs}
+    found: set[int] = set()
+    pending = [number for product in products for number in references(product) if number not in known]
+    while pending:
+        maker = makers.get(pending.pop())
+        if maker is not None and maker.operator in _CHEAP and id(maker) not in found:
+            found.add(id(maker))
+            pending += references(maker)
+    return found
 
 
 def _size(node: Node) -> int:

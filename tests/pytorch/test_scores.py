@@ -93,6 +93,14 @@ def test_scores_are_computed_again_with_the_same_mask(nodes, kind):
         np.testing.assert_allclose(other, one, rtol=1e-12, atol=1e-12)  # the same operations on the same numbers
 
 
+def test_short_sequences_keep_theirs(nodes):
+    """Queries, keys and values would take as much."""
+    model = Model(Fused)
+    program = step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.zeros(3, LENGTH - 1, 16))
+    both(program)
+    assert nodes and not any(node.operator == BARRIER for node in nodes)
+
+
 def test_a_softmax_over_classes_is_left(nodes):
     model = nn.Sequential(nn.Linear(16, 32), nn.Softmax(-1), nn.Linear(32, 4))
     program = step_program(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.zeros(5, 7, 16))
