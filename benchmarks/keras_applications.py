@@ -95,7 +95,7 @@ def check(name: str) -> dict:
 
 
 def _alike(images: Any, labels: Any) -> Iterator[tuple[Any, Any]]:
-    """The same two images again, in ways that only rounding can tell: swapped, or pixels moved by one bit either way."""
+    """The same two images again, in ways that only rounding can tell: swapped, or pixels moved by a bit either way."""
     import numpy as np
 
     yield images[::-1], labels[::-1]
