@@ -135,7 +135,8 @@ _DIFFERENCES = {
     "attention": (
         "written out",
         "written out, in float32, wherever attention has dropout (all but ALBERT), and on T4 and V100, for which cuDNN "
-        "has no fused one; PyTorch's own kernels can do both, and the estimate of eager counts them",
+        "has no fused one, its scores computed again in backward from about 200 tokens on; PyTorch's own kernels can "
+        "do both, and the estimate of eager counts them",
     ),
     "DeBERTa": ("", "this transformers fails under autocast in plain PyTorch, too: float32's least number as float16"),
 }
