@@ -131,7 +131,7 @@ def test_auto_skips_and_repeats_no_batch():
 
     run = assert_same_training(sgd(), loop, batches(40), may_fall_back=True, max_compiles=1, engine="auto")
     assert run.statistics.steps == 40
-    assert run.statistics.compiled_steps >= 4 and run.statistics.eager_steps >= 4  # three timed, and a first one
+    assert run.statistics.compiled_steps >= 3 and run.statistics.eager_steps >= 3  # as many as are timed of each
     (event,) = [event for event in run.events if isinstance(event, EngineChosen)]
     assert event.engine in ("xla", "eager") and min(event.times_ms.values()) > 0
 
