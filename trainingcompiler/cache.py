@@ -73,7 +73,10 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
     Raises:
         ConfigError: `directory` was given and cannot be made or written.
     """
-    global _store
+    global _store, _switched_off
+    if _switched_off:  # by us, for an earlier configuration of this process that wanted none
+        jax.config.update("jax_enable_compilation_cache", True)
+        _switched_off = False
     _counts()
     _store = None
     already = _option("jax_compilation_cache_dir")
@@ -82,6 +85,7 @@ def enable_persistent_cache(directory: str | None = None, size_limit_bytes: int 
         return None
     if size_limit_bytes == 0:
         jax.config.update("jax_enable_compilation_cache", False)
+        _switched_off = True
         return None
     if already and directory is None and not _is_made_here(already):
         emit(Note(text=f"compiled executables are kept in {already}, as JAX's own option says"))
@@ -149,6 +153,7 @@ def hits_and_misses() -> CacheCounts:
 
 
 _store: ExecutableStore | None = None
+_switched_off = False
 
 
 def store() -> ExecutableStore | None:

@@ -76,8 +76,12 @@ class Planner:
         self.surroundings = contextlib.ExitStack()
 
     def tell(self, applies: str, **recipe: Any) -> None:
-        """Takes what a library knows of the run, fields of `scaling.Recipe`; and that its arguments can be set."""
-        self.applies = applies
+        """Takes what a library knows of the run, fields of `scaling.Recipe`; and that its arguments can be set.
+
+        A script that has asked is taken to follow, whatever library it uses: nothing is changed twice.
+        """
+        if self.applies != "script":
+            self.applies = applies
         self._told |= recipe
 
     def take(self, step: PlannableStep) -> NoReturn:

@@ -11,10 +11,12 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
 from trainingcompiler import planner, recommended
+from trainingcompiler.events import Note, emit
 from trainingcompiler.recommended import NotApplicable, scaled_number, scaled_steps
 from trainingcompiler.scaling import Scaled
 
 NAME = "keras"
+_DEFAULT_BATCH_SIZE = 32  # what Keras takes of arrays where `fit` is given none
 _fit: Callable = TensorFlowTrainer.fit
 _scaled: "weakref.WeakSet[Any]" = weakref.WeakSet()  # optimizers, each of which is changed once
 
@@ -62,6 +64,8 @@ def recipe_of(optimizer: Any) -> dict[str, Any]:
 def set_batch(arguments: dict[str, Any], scaled: Scaled) -> None:
     """Changes the arguments of `fit`: its batch size, or that of the dataset it is given.
 
+    A `fit` with another batch size than the planned one is left, which is said.
+
     Raises:
         NotApplicable: The batches are made by code of the script's own.
     """
@@ -73,6 +77,9 @@ def set_batch(arguments: dict[str, Any], scaled: Scaled) -> None:
         arguments["x"] = data.rebatch(after)
     elif data is None or callable(getattr(data, "__next__", None)) or isinstance(data, keras.utils.PyDataset):
         raise NotApplicable(f"fit is given {type(data).__name__}, which makes its own batches")
+    elif (own := arguments.get("batch_size") or _DEFAULT_BATCH_SIZE) != before:
+        emit(Note(text=f"a fit with a batch of {own} is left as it is"))
+        return
     else:
         arguments["batch_size"] = after
     if arguments.get("steps_per_epoch"):

@@ -109,7 +109,6 @@ class _Block:
         fresh = max(output for node in nodes for output in node.outputs if output is not None) + 1
         # The gradient is what comes right before: the copy may not begin without it, or it would be made in forward.
         gradient = next((output for output in nodes[first - 1].outputs if output is not None), None)
-        own = {id(node) for node in self.members}
         outside = {number for node in self.members for number in references(node) if number not in made}
         waits = [*sorted(outside), *([gradient] if gradient is not None and gradient not in made else [])]
         behind = {number: fresh + place for place, number in enumerate(waits)}
@@ -125,9 +124,8 @@ class _Block:
             copies.append(dataclasses.replace(_renamed(node, names), outputs=outputs))
             names |= {old: new for old, new in zip(node.outputs, outputs, strict=True) if old is not None}
         later = {old: new for old, new in names.items() if old in made}
-        if gradient is not None:
-            later |= {number: behind[number] for number in (gradient,) if number in behind}
-        assert all(id(node) not in own for node in nodes[first:])
+        if gradient in behind:
+            later[gradient] = behind[gradient]
         return [*nodes[:first], barrier, *copies, *(_renamed(node, later) for node in nodes[first:])]
 
 

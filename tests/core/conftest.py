@@ -23,6 +23,7 @@ def jax_options():
     compilation_cache.reset_cache()
     yield
     cache.enable_persistent_cache(None, 0)
+    cache._switched_off = False
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainingcompiler import applying, recommended
+from trainingcompiler import applying, planner, recommended
 from trainingcompiler.command_line import parse
 from trainingcompiler.errors import UsageError
 from trainingcompiler.files import write_json
@@ -115,3 +115,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
+
+
+def test_a_script_that_asks_is_not_changed_by_its_library_as_well(monkeypatch):
+    waiting = planner.Planner()
+    monkeypatch.setattr(planner, "current", waiting)
+    assert recommended.current() is None and recommended.for_library("huggingface") is None
+    waiting.tell("huggingface", lr=0.1)
+    assert waiting.applies == "script"

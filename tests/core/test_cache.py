@@ -126,6 +126,11 @@ def test_a_size_of_nothing_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_was_not_wanted_before_is_kept_again(tmp_path, seen):
+    assert cache.enable_persistent_cache(str(tmp_path), 0) is None
+    assert cache.enable_persistent_cache(str(tmp_path), 10**9) is not None and seen == []
+
+
 def test_jaxs_own_option_is_left_alone(tmp_path, seen):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     limit = jax.config.jax_compilation_cache_max_size

@@ -48,6 +48,9 @@ def test_a_dataset_is_batched_again():
 
 
 def test_batches_of_the_scripts_own_are_refused():
+    left = {"x": np.zeros((4, 2)), "batch_size": 4}
+    keras_scaled.set_batch(left, rescale(recipe(), batch_size=32))
+    assert left["batch_size"] == 4  # another fit than the planned one
     with pytest.raises(NotApplicable, match="fit is given generator, which makes its own batches. Either leave it as"):
         keras_scaled.set_batch({"x": (batch for batch in ())}, rescale(recipe(), batch_size=32))
 
