@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from trainingcompiler.errors import ConfigError
+from trainingcompiler.errors import ConfigError, UsageError
+from trainingcompiler.strategy import CHOICES, Strategy
 
 PREFIX = "TRAININGCOMPILER"
 RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its worker; see `recommended`
@@ -41,6 +42,9 @@ class TrainingCompilerConfig:
         small_pages: Do not have the launcher ask for huge pages, which make steps with large temporaries faster on a
             CPU (see `pages`). Only the launcher can: it is decided when the process starts.
         record: File to write at the end what the run was, as JSON; None writes none.
+        devices: How many devices of this process run each step together; "all" of them. The batch of the script stays
+            the global one.
+        strategy: How they share the training: "dp", "fsdp", "tp=K", "fsdp+tp=K"; see `Strategy`.
         quiet: Say only what changes the run: fallbacks, recompiles, damaged cache entries, errors.
 
     Raises:
@@ -56,6 +60,8 @@ class TrainingCompilerConfig:
     cache_size_gb: float = 10.0
     small_pages: bool = False
     record: str | None = None
+    devices: int | Literal["all"] = 1
+    strategy: str = "dp"
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -158,6 +164,8 @@ def _parsed(name: str, text: str) -> object:
             return float(text)
         except ValueError:
             return text
+    if name == "devices" and text.isdecimal():
+        return int(text)
     return text
 
 
@@ -171,8 +179,21 @@ def _complaint(name: str, value: object) -> str | None:
     if name == "cache_size_gb":
         sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
         return None if sound else "must be a number of gigabytes, 0 or more (0 keeps nothing)"
+    if name == "devices":
+        sound = value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        return None if sound else 'must be a number of devices, 1 or more, or "all"'
+    if name == "strategy":
+        return _complaint_of_strategy(value)
     kind = "file" if name == "record" else "folder"
     return None if value is None or (isinstance(value, str) and value) else f"must be the path of a {kind}, as text"
+
+
+def _complaint_of_strategy(value: object) -> str | None:
+    try:
+        Strategy.parse(str(value))
+    except UsageError:
+        return f"must be {CHOICES}, K being 2 or more"
+    return None
 
 
 def _shown(name: str, value: object) -> str:

@@ -23,6 +23,8 @@ LAUNCH = Program(
         "--engine": Option(
             "auto|xla|eager|tensorflow", "who runs a step; auto measures and keeps the fastest", "engine"
         ),
+        "--devices": Option("N|all", "run each step on N devices together; the batch stays the global one", "devices"),
+        "--strategy": Option("dp|fsdp|tp=K|fsdp+tp=K", "how they share the training state", "strategy"),
         **CONFIGURING,
         **applying.OPTIONS,
         "--record": Option("FILE", "write there what the run was: options, times, changes, as JSON", "record"),
