@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from trainingcompiler import cache
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
-from trainingcompiler.events import phase
+from trainingcompiler.events import Note, emit, phase
 from trainingcompiler.memory import check as memory_check
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings
+from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings, undivided_rows, with_batch_found
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
@@ -61,6 +62,8 @@ class Executable:
         compile_time_s: Seconds from StableHLO to machine code, or to the cached executable.
         memory: XLA's memory plan.
         compiled: The JAX object that runs.
+        state_shardings: Where each array of the state has to be; None on one device.
+        input_shardings: Where each input is brought; None on one device.
     """
 
     program: StepProgram
@@ -68,13 +71,16 @@ class Executable:
     compile_time_s: float
     memory: MemoryPlan
     compiled: Any
+    state_shardings: tuple | None = None
+    input_shardings: tuple | None = None
 
     def __call__(self, state: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         """Runs the program.
 
         Args:
-            state: Arrays as `program.state` describes them. They are consumed: their buffers become the new state.
-            inputs: Arrays as `program.inputs` describes them; they stay valid.
+            state: Arrays as `program.state` describes them, where `state_shardings` says. They are consumed: their
+                buffers become the new state.
+            inputs: Arrays as `program.inputs` describes them, wherever they are; they stay valid.
 
         Returns:
             `(new_state, outputs)`. The arrays may still be computing.
@@ -87,6 +93,9 @@ class Executable:
                 f"{self.program.name} was compiled for a described {self.target.description}, which cannot run it: "
                 "look at its memory plan and its text, or compile it for Target.local()"
             )
+        if self.input_shardings is not None:
+            with jax.enable_x64(True):
+                inputs = jax.device_put(inputs, self.input_shardings)
         return self.compiled(state, inputs)
 
     def as_text(self) -> str:
@@ -111,8 +120,14 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
         NotEnoughMemoryError: See `checks_memory`.
     """
     target = target or Target.local()
+    devices = target.devices()
+    placed: tuple[tuple | None, tuple | None, tuple] = None, None, ()
+    if devices is not None:
+        program = with_batch_found(program)
+        _say_undivided(program, target)
+        placed = shardings(program, mesh_of(devices, target.strategy), target.strategy)
     store = cache.store() if program.digest is not None and target.described is None else None
-    compiled, compile_time_s = (store and _kept(program, store)) or _made(program, target, store)
+    compiled, compile_time_s = (store and _kept(program, target, store)) or _made(program, target, placed, store)
     analysis: Any = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,
@@ -128,19 +143,25 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
             "script, and run with --engine=eager until it is mended."
         )
     executable = Executable(
-        program=program, target=target, compile_time_s=compile_time_s, memory=memory, compiled=compiled
+        program=program,
+        target=target,
+        compile_time_s=compile_time_s,
+        memory=memory,
+        compiled=compiled,
+        state_shardings=placed[0],
+        input_shardings=placed[1],
     )
     if target.described is None and checks_memory:
         memory_check(executable)
     return executable
 
 
-def _kept(program: StepProgram, store: ExecutableStore) -> tuple[Any, float] | None:
-    if not store.has(program):
+def _kept(program: StepProgram, target: Target, store: ExecutableStore) -> tuple[Any, float] | None:
+    if not store.has(program, target):
         return None
     start_s = time.perf_counter()
     with phase("load", program.name) as running:
-        kept = store.load(program)
+        kept = store.load(program, target)
         load_time_s = time.perf_counter() - start_s
         if kept is not None:
             running.detail += f", cache hit, saved {max(0.0, kept.making_time_s - load_time_s):.1f} s"
@@ -150,13 +171,15 @@ def _kept(program: StepProgram, store: ExecutableStore) -> tuple[Any, float] | N
     return kept.compiled, load_time_s
 
 
-def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -> tuple[Any, float]:
+def _made(program: StepProgram, target: Target, placed: tuple, store: ExecutableStore | None) -> tuple[Any, float]:
     """Lowers and compiles; what the store keeps, JAX's own cache need not keep as well."""
     start_s = time.perf_counter()
-    placed = _placed(program, target)
+    state, inputs, outputs = placed
+    # What the step returns besides its state and gradients, XLA places.
+    where = {} if state is None else {"in_shardings": (state, inputs), "out_shardings": (state, None)}
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
-            lowered = jax.jit(_named(program), donate_argnums=0, keep_unused=True, **placed).lower(
+            lowered = jax.jit(_named(program, outputs), donate_argnums=0, keep_unused=True, **where).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )
         compile_start_s = time.perf_counter()
@@ -169,17 +192,25 @@ def _made(program: StepProgram, target: Target, store: ExecutableStore | None) -
         compile_time_s = time.perf_counter() - compile_start_s
     statistics().cache_hits += bool(outcome.hit)
     if store is not None:
-        store.save(program, compiled, time.perf_counter() - start_s)
+        store.save(program, target, compiled, time.perf_counter() - start_s)
     return compiled, compile_time_s
 
 
-def _placed(program: StepProgram, target: Target) -> dict[str, Any]:
-    """Where the arrays live, as `jax.jit` is told; what the step returns besides its state, XLA places."""
-    devices = target.devices()
-    if devices is None:
-        return {}
-    state, inputs = shardings(program, mesh_of(devices), target.strategy)
-    return {"in_shardings": (state, inputs), "out_shardings": (state, None)}
+def _say_undivided(program: StepProgram, target: Target) -> None:
+    rows = undivided_rows(program, target.device_count, target.strategy)
+    if rows is None or target.described is not None or rows in _said:
+        return
+    _said.add(rows)
+    data = target.device_count // target.strategy.tensor_parallel
+    emit(
+        Note(
+            text=f"a batch of {rows} rows cannot be divided between {data} devices: each computes all of it, so such "
+            f"a step takes as long as on one. Take a multiple of {data}, or drop_last=True for the last batch"
+        )
+    )
+
+
+_said: set[int] = set()
 
 
 def lowered(program: StepProgram) -> Any:
@@ -256,9 +287,12 @@ class _NotKept:
 _not_kept = _NotKept()
 
 
-def _named(program: StepProgram) -> Callable:
+def _named(program: StepProgram, placed_outputs: tuple = ()) -> Callable:
     def function(state: tuple, inputs: tuple) -> tuple:
-        return program.function(state, inputs)
+        new_state, outputs = program.function(state, inputs)
+        placed = itertools.zip_longest(outputs, placed_outputs)
+        constrain = jax.lax.with_sharding_constraint
+        return new_state, tuple(x if where is None else constrain(x, where) for x, where in placed)
 
     function.__name__ = program.name  # the module's name in XLA's dumps, profiles and cache
     return function

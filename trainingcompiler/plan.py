@@ -35,10 +35,10 @@ from trainingcompiler.files import write_json
 from trainingcompiler.gpus import GPUS, gpu
 from trainingcompiler.recommended import recipe_from_json
 from trainingcompiler.scaling import Recipe, keep_global_sizes
+from trainingcompiler.strategy import Strategy
 
 BAD_INPUT = 2
 _MODES = ("auto", "own", "keep-global")
-_STRATEGIES = ("dp", "fsdp")
 
 PLAN = Program(
     "trainingcompiler.plan",
@@ -51,7 +51,8 @@ PLAN = Program(
         ),
         "--gpus": Option("N", "so many of them, which run one program together; a batch is divided between them"),
         "--strategy": Option(
-            "fsdp|dp", "what becomes of the training state on several: divided (fsdp), or copied (dp)"
+            "fsdp|dp|tp=K|fsdp+tp=K",
+            "how several share it: the state divided (fsdp) or copied (dp), each layer between K of them (tp)",
         ),
         "--batch-sizes": Option(
             "auto|own|keep-global|8,16,...",
@@ -76,7 +77,7 @@ class _Request:
 
     gpu: str
     gpus: int
-    strategy: Any
+    strategy: Strategy
     mode: str
     sizes: tuple[int, ...]
     script_batch_size: int | None
@@ -101,7 +102,7 @@ class _Request:
             raise UsageError("--batch-sizes=keep-global needs the script's optimizer, which nothing tells")
         if recipe is not None and bisects:
             sizes = tuple(keep_global_sizes(recipe))
-        _check_divides(sizes, self.gpus)
+        _check_divides(sizes, self.gpus // self.strategy.tensor_parallel)
         return {"sizes": sizes, "bisects": bisects, "recipe": recipe}
 
 
@@ -233,16 +234,15 @@ def _request(line: CommandLine) -> _Request:
     if name != "local":
         gpu(name)
     gpus = _positive("--gpus", given.get("--gpus", "1"), "a number of GPUs")
-    strategy = given.get("--strategy", "fsdp")
-    if strategy not in _STRATEGIES:
-        raise UsageError(f"--strategy={strategy}: must be one of {', '.join(_STRATEGIES)}")
+    strategy = Strategy.parse(given.get("--strategy", "fsdp"))
     if name == "local" and gpus > 1:
         raise UsageError("--gpus goes with a described GPU: --gpu h100 --gpus 8")
     if gpus == 1 and "--strategy" in given:
         raise UsageError("--strategy says how several GPUs share the training state; give their number too: --gpus 8")
+    strategy.check(gpus)
     mode = given.get("--batch-sizes", "auto")
     numbers = [] if mode in _MODES else [_positive("--batch-sizes", text, "a batch size") for text in mode.split(",")]
-    _check_divides(numbers, gpus)
+    _check_divides(numbers, gpus // strategy.tensor_parallel)
     own = given.get("--script-batch-size")
     target_of(line)
     if "--plot" in given:

@@ -20,6 +20,8 @@ class TensorSpec:
         dtype: NumPy dtype (`bfloat16` through ml_dtypes).
         role: What the array is to the training step.
         batch_dim: The dim along which a batch input is divided; None for everything else.
+        tensor_dim: The dim along which devices that share a layer divide a weight, and what belongs to it; None where
+            each has it whole.
     """
 
     name: str
@@ -27,6 +29,7 @@ class TensorSpec:
     dtype: np.dtype
     role: Role
     batch_dim: int | None = None
+    tensor_dim: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -44,7 +47,7 @@ class StepProgram:
             has the shapes, dtypes and order of `state`.
         state: What the step writes. Its buffers are donated: the step updates them in place.
         inputs: What the step only reads: the batch, hyperparameters, seeds, and parameters that it does not write.
-        outputs: What the step returns besides its state.
+        outputs: What the step returns besides its state, or the first of it.
         digest: Equal for equal functions, in every process: of everything that decides what `function` computes. None
             where the adapter cannot tell; such a program is lowered at every start.
         is_deterministic: Whether two runs on equal arrays must give equal bits, whatever that costs.

@@ -4,69 +4,101 @@ The program stays that of one device: the script's batch is the global batch, an
 differs. XLA's partitioner (GSPMD, Xu et al. 2021, https://arxiv.org/abs/2105.04663) puts the collectives in.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from math import prod
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.strategy import Strategy
 
-Strategy = Literal["dp", "fsdp"]
-STRATEGIES = {
-    "dp": "every device holds the whole training state",
-    "fsdp": "the training state is divided between the devices, and gathered where it is used",
-}
-AXIS = "data"
+DATA, TENSOR = "data", "tensor"
+"""The axes: devices along the first have different rows of the batch, those along the second parts of each layer."""
 
 # Below this an all-gather costs more than it saves: a norm's weights, a bias.
 _LEAST_ELEMENTS = 2**14
 
 
-def mesh_of(devices: Sequence[Any]) -> Mesh:
-    """All devices along one axis."""
-    return Mesh(np.array(devices), (AXIS,))
+def mesh_of(devices: Sequence[Any], strategy: Strategy) -> Mesh:
+    """All devices; those that share each layer lie next to each other, where the links are fastest."""
+    return Mesh(np.array(devices).reshape(-1, strategy.tensor_parallel), (DATA, TENSOR))
 
 
-def shardings(program: StepProgram, mesh: Mesh, strategy: Strategy) -> tuple[tuple, tuple]:
-    """How the state and the inputs of a program are placed.
+def shardings(program: StepProgram, mesh: Mesh, strategy: Strategy) -> tuple[tuple, tuple, tuple]:
+    """How the arrays of a program are placed.
 
     Args:
         program: The step.
         mesh: The devices.
-        strategy: What becomes of the state. The batch is divided under both.
+        strategy: What becomes of the state. The batch is divided under each.
 
     Returns:
-        `(state, inputs)`: a sharding for each of the program's arrays.
+        `(state, inputs, outputs)`: a sharding for each of the program's arrays, and None for outputs that XLA places.
     """
+    data = mesh.size // strategy.tensor_parallel
+
+    def placed(parts: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, parts)
+
     return (
-        tuple(NamedSharding(mesh, _of_state(spec, mesh.size, strategy)) for spec in program.state),
-        tuple(NamedSharding(mesh, _of_input(spec, mesh.size, strategy)) for spec in program.inputs),
+        tuple(placed(_of_state(spec, data, strategy)) for spec in program.state),
+        tuple(placed(_of_input(spec, data, strategy)) for spec in program.inputs),
+        tuple(placed(_of_state(s, data, strategy)) if s.role == "gradient" else None for s in program.outputs),
     )
 
 
 def bytes_per_device(specs: Sequence[TensorSpec], devices: int, strategy: Strategy) -> int:
     """Bytes that the arrays of a training state take on each device."""
+    sizes = {DATA: devices // strategy.tensor_parallel, TENSOR: strategy.tensor_parallel}
     return sum(
-        spec.size_bytes // (devices if any(_of_state(spec, devices, strategy)) else 1) for spec in specs
+        spec.size_bytes // prod(sizes[axis] for axis in _of_state(spec, sizes[DATA], strategy) if axis)
+        for spec in specs
     )  # fmt: skip
 
 
-def _of_input(spec: TensorSpec, devices: int, strategy: Strategy) -> PartitionSpec:
-    if spec.batch_dim is not None and spec.shape[spec.batch_dim] % devices == 0:
-        return _divided(spec.batch_dim)
+def with_batch_found(program: StepProgram) -> StepProgram:
+    """The same program, whose inputs know their batch dim: that of the length which most of them begin with.
+
+    Where it is taken wrongly, the same numbers come out, more slowly: placement decides nothing else.
+    """
+    if any(spec.batch_dim is not None for spec in program.inputs):
+        return program
+    batch = [spec for spec in program.inputs if spec.role == "batch" and spec.shape]
+    if not batch:
+        return program
+    counts = Counter(spec.shape[0] for spec in batch)
+    # Among equals, the first dim of the largest input: labels may be fewer than positions.
+    largest = max(batch, key=lambda spec: (counts[spec.shape[0]], spec.size_bytes))
+    return program.with_batch(largest.shape[0])
+
+
+def undivided_rows(program: StepProgram, devices: int, strategy: Strategy) -> int | None:
+    """The rows of a batch that the devices cannot divide, so that each computes all of them; None if they can."""
+    rows = [spec.shape[spec.batch_dim] for spec in program.inputs if spec.batch_dim is not None]
+    return rows[0] if rows and rows[0] % (devices // strategy.tensor_parallel) else None
+
+
+def _of_input(spec: TensorSpec, data: int, strategy: Strategy) -> PartitionSpec:
+    if spec.batch_dim is not None and spec.shape[spec.batch_dim] % data == 0:
+        return PartitionSpec(*[None] * spec.batch_dim, DATA) if data > 1 else PartitionSpec()
     # What the step only reads and no batch brings: frozen weights, such as those behind an adapter.
-    return _of_state(spec, devices, strategy) if spec.role == "constant" else PartitionSpec()
+    return _of_state(spec, data, strategy) if spec.role == "constant" else PartitionSpec()
 
 
-def _of_state(spec: TensorSpec, devices: int, strategy: Strategy) -> PartitionSpec:
-    """Divides the longest dim that can be divided, the first of equals."""
-    if strategy == "dp" or devices == 1 or np.prod(spec.shape, dtype=np.int64) < _LEAST_ELEMENTS:
-        return PartitionSpec()
-    lengths = [length if length % devices == 0 else 0 for length in spec.shape]
-    longest = max(lengths)
-    return _divided(lengths.index(longest)) if longest else PartitionSpec()
-
-
-def _divided(dim: int) -> PartitionSpec:
-    return PartitionSpec(*[None] * dim, AXIS)
+def _of_state(spec: TensorSpec, data: int, strategy: Strategy) -> PartitionSpec:
+    """Divides the dim of the layer's rule, and the longest other one that can be divided, the first of equals."""
+    axes: list[str | None] = [None] * len(spec.shape)
+    shared = strategy.tensor_parallel
+    if shared > 1 and spec.tensor_dim is not None and spec.shape[spec.tensor_dim] % shared == 0:
+        axes[spec.tensor_dim] = TENSOR
+    if strategy.divides_state and data > 1 and prod(spec.shape) >= _LEAST_ELEMENTS:
+        lengths = [0 if axis or length % data else length for axis, length in zip(axes, spec.shape, strict=True)]
+        longest = max(lengths, default=0)
+        if longest:
+            axes[lengths.index(longest)] = DATA
+    while axes and axes[-1] is None:  # equal placements compare equal
+        axes.pop()
+    return PartitionSpec(*axes)

@@ -23,6 +23,7 @@ from jax.experimental import serialize_executable
 
 from trainingcompiler.events import CacheDamaged, Note, emit
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.targets import Target
 
 ENTRY = "-program"  # the suffix of an entry's file
 _INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", "thread_guard", "x64", "transfer_guard")
@@ -48,16 +49,16 @@ class ExecutableStore:
     folder: Path
     size_limit_bytes: int
 
-    def has(self, program: StepProgram) -> bool:
+    def has(self, program: StepProgram, target: Target) -> bool:
         """Whether there is an entry for the program, sound or not."""
-        return self._path(program).exists()
+        return self._path(program, target).exists()
 
-    def load(self, program: StepProgram) -> KeptExecutable | None:
-        """The executable of a program for this process's device, if it was kept.
+    def load(self, program: StepProgram, target: Target) -> KeptExecutable | None:
+        """The executable of a program for devices of this process, if it was kept.
 
         An entry that cannot be understood is removed, and said.
         """
-        path = self._path(program)
+        path = self._path(program, target)
         try:
             data = path.read_bytes()
             os.utime(path)
@@ -65,24 +66,27 @@ class ExecutableStore:
             return None
         try:
             executable, structures, making_time_s = pickle.loads(zlib.decompress(data))
-            return KeptExecutable(serialize_executable.deserialize_and_load(executable, *structures), making_time_s)
+            loaded = serialize_executable.deserialize_and_load(
+                executable, *structures, execution_devices=target.devices() or jax.local_devices()[:1]
+            )
+            return KeptExecutable(loaded, making_time_s)
         except Exception as error:  # whatever damage looks like
             path.unlink(missing_ok=True)
             emit(CacheDamaged(path=str(path), error=f"{type(error).__name__}: {error}".split("\n")[0]))
             return None
 
-    def save(self, program: StepProgram, compiled: Any, making_time_s: float) -> None:
+    def save(self, program: StepProgram, target: Target, compiled: Any, making_time_s: float) -> None:
         """Keeps an executable. A failure is said, and is no error: the run can go on."""
         executable, *structures = serialize_executable.serialize(compiled)
         data = zlib.compress(pickle.dumps((executable, structures, making_time_s)), level=1)
         try:
-            self._write(self._path(program), data)
+            self._write(self._path(program, target), data)
             self._forget_beyond_limit()
         except OSError as error:
             emit(Note(text=f"{program.name} is not kept for the next run: {error}"))
 
-    def _path(self, program: StepProgram) -> Path:
-        return self.folder / f"{program.name}-{key_of(program)}{ENTRY}"
+    def _path(self, program: StepProgram, target: Target) -> Path:
+        return self.folder / f"{program.name}-{key_of(program, target)}{ENTRY}"
 
     def _write(self, path: Path, data: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
@@ -113,10 +117,11 @@ def digest_of_code(folder: Path) -> str:
     return found.hexdigest()
 
 
-def key_of(program: StepProgram) -> str:
+def key_of(program: StepProgram, target: Target) -> str:
     """What an executable of a program is found by; it must have a digest."""
     parts = [
         program.digest,
+        f"{target.device_count} devices, {target.strategy}",
         program.is_deterministic,
         program.recomputes,
         *map(_described, (program.state, program.inputs, program.outputs)),
@@ -127,7 +132,7 @@ def key_of(program: StepProgram) -> str:
 
 
 def _described(specs: Iterable[TensorSpec]) -> list[tuple]:
-    return [(spec.shape, str(spec.dtype)) for spec in specs]
+    return [(spec.shape, str(spec.dtype), spec.batch_dim, spec.tensor_dim) for spec in specs]
 
 
 @functools.cache

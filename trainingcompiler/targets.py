@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
 
 from trainingcompiler import pages
+from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import GPUS, Gpu, gpu
-from trainingcompiler.sharding import Strategy
+from trainingcompiler.strategy import Strategy
 
+_FSDP = Strategy(divides_state=True)
 _HOST = 8  # devices of a usual machine
 # The compute capabilities that each of XLA's compilers for GPUs makes code for: what ptxas 12.9 and 13.5 list, less
 # 10.1, on which XLA and 12.9 disagree. For any other, XLA fails halfway or ends the process.
@@ -38,7 +40,7 @@ class Target:
         platform: `"cpu"`, `"cuda"`, or JAX's name of another platform.
         description: What a person calls the device, e.g. `"cpu, huge pages"` or `"NVIDIA H200"`.
         device_count: How many devices the target has; all of them run one program together.
-        strategy: What becomes of the training state on several devices; see `sharding`.
+        strategy: How several devices share the training.
         compute_capability: Major and minor, of a CUDA device.
         described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
             plans leave out the workspaces of cuDNN, which only a GPU tells.
@@ -47,14 +49,33 @@ class Target:
     platform: str
     description: str
     device_count: int
-    strategy: Strategy = "dp"
+    strategy: Strategy = Strategy()
     compute_capability: tuple[int, int] | None = None
     described: Gpu | None = None
 
     @classmethod
-    def local(cls) -> "Target":
-        """The first device that JAX finds in this process."""
-        device: Any = jax.devices()[0]
+    def local(cls, device_count: int | Literal["all"] = 1, strategy: Strategy = Strategy()) -> "Target":
+        """Devices that JAX finds in this process.
+
+        Args:
+            device_count: How many of them, the first ones.
+            strategy: How several share the training.
+
+        Raises:
+            UsageError: There are fewer, or the strategy cannot share as many.
+        """
+        devices = jax.local_devices()
+        count = len(devices) if device_count == "all" else device_count
+        device: Any = devices[0]
+        if count > len(devices):
+            pretended = ""
+            if device.platform == "cpu":
+                pretended = f"; to try it out, JAX_NUM_CPU_DEVICES={count} lets one processor stand for {count} devices"
+            raise UsageError(
+                f"--devices={count}: this process has {len(devices)} ({device.device_kind}); give --devices=all or "
+                f"fewer{pretended}"
+            )
+        strategy.check(count)
         platform, capability = device.platform, None
         if platform == "gpu" and "cuda" in device.client.platform_version:
             major, minor = device.compute_capability.split(".")
@@ -62,23 +83,34 @@ class Target:
         facts = [device.device_kind, pages.described(os.environ) if platform == "cpu" else ""]
         return cls(
             platform=platform,
-            description=", ".join(filter(None, facts)),
-            device_count=1,
+            description=", ".join(filter(None, [*facts, *_shared(count, strategy)])),
+            device_count=count,
+            strategy=strategy,
             compute_capability=capability,
         )
 
     @classmethod
-    def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = "fsdp") -> "Target":
+    def of(cls, config: TrainingCompilerConfig) -> "Target":
+        """The devices of this process that a configuration asks for.
+
+        Raises:
+            UsageError: See `local`.
+        """
+        return cls.local(config.devices, Strategy.parse(config.strategy))
+
+    @classmethod
+    def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = _FSDP) -> "Target":
         """Described GPUs of one kind: one of `gpus.GPUS`, which need not be in this machine.
 
         Args:
             name: Such as `"h200"`, or `"my_gpu.json"`; see `gpus.gpu`.
             device_count: How many of them.
-            strategy: What becomes of the training state on several.
+            strategy: How several share the training.
 
         Raises:
-            UsageError: There is no description of it.
+            UsageError: There is no description of it, or the strategy cannot share as many.
         """
+        strategy.check(device_count)
         found = gpu(name)
         return cls(
             platform="cuda",
@@ -106,15 +138,19 @@ class Target:
         return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def devices(self) -> tuple[Any, ...] | None:
-        """What JAX calls the devices; None is its own default, the local device.
+        """What JAX calls the devices; None is its own default, the one local device.
 
         Raises:
             UsageError: The target is a described GPU and XLA's compiler for GPUs is missing, or JAX did not load it.
             TrainingCompilerError: It is installed and refuses the description.
         """
         if self.described is None:
-            return None
+            return tuple(jax.local_devices()[: self.device_count]) if self.device_count > 1 else None
         return _described_devices(self.described, self.device_count)
+
+
+def _shared(count: int, strategy: Strategy) -> list[str]:
+    return [f"{count} devices", str(strategy)] if count > 1 else []
 
 
 _current: ContextVar[Target | None] = ContextVar("target", default=None)

@@ -14,7 +14,7 @@ from trainingcompiler import cache, planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.events import Started, emit
-from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
 from trainingcompiler.frameworks.pytorch.session import Session
 from trainingcompiler.frameworks.pytorch.step import CompiledStep
@@ -45,7 +45,7 @@ def enable(config: TrainingCompilerConfig) -> None:
         os.register_at_fork(after_in_child=_leave_child)
         _watches_forks = True
     session = Session(config)
-    choice = EngineChoice(config.engine)
+    choice = EngineChoice(engine_of(config, session.programs.target))
     session.deferring = choice.defers
 
     def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:
@@ -96,7 +96,7 @@ def _prepare(config: TrainingCompilerConfig) -> None:
     # JAX warns on every fork once it has started. Forked children (`DataLoader` workers) run plain torch only.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
-    target = Target.local()
+    target = Target.of(config)
     versions = {
         "torch": torch.__version__,
         "jax": jax.__version__,

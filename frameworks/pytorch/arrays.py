@@ -21,8 +21,16 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
 
 def tensor_of(array: jax.Array) -> torch.Tensor:
     """A torch tensor over the array's memory; the tensor keeps the memory alive. It must not be written to if the
-    array is used again."""
+    array is used again. What several devices hold is gathered, into memory of its own."""
+    if len(array.sharding.device_set) > 1:
+        array = array.addressable_data(0) if array.is_fully_replicated else _gathered(array)
     return torch.from_dlpack(array)
+
+
+def _gathered(array: jax.Array) -> jax.Array:
+    first = min(array.sharding.device_set, key=lambda device: device.id)
+    with jax.enable_x64(True):
+        return jax.device_put(array, first)
 
 
 def tensor_over(array: jax.Array, owner: object, dtype: torch.dtype) -> torch.Tensor:

@@ -4,13 +4,20 @@ import time
 
 import torch
 
+from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.events import EngineChosen, emit
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 _SHORT_STEP_S = 0.05
 _FEW, _MANY = 3, 10  # steps of each engine that are timed; more where they are short or close to each other
 _CLEAR = 1.3  # one engine is so many times as fast as the other
 _NOISE = 1.05  # two engines within 5% are equal: repeated runs of the same step differ by that much
+
+
+def engine_of(config: TrainingCompilerConfig, target: Target) -> str:
+    """Who the user wants to run steps: torch has no step for several devices, with which ours could be compared."""
+    return "xla" if config.engine == "auto" and target.device_count > 1 else config.engine
 
 
 class EngineChoice:

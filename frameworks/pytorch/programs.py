@@ -2,6 +2,7 @@
 
 import enum
 import inspect
+import itertools
 import time
 import weakref
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
-from trainingcompiler.frameworks.pytorch.state import CellRegistry, input_array
+from trainingcompiler.frameworks.pytorch.placed import PlacedCell
+from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry, input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.program import Role, StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 _REFUSED = "a value is out of range, such as an index: torch is to say which"
 _MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too often for compiling them to pay
@@ -52,9 +55,10 @@ class Purpose(enum.Enum):
 class ProgramCache:
     """Every tape that has been compiled in this process."""
 
-    def __init__(self, book: OptimizerBook):
+    def __init__(self, book: OptimizerBook, target: Target):
         self.book = book
-        self.cells = CellRegistry()
+        self.target = target
+        self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
 
@@ -243,7 +247,7 @@ class CompiledTape:
                 *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
-            outputs=(),
+            outputs=self._output_specs([slots[index] for index in self._exports]),
             digest=digest_of(captured.graph, returned, [state_values, input_values, number_values, *precisions]),
             is_deterministic=any(entry.ambient.deterministic for entry in entries),
             recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
@@ -251,10 +255,15 @@ class CompiledTape:
         self.program = program if results else None
         self._executable: compiler.Executable | None = None
 
+    def _output_specs(self, exports: list[Slot]) -> tuple[TensorSpec, ...]:
+        of_slots = [_spec("output", slot.meta.shape, slot.meta.dtype, "output") for slot in exports]
+        parameters = [parameter() for parameter, _ in self._new_gradients]
+        return (*of_slots, *(_spec("gradient", p.shape, p.dtype, "gradient") for p in parameters))
+
     def compile(self) -> None:
-        """Compiles the program for this process's device."""
+        """Compiles the program for this process's devices."""
         if self.program is not None:
-            self._executable = compiler.compile(self.program)
+            self._executable = compiler.compile(self.program, self.cache.target)
 
     def _plan_gradients(self, entries, captured: CapturedStep) -> None:
         """Decides which gradients are stored, which are dropped and which become None."""
@@ -312,9 +321,11 @@ class CompiledTape:
             return None
         cell = self.cache.cells.cell
         cells = [cell(tensor) for tensor in tensors[: self._donated]]
-        state = tuple(cell.array() for cell in cells)
         read = tensors[self._donated : self._donated + self._read]
-        inputs: list[Any] = [cell(tensor).array() for tensor in read]
+        of_state = self._executable.state_shardings or itertools.repeat(None)
+        of_read = self._executable.input_shardings or itertools.repeat(None)
+        state = tuple(cell.array(where) for cell, where in zip(cells, of_state, strict=False))
+        inputs: list[Any] = [cell(tensor).array(where) for tensor, where in zip(read, of_read, strict=False)]
         for entry, place in self._leaves:
             leaf = entries[entry].leaf(place)
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))

@@ -42,6 +42,7 @@ from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 _OPAQUE = frozenset({"register_hook", "retain_grad", "__set__", "grad"})
 _LONGEST_TAPE = 512  # entries; a list of results that nobody looks at must not grow one without end
@@ -60,7 +61,7 @@ class Session:
         self.deferring = False
         self.calls = CallBook()
         self.book = OptimizerBook(config.keep_gradients)
-        self.programs = ProgramCache(self.book)
+        self.programs = ProgramCache(self.book, Target.of(config))
         self.tape = Tape()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}

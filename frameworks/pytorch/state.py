@@ -5,6 +5,7 @@ addresses. Any read, edit, `state_dict()` or `deepcopy` in torch therefore works
 """
 
 import weakref
+from typing import Any
 
 import jax
 import torch
@@ -60,15 +61,15 @@ class Cell:
         cell._buffer, cell._pointer = buffer, tensor.data_ptr()
         return cell, tensor
 
-    def array(self) -> jax.Array:
-        """The array to pass to the step. A tensor whose memory was replaced (`p.data = ...`) is moved again."""
+    def array(self, sharding: None) -> jax.Array:
+        """The array to pass to the step, which is on one device. A tensor whose memory was replaced (`p.data = ...`) is moved again."""
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._buffer is None or tensor.data_ptr() != self._pointer:
             self._buffer = None
-            is_shared = _is_shared(tensor)  # asked first: JAX looks at the old memory for a while
+            stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             values = owned_array(numpy_view(tensor.contiguous()))
-            if is_shared:
+            if stays:
                 return values
             self._move(tensor, _Buffer(values))
         assert self._buffer is not None
@@ -84,38 +85,41 @@ class Cell:
             self._buffer.update(array)
 
     def _move(self, tensor: torch.Tensor, buffer: _Buffer) -> None:
-        version = tensor._version
-        tensor.data = tensor_over(buffer.array, buffer, tensor.dtype)
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+        set_data(tensor, tensor_over(buffer.array, buffer, tensor.dtype))
         self._buffer, self._pointer = buffer, tensor.data_ptr()
 
 
 class CellRegistry:
-    """The cell of each tensor, found by identity."""
+    """The cell of each tensor, found by identity.
 
-    def __init__(self):
-        self._cells: dict[int, Cell] = {}
+    Args:
+        kind: `Cell`, or one with the same methods for state on several devices.
+    """
 
-    def cell(self, tensor: torch.Tensor) -> Cell:
+    def __init__(self, kind: Any = Cell):
+        self._kind = kind
+        self._cells: dict[int, Any] = {}
+
+    def cell(self, tensor: torch.Tensor) -> Any:
         """The tensor's cell, made on first use."""
         found = self._cells.get(id(tensor))
         if found is None or found.tensor() is not tensor:
-            found = Cell(tensor)
+            found = self._kind(tensor)
             self._register(tensor, found)
         return found
 
     def tensor_for(self, array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
         """A new tensor over an array that a step has returned."""
-        cell, tensor = Cell.over(array, dtype)
+        cell, tensor = self._kind.over(array, dtype)
         self._register(tensor, cell)
         return tensor
 
-    def _register(self, tensor: torch.Tensor, cell: Cell) -> None:
+    def _register(self, tensor: torch.Tensor, cell: Any) -> None:
         key = id(tensor)
         self._cells[key] = cell
         weakref.finalize(tensor, self._forget, key, cell).atexit = False
 
-    def _forget(self, key: int, cell: Cell) -> None:
+    def _forget(self, key: int, cell: Any) -> None:
         if self._cells.get(key) is cell:
             del self._cells[key]
 
@@ -125,7 +129,16 @@ def input_array(tensor: torch.Tensor) -> jax.Array:
     return snapshot(numpy_view(tensor))
 
 
-def _is_shared(tensor: torch.Tensor) -> bool:
+def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Replaces a tensor's memory, which torch is not to take for a write to it."""
+    version = tensor._version
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.data = values
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether others see the tensor's memory, so that it has to stay where it is."""
     storage = tensor.untyped_storage()
     if tensor._is_view() or storage.nbytes() != tensor.numel() * tensor.element_size():
         return True

@@ -15,7 +15,7 @@ from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
-from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
@@ -27,6 +27,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 
 class CompiledStep:
@@ -40,10 +41,10 @@ class CompiledStep:
         functools.update_wrapper(self, train_step)
         self._function = train_step
         self._book = OptimizerBook(config.keep_gradients)
-        self._programs = ProgramCache(self._book)
+        self._programs = ProgramCache(self._book, Target.of(config))
         self._watch = ModuleWatch()
         self._fallbacks = Fallbacks(config)
-        self._choice = EngineChoice(config.engine)
+        self._choice = EngineChoice(engine_of(config, self._programs.target))
         self._modules: list[nn.Module] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._results: dict[tuple, tuple] = {}

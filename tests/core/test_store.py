@@ -9,6 +9,7 @@ import pytest
 
 from trainingcompiler import cache, compiler, events, store
 from trainingcompiler.program import StepProgram, TensorSpec
+from trainingcompiler.targets import Target
 
 pytestmark = pytest.mark.usefixtures("jax_options")
 LIMIT_BYTES = 10**8
@@ -71,19 +72,19 @@ def test_another_program_is_compiled(tmp_path, seen, other):
 )
 def test_an_option_that_decides_is_part_of_the_key(tmp_path, name, value):
     before = getattr(jax.config, name)
-    mine = store.key_of(program())
+    mine = store.key_of(program(), Target.local())
     jax.config.update(name, value)
     try:
-        assert store.key_of(program()) != mine
+        assert store.key_of(program(), Target.local()) != mine
     finally:
         jax.config.update(name, before)
-    assert store.key_of(program()) == mine
+    assert store.key_of(program(), Target.local()) == mine
 
 
 def test_flags_of_xla_are_part_of_the_key(monkeypatch):
-    mine = store.key_of(program())
+    mine = store.key_of(program(), Target.local())
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    assert store.key_of(program()) != mine
+    assert store.key_of(program(), Target.local()) != mine
 
 
 def test_a_program_without_a_digest_is_left_to_jax(tmp_path, seen):

@@ -1,0 +1,159 @@
+"""Training state on several devices: torch's tensors give their values away, and get them back when touched.
+
+On one device torch and the compiled step share memory (`state`). On several there is nothing to share: an array is
+divided, or copied, between devices. While a step owns a tensor's values, the tensor is of a class of ours that shows
+its shape and dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary
+tensor again, until the next step takes its values. A loop in which nobody looks moves nothing.
+"""
+
+import copy
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import torch
+
+from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
+from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
+from trainingcompiler.frameworks.pytorch.state import is_shared, set_data
+
+_SHOWN = METADATA | {"grad", "_grad", "_version"}
+_SETTABLE = {"grad", "_grad"}
+_cells: dict[int, "PlacedCell"] = {}  # of the tensors whose values are away, by identity
+
+
+class PlacedCell:
+    """One tensor that steps on several devices read or write.
+
+    Tensors that share their memory with others keep their values: these are copied into and out of every step.
+
+    Attributes:
+        tensor: A weak reference to the torch tensor.
+    """
+
+    __slots__ = ("__weakref__", "_array", "_is_ahead", "tensor")
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = weakref.ref(tensor)
+        self._array: jax.Array | None = None  # the values, while they are away
+        self._is_ahead = False  # whether they are newer than what torch still has
+
+    @classmethod
+    def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["PlacedCell", torch.Tensor]:
+        """A cell, and its new tensor, whose values are an array that a step has returned."""
+        tensor = torch.empty((), dtype=dtype).expand(array.shape)
+        cell = cls(tensor)
+        cell._array, cell._is_ahead = array, True
+        cell._leave(tensor)
+        return cell, tensor
+
+    def array(self, sharding: Any) -> jax.Array:
+        """The array to pass to a step, placed as the step wants it."""
+        tensor = self.tensor()
+        assert tensor is not None, "a step was run with the state of a tensor that is gone"
+        if self._array is None:
+            with jax.enable_x64(True):
+                array = jax.device_put(numpy_view(tensor.contiguous()).copy(), sharding)
+            if is_shared(tensor):
+                return array
+            self._array = array
+            self._leave(tensor)
+        elif not self._array.sharding.is_equivalent_to(sharding, self._array.ndim):
+            with jax.enable_x64(True):
+                self._array = jax.device_put(self._array, sharding)
+        return self._array
+
+    def update(self, array: jax.Array) -> None:
+        """Takes over what a step has made of the array."""
+        tensor = self.tensor()
+        assert tensor is not None
+        if self._array is None:
+            tensor.detach().copy_(tensor_of(array))
+            return
+        self._array = array
+        if not self._is_ahead:
+            self._is_ahead = True
+            # torch's own values are old now, and would be a second copy of the parameters.
+            set_data(tensor, torch.empty((), dtype=tensor.dtype).expand(tensor.shape))
+
+    def fetch(self) -> None:
+        """Gives the tensor its values back; without effect while it has them."""
+        tensor, array = self.tensor(), self._array
+        if tensor is None or array is None:
+            return
+        del _cells[id(tensor)]
+        with torch._C.DisableTorchFunction():
+            tensor.__class__ = _kind_of(type(tensor))
+        if self._is_ahead:
+            set_data(tensor, tensor_of(array).clone())
+        self._array, self._is_ahead = None, False
+
+    def _leave(self, tensor: torch.Tensor) -> None:
+        key = id(tensor)
+        _cells[key] = self
+        weakref.finalize(tensor, _forget, key, self).atexit = False
+        with torch._C.DisableTorchFunction():
+            tensor.__class__ = _away(type(tensor))
+
+
+class Away:
+    """What the class of a tensor whose values are away adds to its own."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Lets torch do something with tensors, some of which are away: fetched first, if their values matter."""
+        kwargs = kwargs or {}
+        if _needs_values(function):
+            _fetch_in((args, kwargs.values()))
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        """Copies the tensor as it is without us."""
+        _fetch_in((self,))
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the tensor as it is without us."""
+        _fetch_in((self,))
+        return self.__reduce_ex__(protocol)
+
+
+def _needs_values(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+    if name == "__get__":
+        return attribute not in _SHOWN
+    return not (name in METADATA_METHODS or (name == "__set__" and attribute in _SETTABLE))
+
+
+def _fetch_in(values: Iterable) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            cell = _cells.get(id(value))
+            if cell is not None:
+                cell.fetch()
+        elif isinstance(value, list | tuple):
+            _fetch_in(value)
+        elif isinstance(value, dict):
+            _fetch_in(value.values())
+
+
+def _forget(key: int, cell: PlacedCell) -> None:
+    if _cells.get(key) is cell:
+        del _cells[key]
+
+
+@functools.cache
+def _away(kind: type) -> type:
+    """The class of tensors of a class whose values are away."""
+    return type(kind)(f"Away{kind.__name__}", (Away, kind), {"__slots__": (), "__module__": __name__})
+
+
+def _kind_of(away: type) -> type:
+    return away.__mro__[2]
