@@ -48,6 +48,7 @@ __all__ = [
     "disable",
     "enable",
     "recommendation",
+    "tensor_parallel",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -156,6 +157,8 @@ def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tensor_parallel":
+        return importlib.import_module("trainingcompiler.tensor_parallel").tensor_parallel
     if name == "TrainingCompilerConfig":
         return importlib.import_module("trainingcompiler.config").TrainingCompilerConfig
     if name in __all__:

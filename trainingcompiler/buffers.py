@@ -2,6 +2,18 @@
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
+
+
+def placed_array(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
+    """An array of several devices: a copy of host values, or the array itself, moved if it is placed otherwise."""
+    if isinstance(values, jax.Array):
+        if values.sharding.is_equivalent_to(sharding, values.ndim):
+            return values
+    else:
+        values = np.array(values, order="C", copy=True)
+    with jax.enable_x64(True):
+        return jax.device_put(values, sharding)
 
 
 def owned_array(values: np.ndarray) -> jax.Array:

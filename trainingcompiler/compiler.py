@@ -23,6 +23,7 @@ from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings, undi
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.tensor_parallel import refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +118,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
     Raises:
         TrainingCompilerError: XLA did not accept the identity alias map, so that state would exist twice.
         UsageError: The target is a described GPU, and XLA's compiler for GPUs is not installed.
+        UsageError: Devices are to share layers, and no rule says how.
         NotEnoughMemoryError: See `checks_memory`.
     """
     target = target or Target.local()
@@ -124,6 +126,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
     placed: tuple[tuple | None, tuple | None, tuple] = None, None, ()
     if devices is not None:
         program = with_batch_found(program)
+        _check_layers(program, target)
         _say_undivided(program, target)
         placed = shardings(program, mesh_of(devices, target.strategy), target.strategy)
     store = cache.store() if program.digest is not None and target.described is None else None
@@ -176,7 +179,7 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     start_s = time.perf_counter()
     state, inputs, outputs = placed
     # What the step returns besides its state and gradients, XLA places.
-    where = {} if state is None else {"in_shardings": (state, inputs), "out_shardings": (state, None)}
+    where: dict[str, Any] = {} if state is None else {"in_shardings": (state, inputs), "out_shardings": (state, None)}
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
             lowered = jax.jit(_named(program, outputs), donate_argnums=0, keep_unused=True, **where).lower(
@@ -194,6 +197,13 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     if store is not None:
         store.save(program, target, compiled, time.perf_counter() - start_s)
     return compiled, compile_time_s
+
+
+def _check_layers(program: StepProgram, target: Target) -> None:
+    parameters = [spec for spec in program.state if spec.role == "parameter"]
+    if target.strategy.tensor_parallel > 1 and parameters and all(spec.tensor_dim is None for spec in parameters):
+        names = [spec.name for spec in parameters if not spec.name.startswith("state ")]
+        raise refuse(program.name, names, target.strategy.tensor_parallel)
 
 
 def _say_undivided(program: StepProgram, target: Target) -> None:

@@ -107,7 +107,8 @@ def check(executable: Any, available: Callable[[], int | None] = available_bytes
     Raises:
         NotEnoughMemoryError: It needs more.
     """
-    needed = executable.memory.added_bytes
+    # Devices that one processor stands for share its memory.
+    needed = executable.memory.added_bytes * _devices_of_one_memory(executable.target)
     there_is = available()
     if there_is is not None and needed > there_is:
         raise NotEnoughMemoryError(
@@ -116,6 +117,10 @@ def check(executable: Any, available: Callable[[], int | None] = available_bytes
             available_bytes=there_is,
             buffers=list(map(str, largest_buffers(executable.as_text()))),
         )
+
+
+def _devices_of_one_memory(target: Any) -> int:
+    return target.device_count if target.platform == "cpu" else 1
 
 
 def _of_machine() -> int | None:

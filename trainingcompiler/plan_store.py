@@ -47,4 +47,4 @@ class PlanStore:
     def _path(self, program: StepProgram, target: Target) -> Path | None:
         if self.folder is None or program.digest is None:
             return None
-        return self.folder / f"{key_of(program)}-{target.key}.json"
+        return self.folder / f"{key_of(program, target)}-{target.key}.json"

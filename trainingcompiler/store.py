@@ -65,9 +65,10 @@ class ExecutableStore:
         except OSError:
             return None
         try:
-            executable, structures, making_time_s = pickle.loads(zlib.decompress(data))
+            executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(data))
+            devices = target.devices() or jax.local_devices()[:1]
             loaded = serialize_executable.deserialize_and_load(
-                executable, *structures, execution_devices=target.devices() or jax.local_devices()[:1]
+                executable, inputs, outputs, execution_devices=devices
             )
             return KeptExecutable(loaded, making_time_s)
         except Exception as error:  # whatever damage looks like

@@ -51,3 +51,6 @@ class Strategy:
         words = ["fsdp"] if self.divides_state else []
         words += [f"tp={self.tensor_parallel}"] if self.tensor_parallel > 1 else []
         return "+".join(words) or "dp"
+
+
+DP, FSDP = Strategy(), Strategy(divides_state=True)

@@ -20,9 +20,8 @@ from trainingcompiler import pages
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import GPUS, Gpu, gpu
-from trainingcompiler.strategy import Strategy
+from trainingcompiler.strategy import DP, FSDP, Strategy
 
-_FSDP = Strategy(divides_state=True)
 _HOST = 8  # devices of a usual machine
 # The compute capabilities that each of XLA's compilers for GPUs makes code for: what ptxas 12.9 and 13.5 list, less
 # 10.1, on which XLA and 12.9 disagree. For any other, XLA fails halfway or ends the process.
@@ -49,12 +48,12 @@ class Target:
     platform: str
     description: str
     device_count: int
-    strategy: Strategy = Strategy()
+    strategy: Strategy = DP
     compute_capability: tuple[int, int] | None = None
     described: Gpu | None = None
 
     @classmethod
-    def local(cls, device_count: int | Literal["all"] = 1, strategy: Strategy = Strategy()) -> "Target":
+    def local(cls, device_count: int | Literal["all"] = 1, strategy: Strategy = DP) -> "Target":
         """Devices that JAX finds in this process.
 
         Args:
@@ -99,7 +98,7 @@ class Target:
         return cls.local(config.devices, Strategy.parse(config.strategy))
 
     @classmethod
-    def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = _FSDP) -> "Target":
+    def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = FSDP) -> "Target":
         """Described GPUs of one kind: one of `gpus.GPUS`, which need not be in this machine.
 
         Args:

@@ -32,6 +32,11 @@ def install(config: TrainingCompilerConfig) -> None:
             f"engine={config.engine} is not for Keras on JAX, whose step is a program of XLA already: --engine=auto, "
             "or KERAS_BACKEND=tensorflow"
         )
+    if config.devices != 1:
+        raise UsageError(
+            f"--devices={config.devices}: Keras on JAX divides its work by keras.distribution.set_distribution(...); "
+            "for --devices, take KERAS_BACKEND=tensorflow or torch"
+        )
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     versions = {"keras": keras.__version__, "jax": jax.__version__}
     emit(Started(versions=versions, device=Target.local().description, compiled=True, reason="Keras does it on JAX"))

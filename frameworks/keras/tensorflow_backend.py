@@ -12,7 +12,7 @@ from trainingcompiler import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
-from trainingcompiler.frameworks.keras import scaled
+from trainingcompiler.frameworks.keras import layers, scaled
 from trainingcompiler.frameworks.keras.counting import count_steps
 from trainingcompiler.frameworks.tensorflow.batches import next_batch
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
@@ -81,7 +81,13 @@ class TrainFunction:
         if jit_compile in (True, False):
             engines.remove(TF_GRAPH if jit_compile else TF_XLA)
         self._runner = StepRunner(
-            self._step, lambda data: native(iter([data])), config, name="train_step", labels=_labels, engines=engines
+            self._step,
+            lambda data: native(iter([data])),
+            config,
+            name="train_step",
+            labels=_labels,
+            engines=engines,
+            tensor_dims=lambda: layers.tensor_dims(self._model),
         )
         self._is_checked = False
 

@@ -28,9 +28,13 @@ def tensor_of(array: jax.Array) -> torch.Tensor:
 
 
 def _gathered(array: jax.Array) -> jax.Array:
-    first = min(array.sharding.device_set, key=lambda device: device.id)
+    first = min(array.sharding.device_set, key=_number)
     with jax.enable_x64(True):
         return jax.device_put(array, first)
+
+
+def _number(device: Any) -> int:
+    return device.id
 
 
 def tensor_over(array: jax.Array, owner: object, dtype: torch.dtype) -> torch.Tensor:

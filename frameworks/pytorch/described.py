@@ -99,7 +99,9 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
     with undeferred(), with_state(optimizer), phase("capture", "train_step") as running:
         captured = _captured(entry)
         running.detail += f"  {len(captured.graph.nodes):,} ops"
-        tape = CompiledTape(ProgramCache(book, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT)
+        tape = CompiledTape(
+            ProgramCache(book, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT
+        )
     if tape.program is None or not tape.program.state:
         raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
     return tape.program

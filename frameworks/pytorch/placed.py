@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from trainingcompiler.buffers import placed_array
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
 from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
 from trainingcompiler.frameworks.pytorch.state import is_shared, set_data
@@ -54,15 +56,12 @@ class PlacedCell:
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._array is None:
-            with jax.enable_x64(True):
-                array = jax.device_put(numpy_view(tensor.contiguous()).copy(), sharding)
+            array = placed_array(numpy_view(tensor), sharding)
             if is_shared(tensor):
                 return array
             self._array = array
             self._leave(tensor)
-        elif not self._array.sharding.is_equivalent_to(sharding, self._array.ndim):
-            with jax.enable_x64(True):
-                self._array = jax.device_put(self._array, sharding)
+        self._array = placed_array(self._array, sharding)
         return self._array
 
     def update(self, array: jax.Array) -> None:
@@ -108,7 +107,8 @@ class Away:
         """Lets torch do something with tensors, some of which are away: fetched first, if their values matter."""
         kwargs = kwargs or {}
         if _needs_values(function):
-            _fetch_in((args, kwargs.values()))
+            with _disable_current_modes():  # whoever records what torch does is not to see this
+                _fetch_in((args, kwargs.values()))
             return function(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)

@@ -5,7 +5,7 @@ import inspect
 import itertools
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import torch
 from jax import lax
 from torch import nn
 
-from trainingcompiler import compiler
+from trainingcompiler import compiler, planner
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
@@ -23,13 +23,14 @@ from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource, capture
 from trainingcompiler.frameworks.pytorch.digests import digest_of
 from trainingcompiler.frameworks.pytorch.graph import references
+from trainingcompiler.frameworks.pytorch.layers import Layers
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry, input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.program import Role, StepProgram, TensorSpec
@@ -59,6 +60,7 @@ class ProgramCache:
         self.book = book
         self.target = target
         self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
+        self.layers = Layers()
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
 
@@ -185,6 +187,7 @@ class CompiledTape:
         self._purpose = purpose
         self._name, self._steps = name, any(entry.optimizers for entry in entries)
         self._where = next((entry.where for entry in entries if entry.where), None)
+        self._tensor_dims = self._divided(entries, captured)
         self._plan_gradients(entries, captured)
         output_values = [captured.outputs[slots[index]] for index in self._exports]
         output_values += [value for _, value in self._new_gradients]
@@ -240,9 +243,9 @@ class CompiledTape:
         program = StepProgram(
             name=name,
             function=step,
-            state=_state_specs(_tensors(donated), entries),
+            state=self._state_specs(_tensors(donated), entries),
             inputs=(
-                *(_spec(f"constant {i}", t.shape, t.dtype, "constant") for i, t in enumerate(_tensors(read))),
+                *(self._spec_of(f"constant {i}", t, "constant") for i, t in enumerate(_tensors(read))),
                 *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
                 *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
@@ -255,10 +258,35 @@ class CompiledTape:
         self.program = program if results else None
         self._executable: compiler.Executable | None = None
 
+    def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
+        """The dims of tensors that devices which share a layer divide, by identity."""
+        if self.cache.target.strategy.tensor_parallel == 1 and planner.current is None:
+            return {}
+        layers = self.cache.layers
+        layers.see({id(module): module for entry in entries for module in entry.modules}.values())
+        return layers.dims([o for entry in entries for o in entry.optimizers], captured.lifted)
+
     def _output_specs(self, exports: list[Slot]) -> tuple[TensorSpec, ...]:
         of_slots = [_spec("output", slot.meta.shape, slot.meta.dtype, "output") for slot in exports]
         parameters = [parameter() for parameter, _ in self._new_gradients]
-        return (*of_slots, *(_spec("gradient", p.shape, p.dtype, "gradient") for p in parameters))
+        return (*of_slots, *(self._spec_of("gradient", parameter, "gradient") for parameter in parameters))
+
+    def _spec_of(self, name: str, tensor: torch.Tensor, role: Role) -> TensorSpec:
+        """Describes a tensor that may be divided between devices which share its layer."""
+        return replace(_spec(name, tensor.shape, tensor.dtype, role), tensor_dim=self._tensor_dims.get(id(tensor)))
+
+    def _state_specs(self, tensors: list[torch.Tensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
+        stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
+        kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
+
+        def role(tensor: torch.Tensor) -> Role:
+            return "parameter" if isinstance(tensor, nn.Parameter) else "optimizer" if id(tensor) in kept else "buffer"
+
+        names = _names_of(entries)
+        return tuple(
+            self._spec_of(names.get(id(tensor), f"state {index}"), tensor, role(tensor))
+            for index, tensor in enumerate(tensors)
+        )
 
     def compile(self) -> None:
         """Compiles the program for this process's devices."""
@@ -410,6 +438,12 @@ def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
 
 def _names(entries: list[Entry], written: list[Lifted]) -> dict[int, str]:
     """What a person calls the values that a step leaves in its state."""
+    known = _names_of(entries)
+    return {item.new_value: f"new {known[id(item.tensor())]}" for item in written if id(item.tensor()) in known}
+
+
+def _names_of(entries: list[Entry]) -> dict[int, str]:
+    """What a person calls the tensors of the models and of the optimizers' state, by identity."""
     modules = {id(module): module for entry in entries for module in entry.modules}.values()
     known = {id(t): name for module in modules for name, t in (*module.named_parameters(), *module.named_buffers())}
     of_state = {
@@ -419,8 +453,7 @@ def _names(entries: list[Entry], written: list[Lifted]) -> dict[int, str]:
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    known |= of_state
-    return {item.new_value: f"new {known[id(item.tensor())]}" for item in written if id(item.tensor()) in known}
+    return known | of_state
 
 
 def _cleared_inside(captured: CapturedStep) -> set[int]:
@@ -441,16 +474,6 @@ def _number(entries: list[Entry], source: NumberSource) -> float:
 
 def _spec(name: str, shape, dtype: torch.dtype, role) -> TensorSpec:
     return TensorSpec(name=name, shape=tuple(shape), dtype=jax_dtype(dtype), role=role)
-
-
-def _state_specs(tensors: list[torch.Tensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
-    stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
-    kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
-
-    def role(tensor: torch.Tensor) -> Role:
-        return "parameter" if isinstance(tensor, nn.Parameter) else "optimizer" if id(tensor) in kept else "buffer"
-
-    return tuple(_spec(f"state {i}", t.shape, t.dtype, role(t)) for i, t in enumerate(tensors))
 
 
 def _described(shape: tuple) -> str:

@@ -62,7 +62,10 @@ class Cell:
         return cell, tensor
 
     def array(self, sharding: None) -> jax.Array:
-        """The array to pass to the step, which is on one device. A tensor whose memory was replaced (`p.data = ...`) is moved again."""
+        """The array to pass to the step, on one device.
+
+        A tensor whose memory was replaced (`p.data = ...`) is moved again.
+        """
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._buffer is None or tensor.data_ptr() != self._pointer:

@@ -40,7 +40,7 @@ def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
     emit(
         Started(
             versions={"tensorflow": tf.__version__, **versions, "jax": jax.__version__},
-            device=Target.local().description,
+            device=Target.of(config).description,
             compiled=compiled,
             reason="" if compiled else "--engine=tensorflow says so",
         )

@@ -1,7 +1,7 @@
 """A training step that was called, as a program for any batch size: the TensorFlow half of `trainingcompiler.plan`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,19 @@ class CalledStep:
         args: Nested structures of arrays and tensors.
         labels: What a person calls their leaves.
         autograph: Whether Python's control flow is converted while tracing.
+        tensor_dims: See `StepRunner`.
     """
 
-    def __init__(self, function: Callable, args: tuple, labels: Sequence[str], autograph: bool):
+    def __init__(
+        self,
+        function: Callable,
+        args: tuple,
+        labels: Sequence[str],
+        autograph: bool,
+        tensor_dims: Callable[[], Mapping[int, int]] | None = None,
+    ):
         self._function, self._args, self._autograph = function, args, autograph
+        self._tensor_dims = tensor_dims
         self._leaves = tf.nest.flatten(args)
         self._labels = labels
 
@@ -48,6 +57,8 @@ class CalledStep:
                 f"the step cannot be traced with a batch of {batch_size} in place of {rows}: {reason}. Name the "
                 "script's option for its batch size, --batch-size-arg=--bs, and the script is run again for every size"
             ) from None
+        if self._tensor_dims is not None:
+            traced.divide(self._tensor_dims())
         program = traced.bridged.program.with_batch(batch_size)
         return dataclasses.replace(program, name=f"train_step_batch_{batch_size}")
 

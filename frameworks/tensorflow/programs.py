@@ -1,7 +1,8 @@
 """Exported steps, compiled and bound to the variables they train."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import phase
 from trainingcompiler.frameworks.tensorflow import bridge, state
 from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
+from trainingcompiler.program import TensorSpec
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 
 class NothingTrained(CaptureError):
@@ -29,7 +32,15 @@ class TracedStep:
         template: The structure of what the step returns; `pack` fills it.
     """
 
-    def __init__(self, function: Callable, name: str, args: Any, leaves: Sequence[Any], autograph: bool):
+    def __init__(
+        self,
+        function: Callable,
+        name: str,
+        args: Any,
+        leaves: Sequence[Any],
+        autograph: bool,
+        target: Target | None = None,
+    ):
         """Traces the step.
 
         Args:
@@ -38,6 +49,7 @@ class TracedStep:
             args: The arguments of one call.
             leaves: Its leaves: arrays and tensors become inputs, all others are constants.
             autograph: Whether Python's control flow is converted.
+            target: What it is compiled for; None is one local device.
 
         Raises:
             CaptureError: It cannot be compiled.
@@ -46,6 +58,7 @@ class TracedStep:
         self._constants = [None if given else leaf for leaf, given in zip(leaves, self._is_input, strict=True)]
         self._args = args
         self._function = function
+        self._target = target
         self.template: Any = None
         self._keys: list | None = None  # in tf.nest's order, where the step returns a dict of tensors, as Keras's do
         self._results: list[Any] = []
@@ -61,11 +74,31 @@ class TracedStep:
             raise NothingTrained("it assigns no variable, so it trains nothing")
         self._executable: compiler.Executable | None = None
 
+    def divide(self, dims: Mapping[int, int]) -> None:
+        """Says along which dims devices that share a layer divide variables; before `compile`.
+
+        Args:
+            dims: Identity of a variable -> dim.
+        """
+        program = self.bridged.program
+        batch = len(program.inputs) - len(self.bridged.inputs)
+
+        def divided(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Iterator[TensorSpec]:
+            for spec, variable in zip(specs, variables, strict=True):
+                yield dataclasses.replace(spec, tensor_dim=dims.get(id(variable)))
+
+        program = dataclasses.replace(
+            program,
+            state=tuple(divided(program.state, self.bridged.state)),
+            inputs=(*program.inputs[:batch], *divided(program.inputs[batch:], self.bridged.inputs)),
+        )
+        self.bridged = dataclasses.replace(self.bridged, program=program)
+
     def compile(self) -> None:
         """Compiles the program for this process's device; without effect the second time."""
         if self._executable is None:
             start_s = time.perf_counter()
-            self._executable = compiler.compile(self.bridged.program)
+            self._executable = compiler.compile(self.bridged.program, self._target)
             statistics().compiles += 1
             statistics().compile_time_s += time.perf_counter() - start_s
 
@@ -74,8 +107,11 @@ class TracedStep:
         self.compile()
         batch = [_array(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
         with state.lock, jax.enable_x64(True):
-            given = tuple([cell.array if cell.array is not None else cell.take() for cell in self._state])
-            read = [item.take() if isinstance(item, state.Cell) else item for item in self._read]
+            if self._executable.state_shardings is None:
+                given = tuple([cell.array if cell.array is not None else cell.take(None) for cell in self._state])
+                read = [item.take(None) if isinstance(item, state.Cell) else item for item in self._read]
+            else:
+                given, read = self._placed(self._executable.state_shardings, self._executable.input_shardings)
             with uninterrupted():
                 new_state, outputs = self._executable(given, (*batch, *read))
                 for cell, array in zip(self._state, new_state, strict=True):
@@ -86,6 +122,14 @@ class TracedStep:
                 if cell.is_pinned:
                     cell.give_back()
         return self.pack([state.tensor_of(output) for output in outputs])
+
+    def _placed(self, of_state: tuple, of_inputs: Any) -> tuple[tuple, list]:
+        """What the step consumes and reads, besides the batch, on several devices."""
+        of_read = of_inputs[len(of_inputs) - len(self._read) :]
+        return (
+            tuple(cell.take(where) for cell, where in zip(self._state, of_state, strict=True)),
+            [i.take(w) if isinstance(i, state.Cell) else i for i, w in zip(self._read, of_read, strict=True)],
+        )
 
     def run_in_tensorflow(self, leaves: Sequence[Any]) -> Any:
         """Lets TensorFlow's own XLA run the function that was traced."""

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA,
 from trainingcompiler.frameworks.tensorflow.planned import CalledStep
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
 from trainingcompiler.statistics import current as statistics
+from trainingcompiler.targets import Target
 
 _MOST_PROGRAMS = 32  # for one step; beyond, its shapes or constants change too often for compiling to pay
 
@@ -43,6 +44,7 @@ class StepRunner:
         engines: Sequence[str] = (XLA, TF_GRAPH, TF_XLA),
         native_is_graph: bool = True,
         where: str | None = None,
+        tensor_dims: Callable[[], Mapping[int, int]] | None = None,
     ):
         """Prepares; nothing is traced before the first call.
 
@@ -56,15 +58,21 @@ class StepRunner:
             engines: Who may run the step.
             native_is_graph: Whether `native` is a graph of TensorFlow, and not Python.
             where: The script's line that the step belongs to, if it is known.
+            tensor_dims: Tells along which dims devices that share a layer divide variables, by identity; None where
+                nothing knows them by name.
         """
         self._function, self._native, self._config = function, native, config
         self._name, self._labels, self._autograph, self._where = name, labels, autograph, where
         self._native_is_graph = native_is_graph
+        self._tensor_dims = tensor_dims
         self._steps: dict[tuple, TracedStep] = {}
         self._graphs: dict[tuple, Callable] = {}
         self._typical: tuple | None = None
         self.is_native = config.engine == "tensorflow"
-        self._choice = EngineChoice(engines if config.engine == "auto" else (XLA,))
+        self._target = Target.of(config)
+        # TensorFlow has no step for several devices, with which ours could be compared.
+        chooses = config.engine == "auto" and self._target.device_count == 1
+        self._choice = EngineChoice(engines if chooses else (XLA,))
 
     def __call__(self, *args: Any) -> Any:
         """Does one step, and returns what the function returns.
@@ -99,7 +107,7 @@ class StepRunner:
         return result
 
     def _called(self, args: tuple) -> CalledStep:
-        return CalledStep(self._function, args, self._labels_of(args), self._autograph)
+        return CalledStep(self._function, args, self._labels_of(args), self._autograph, self._tensor_dims)
 
     def run_native(self, *args: Any) -> Any:
         """Lets TensorFlow do one step as it would without us."""
@@ -150,12 +158,14 @@ class StepRunner:
             raise CaptureError(f"an input is a {type(sparse).__name__}, whose size XLA cannot know; make it dense")
         start_s = time.perf_counter()
         try:
-            step = TracedStep(self._function, self._name, args, leaves, self._autograph)
+            step = TracedStep(self._function, self._name, args, leaves, self._autograph, self._target)
         except (TrainingCompilerError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever the script's own code raises: TensorFlow is to say it, or to do better
             text = next(iter(str(error).strip().splitlines()), "")
             raise CaptureError(f"tracing it raised {type(error).__name__}: {text[:300]}") from error
+        if self._target.strategy.tensor_parallel > 1 and self._tensor_dims is not None:
+            step.divide(self._tensor_dims())
         statistics().compile_time_s += time.perf_counter() - start_s
         if self._choice.next == XLA:
             try:

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow as tf
+from jax.sharding import Sharding
 from tensorflow.python.framework.ops import EagerTensor
 
-from trainingcompiler.buffers import owned_array
+from trainingcompiler.buffers import owned_array, placed_array
 
 lock = threading.RLock()
 """Held while a step runs and while values move: another thread that reads a variable waits for the step."""
@@ -45,11 +46,13 @@ class Cell:
         self.is_ahead = False
         self.is_pinned = bool(vars(variable).get(_PINNED, False))
 
-    def take(self) -> jax.Array:
-        """The value for a step to read, or to consume."""
+    def take(self, sharding: Sharding | None) -> jax.Array:
+        """The value for a step to read, or to consume, placed as the step wants it; None is the one device."""
         if self.array is None:
-            value = tf.raw_ops.ReadVariableOp(resource=self.handle, dtype=self.dtype)
-            self.array = owned_array(value._numpy())
+            values = tf.raw_ops.ReadVariableOp(resource=self.handle, dtype=self.dtype)._numpy()
+            self.array = owned_array(values) if sharding is None else placed_array(values, sharding)
+        elif sharding is not None:
+            self.array = placed_array(self.array, sharding)
         return self.array
 
     def update(self, array: jax.Array) -> None:

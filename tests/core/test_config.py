@@ -35,6 +35,8 @@ def test_every_field_can_be_set_from_the_environment():
         "cache_dir": "kept",
         "record": "run.json",
         "cache_size_gb": 2.5,
+        "devices": 4,
+        "strategy": "fsdp+tp=2",
         "quiet": True,
     }
     assert set(values) == set(config.FIELDS)

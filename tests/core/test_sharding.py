@@ -1,12 +1,17 @@
 """Where arrays live on several devices, and what is read off a program that runs on them."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from trainingcompiler.collectives import Collective, collectives
+from trainingcompiler.errors import UsageError
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings
+from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings, undivided_rows, with_batch_found
+from trainingcompiler.strategy import DP, FSDP, Strategy
 
 
 def spec(*shape: int, role: str = "parameter", batch_dim: int | None = None) -> TensorSpec:
@@ -18,8 +23,9 @@ def program(state: tuple, inputs: tuple) -> StepProgram:
 
 
 def specs_of(strategy: str, state: tuple = (), inputs: tuple = ()) -> tuple[list, list]:
-    placed = shardings(program(state, inputs), mesh_of(list(range(8))), strategy)
-    return tuple([sharding.spec for sharding in part] for part in placed)
+    parsed = Strategy.parse(strategy)
+    placed = shardings(program(state, inputs), mesh_of(list(range(8)), parsed), parsed)
+    return tuple([sharding.spec for sharding in part] for part in placed[:2])
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +40,58 @@ def test_fsdp_divides_the_longest_dim_that_can_be_divided():
     found, _ = specs_of("fsdp", state)
     whole = PartitionSpec()
     assert found == [PartitionSpec(None, "data"), PartitionSpec("data"), whole, whole, PartitionSpec("data")]
-    assert bytes_per_device(state[:2], 8, "fsdp") == 4 * (1024 * 4096 + 4096 * 4095) // 8
-    assert bytes_per_device(state[2:4], 8, "fsdp") == 4 * (1001 * 999 + 4096)
+    assert bytes_per_device(state[:2], 8, FSDP) == 4 * (1024 * 4096 + 4096 * 4095) // 8
+    assert bytes_per_device(state[2:4], 8, FSDP) == 4 * (1001 * 999 + 4096)
 
 
 def test_dp_copies_the_state_and_divides_the_batch():
     rows = (spec(64, 512, role="batch", batch_dim=0), spec(12, 512, role="batch", batch_dim=0), spec(role="rng"))
     state, inputs = specs_of("dp", (spec(1024, 4096),), rows)
     assert state == [PartitionSpec()] and inputs == [PartitionSpec("data"), PartitionSpec(), PartitionSpec()]
-    assert bytes_per_device((spec(1024, 4096),), 8, "dp") == 4 * 1024 * 4096
+    assert bytes_per_device((spec(1024, 4096),), 8, DP) == 4 * 1024 * 4096
 
 
 def test_frozen_weights_are_divided_as_well():
     _, inputs = specs_of("fsdp", inputs=(spec(4096, 4096, role="constant"), spec(64, 64, role="hyperparameter")))
     assert inputs == [PartitionSpec("data"), PartitionSpec()]
+
+
+def test_layers_are_shared_along_their_dim_and_the_state_along_another():
+    up, down = replace(spec(4096, 1024), tensor_dim=0), replace(spec(1024, 4096), tensor_dim=1)
+    odd = replace(spec(4095, 1024), tensor_dim=0)
+    batch = (spec(64, 512, role="batch", batch_dim=0),)
+    shared, inputs = specs_of("tp=2", (up, down, odd, spec(1024, 1024)), batch)
+    assert shared == [PartitionSpec("tensor"), PartitionSpec(None, "tensor"), PartitionSpec(), PartitionSpec()]
+    assert inputs == [PartitionSpec("data")]
+    both, _ = specs_of("fsdp+tp=2", (up, down))
+    assert both == [PartitionSpec("tensor", "data"), PartitionSpec("data", "tensor")]
+    assert bytes_per_device((up, down), 8, Strategy.parse("fsdp+tp=2")) == 2 * 4 * 1024 * 4096 // 8
+    assert bytes_per_device((up,), 8, Strategy.parse("tp=2")) == 4 * 1024 * 4096 // 2
+
+
+def test_the_batch_is_the_length_that_most_inputs_begin_with():
+    tokens, labels, positions = spec(8, 512, role="batch"), spec(8, role="batch"), spec(512, role="batch")
+    found = with_batch_found(program((), (positions, tokens, labels, spec(8, 8, role="constant"))))
+    assert [one.batch_dim for one in found.inputs] == [None, 0, 0, None]
+    assert undivided_rows(found, 3, DP) == 8 and undivided_rows(found, 4, DP) is None
+    assert undivided_rows(found, 6, Strategy.parse("tp=3")) is None
+    assert with_batch_found(program((), (spec(role="batch"),))).inputs[0].batch_dim is None
+
+
+@pytest.mark.parametrize("text", ["dp", "fsdp", "tp=2", "fsdp+tp=16"])
+def test_a_strategy_is_written_as_it_is_read(text):
+    assert str(Strategy.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "tp", "tp=1", "dp+tp=2", "FSDP", "tp=2+fsdp", "fsdp+tp=0"])
+def test_another_word_for_a_strategy_is_refused(text):
+    with pytest.raises(UsageError, match=re.escape("must be dp, fsdp, tp=K or fsdp+tp=K, K being 2 or more")):
+        Strategy.parse(text)
+
+
+def test_groups_that_do_not_divide_the_devices_are_refused():
+    with pytest.raises(UsageError, match="groups of 3 devices do not divide 8; take a multiple of 3"):
+        Strategy.parse("tp=3").check(8)
 
 
 TEXT = """

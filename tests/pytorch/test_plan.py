@@ -149,7 +149,10 @@ def test_scripts_without_a_step_to_plan(plan, source, said):
         (("--gpus", "8"), "--gpus goes with a described GPU: --gpu h100 --gpus 8"),
         (("--gpu=h100", "--strategy=dp"), "--strategy says how several GPUs share the training state; give their"),
         (("--gpu=h100", "--gpus=0"), "--gpus: '0' is not a number of GPUs; give whole numbers, 1 or more"),
-        (("--gpu=h100", "--gpus=8", "--strategy=tp"), "--strategy=tp: must be one of dp, fsdp"),
+        (
+            ("--gpu=h100", "--gpus=8", "--strategy=tp"),
+            "--strategy=tp: must be dp, fsdp, tp=K or fsdp+tp=K, K being 2 or more",
+        ),
     ],
 )
 def test_wrong_options(plan, options, said):
