@@ -67,9 +67,7 @@ class ExecutableStore:
         try:
             executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(data))
             devices = target.devices() or jax.local_devices()[:1]
-            loaded = serialize_executable.deserialize_and_load(
-                executable, inputs, outputs, execution_devices=devices
-            )
+            loaded = serialize_executable.deserialize_and_load(executable, inputs, outputs, execution_devices=devices)
             return KeptExecutable(loaded, making_time_s)
         except Exception as error:  # whatever damage looks like
             path.unlink(missing_ok=True)

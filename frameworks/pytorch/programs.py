@@ -14,7 +14,7 @@ import torch
 from jax import lax
 from torch import nn
 
-from trainingcompiler import compiler, planner
+from trainingcompiler import compiler
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
@@ -260,8 +260,6 @@ class CompiledTape:
 
     def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
         """The dims of tensors that devices which share a layer divide, by identity."""
-        if self.cache.target.strategy.tensor_parallel == 1 and planner.current is None:
-            return {}
         layers = self.cache.layers
         layers.see({id(module): module for entry in entries for module in entry.modules}.values())
         return layers.dims([o for entry in entries for o in entry.optimizers], captured.lifted)

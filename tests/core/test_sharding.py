@@ -64,7 +64,7 @@ def test_layers_are_shared_along_their_dim_and_the_state_along_another():
     assert shared == [PartitionSpec("tensor"), PartitionSpec(None, "tensor"), PartitionSpec(), PartitionSpec()]
     assert inputs == [PartitionSpec("data")]
     both, _ = specs_of("fsdp+tp=2", (up, down))
-    assert both == [PartitionSpec("tensor", "data"), PartitionSpec("data", "tensor")]
+    assert both == [PartitionSpec(("tensor", "data")), PartitionSpec(None, ("tensor", "data"))]
     assert bytes_per_device((up, down), 8, Strategy.parse("fsdp+tp=2")) == 2 * 4 * 1024 * 4096 // 8
     assert bytes_per_device((up,), 8, Strategy.parse("tp=2")) == 4 * 1024 * 4096 // 2
 

@@ -249,7 +249,8 @@ for rows in (8, 8, 6, 8, 6):
 
 
 def test_a_batch_that_does_not_divide_is_computed_by_all_and_said_once(tmp_path):
-    done = launched(SMALL, tmp_path, "--devices=4")
+    (tmp_path / "small.py").write_text(SMALL, encoding="utf-8")
+    done = run(["-m", "trainingcompiler.launch", "--devices=4", "small.py"], tmp_path)
     assert done.returncode == 0, done.stderr
     said = "a batch of 6 rows cannot be divided between 4 devices: each computes all of it"
     assert done.stderr.count("cannot be divided") == 1 and said in done.stderr
