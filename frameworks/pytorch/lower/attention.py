@@ -17,6 +17,7 @@ from trainingcompiler.targets import current as current_target
 from .dtypes import jax_dtype
 from .matmul import product
 from .operands import HALVES, Array, cast, constant, expand, iota, opmath, select, wrap
+from .placement import heads
 from .registry import lowers
 
 _BATCH = ((0, 1), (0, 1))
@@ -60,6 +61,7 @@ def attention(
     Returns:
         The (B, H, L, E) result, and the (B, H, L) logarithm of the softmax's denominator, in float32 or wider.
     """
+    query, key, value = map(heads, (query, key, value))
     if _fused_applies(query, key, value, attn_mask, is_causal):
         return _fused(query, key, value, attn_mask, is_causal, scale)
     scores = _scores(query, key, attn_mask, is_causal, scale)
@@ -87,6 +89,7 @@ def attention_backward(
     attn_mask: Array | None = None,
     scale: float | None = None,
 ) -> tuple[Array, Array, Array]:
+    grad_out, query, key, value = map(heads, (grad_out, query, key, value))
     if _fused_applies(query, key, value, attn_mask, is_causal):
         return _fused_backward(grad_out, query, key, value, attn_mask, is_causal, scale)
     scores = _scores(query, key, attn_mask, is_causal, scale)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from . import placement
 from .checks import require, require_between
 from .operands import Array, cast, constant, full, iota, opmath, select
 from .registry import lowers
@@ -49,7 +50,8 @@ def embedding(
     weight: Array, indices: Array, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Array:
     require_between(indices, 0, weight.shape[0] - 1)
-    return _rows(weight, indices)
+    found = _rows(weight, indices)
+    return placement.rows(found) if indices.ndim > 1 else found
 
 
 @lowers("aten.embedding_dense_backward.default")
