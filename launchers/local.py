@@ -93,8 +93,8 @@ def _check_surroundings(job: Job, environ: Mapping[str, str]) -> None:
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1":
         raise UsageError(
-            f"--nproc-per-node={job.nproc_per_node}: this process is one of {tasks} tasks of srun, which would start as "
-            "many workers each; leave the option out, then each task is a worker, or start with srun --ntasks=1"
+            f"--nproc-per-node={job.nproc_per_node}: this process is one of {tasks} tasks of srun, and each would "
+            "start as many workers; leave the option out, then each task is a worker, or start with srun --ntasks=1"
         )
 
 

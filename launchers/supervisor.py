@@ -65,13 +65,16 @@ class Supervisor:
         """Runs the workers, and again after a failure as often as the job allows; returns the exit code."""
         if self._output.folder is not None:
             say(f"output of the workers: {self._output.folder}")
-        with tempfile.TemporaryDirectory(prefix="trainingcompiler-") as folder, guarding(folder) as tell:
-            with self._listening():
-                for attempt in range(self._job.max_restarts + 1):
-                    code, may_restart = self._attempt(Path(folder), attempt, tell)
-                    if not may_restart or attempt == self._job.max_restarts:
-                        break
-                    say(f"all workers are started again: restart {attempt + 1} of {self._job.max_restarts}")
+        with (
+            tempfile.TemporaryDirectory(prefix="trainingcompiler-") as folder,
+            guarding(folder) as tell,
+            self._listening(),
+        ):
+            for attempt in range(self._job.max_restarts + 1):
+                code, may_restart = self._attempt(Path(folder), attempt, tell)
+                if not may_restart or attempt == self._job.max_restarts:
+                    break
+                say(f"all workers are started again: restart {attempt + 1} of {self._job.max_restarts}")
         return code
 
     @contextlib.contextmanager
@@ -79,8 +82,8 @@ class Supervisor:
         def arrived(number: int, frame: FrameType | None) -> None:
             self._arrived.append(number)
 
-        before = {getattr(signal, name): None for name in _FORWARDED if hasattr(signal, name)}
-        before = {number: signal.signal(number, arrived) for number in before}
+        numbers = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
+        before = {number: signal.signal(number, arrived) for number in numbers}
         try:
             yield
         finally:
@@ -102,6 +105,7 @@ class Supervisor:
                     group.kill()
                 else:
                     group.stop(failed)
+                failed += [worker for worker in group.failures() if worker.error and worker not in failed]
         finally:
             group.kill()
             self._output.finish()

@@ -74,9 +74,9 @@ def serve(worker: Worker, address: Address, hello: Mapping[str, Any], timeout_s:
         own = f"{address[0]}:{hello['port']}"
         services = [present[rank][1].get("address", own) for rank in sorted(present)]
         answer = Answer(mistake=mistake, services=tuple(services))
-        for connection, _ in present.values():
-            if connection is not None:
-                _send(connection, {"mistake": mistake, "services": services})
+        for waiting, _ in present.values():
+            if waiting is not None:
+                _send(waiting, {"mistake": mistake, "services": services})
     return answer
 
 

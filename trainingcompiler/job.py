@@ -19,7 +19,7 @@ OPTIONS = {
     "--nproc-per-node": Option("N|auto|gpu|cpu", "how many workers to start on each host"),
     "--nnodes": Option("N|MIN:MAX", "how many hosts take part; more than one are started on each, or by a cluster"),
     "--node-rank": Option("K", "which of the hosts this is, from 0, where --master-addr says where they meet"),
-    "--rdzv-backend": Option("c10d|static|etcd-v2", "how hosts find each other"),
+    "--rdzv-backend": Option("c10d|static|etcd|etcd-v2", "how hosts find each other"),
     "--rdzv-endpoint": Option("HOST:PORT", "where they meet, the same on each host"),
     "--rdzv-id": Option("NAME", "the name of the job, the same on each host"),
     "--standalone": Option("", "one host, and nothing to agree on: what is done without an endpoint anyway"),
@@ -46,6 +46,7 @@ _TAKEN = {
     "ray": "nproc-per-node nnodes rdzv-id gpus-per-node",
     "kubernetes": "nproc-per-node nnodes rdzv-id master-port max-restarts gpus-per-node image",
 }
+_BACKENDS = ("c10d", "static", "etcd", "etcd-v2")
 _EVERYWHERE = {"--launcher", "--dry-run"}
 LAUNCHERS = tuple(_TAKEN)
 # The interpreter's short options without a value may share a word with the -m that ends them, as in `python -um x`.
@@ -157,7 +158,7 @@ def job_of(
     launcher = reader.launcher(launcher_of(line))
     min_nodes, max_nodes = reader.nodes(launcher)
     workers = reader.workers(launcher, environ, is_distributed(line))
-    backend = line.given.get("--rdzv-backend", "static" if "--master-addr" in line.given else "c10d")
+    backend = reader.backend()
     job = Job(
         arguments=tuple(arguments),
         variables=dict(variables),
@@ -274,6 +275,12 @@ class _Reader:
                 f"there are {gpus} GPUs, and each worker needs one; give at most {gpus}, or set JAX_PLATFORMS=cpu and "
                 "CUDA_VISIBLE_DEVICES= to train on the CPU",
             )
+
+    def backend(self) -> str:
+        value = self._given.get("--rdzv-backend", "static" if "--master-addr" in self._given else "c10d")
+        if value not in _BACKENDS:
+            self._wrong("--rdzv-backend", f"must be one of {', '.join(_BACKENDS)}{did_you_mean(value, _BACKENDS)}")
+        return value
 
     def endpoint(self) -> str:
         value = self._given.get("--rdzv-endpoint", "")

@@ -54,7 +54,8 @@ def join(
     Before the script, and before JAX has started a backend.
 
     Args:
-        environ: Read for torchrun's, Slurm's or Open MPI's variables; torch's and `TF_CONFIG` are set where they are not.
+        environ: Read for torchrun's, Slurm's or Open MPI's variables. Of torch's, and `TF_CONFIG`, those that are
+            missing are set.
         compiled: Whether JAX's processes are to know each other.
         script: "script" or "module", and its name: the same on all.
         timeout_s: Seconds to wait for the others.
@@ -149,8 +150,8 @@ def _check_gpus(worker: Worker, environ: Mapping[str, str]) -> None:
     gpus = gpu_count(environ)
     if 1 < gpus < worker.local_world_size:  # one may be each worker's own, as with srun --gpus-per-task=1
         raise UsageError(
-            f"{worker.local_world_size} workers on this host, and each sees {gpus} GPUs: one each is needed. Start fewer "
-            "workers, or set JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"{worker.local_world_size} workers on this host, and each sees {gpus} GPUs: one each is needed. Start "
+            "fewer workers, or set JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
 
 

@@ -48,8 +48,8 @@ class Surroundings:
 def read(environ: Mapping[str, str]) -> Surroundings | None:
     """What the environment says; None for a process that is alone.
 
-    A launcher that sets torch's variables stands between this process and the cluster's, so that its word holds. Torch's
-    variables without one were set by hand, and have to agree with the others.
+    A launcher that sets torch's variables stands between this process and the cluster's, so that its word holds.
+    Without one, torch's variables were set by hand, and have to agree with the others.
 
     Raises:
         UsageError: Values are not numbers, do not fit together, or two sources disagree.
