@@ -161,11 +161,15 @@ class Supervisor:
             killed = next((worker.code for worker in group.workers if worker.code not in (0, REQUEUE)), 0)
             return (REQUEUE if requeued else 1 if late else exit_code(killed) if killed else 0), False
         first, *others = failed
+        alike = [worker for worker in others if worker.error and worker.error == first.error]
         for worker in others:
+            if worker in alike:
+                continue
             last_line = (worker.error.strip().splitlines() or [described(worker.code)])[-1]
             say(f"rank {worker.rank} failed after that: {last_line}")
         if first.error:
-            say(f"rank {first.rank} failed first ({described(first.code)}):")
+            also = ", and others with the same error" if alike else ""
+            say(f"rank {first.rank} failed first ({described(first.code)}){also}:")
             sys.stderr.write(first.error)
         else:
             said = f"in {self._output.folder}" if self._output.folder else "above"

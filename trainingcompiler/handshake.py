@@ -96,7 +96,7 @@ def ask(worker: Worker, find_address: Callable[[], Address], hello: Mapping[str,
     while True:
         address = find_address()
         try:
-            with socket.create_connection(address, timeout=min(_HELLO_TIMEOUT_S, timeout_s)) as connection:
+            with socket.create_connection(address, timeout=_HELLO_TIMEOUT_S) as connection:
                 _send(connection, {"rank": worker.rank, "world_size": worker.world_size, **hello})
                 # A little longer than rank 0 waits for the last one: it knows who is missing.
                 said = _receive(connection, max(0.0, deadline_s - time.monotonic()) + 2 * _HELLO_TIMEOUT_S)

@@ -94,11 +94,12 @@ def test_who_starts_the_workers():
         (["--master-port=65536"], "--master-port=65536: must be a whole number, 1 or more, and at most 65535"),
         (["--max-restarts=-1"], "--max-restarts=-1: must be a whole number, 0 or more"),
         (["--tee=4"], "--tee=4: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both)"),
-        (["--local-ranks-filter=2", "--nproc-per-node=2"], "--local-ranks-filter=2: must be ranks of this host, 0 to 1, "
-         "with commas"),
+        (["--local-ranks-filter=2", "--nproc-per-node=2"], "--local-ranks-filter=2: must be ranks of this host, 0 to "
+         "1, with commas"),
         (["--exit-timeout=soon"], "--exit-timeout=soon: must be a number of seconds, 0 or more (0 is without limit)"),
         (["--log-dir="], "--log-dir=: must not be empty"),
-        (["--launcher=slurm", "--tee=1"], "--tee does not go with --launcher=slurm; those that take it: local, elastic"),
+        (["--launcher=slurm", "--tee=1"], "--tee does not go with --launcher=slurm; those that take it: local, "
+         "elastic"),
         (["--launcher=slurm", "--nproc-per-node=gpu"], "--nproc-per-node=gpu: give a number: --launcher=slurm starts "
          "workers on other hosts"),
         (["--launcher=slurm", "--nnodes=1:2"], "--nnodes=1:2: hosts come and go with --launcher=elastic only; "
