@@ -1,7 +1,6 @@
 """Starts workers on this machine: one in place of the launcher itself, or several and looks after them."""
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from typing import NoReturn
 from trainingcompiler.config import COORDINATOR, FAILURE
 from trainingcompiler.errors import UsageError
 from trainingcompiler.job import Job
-from trainingcompiler.launchers.supervisor import Supervisor, say
+from trainingcompiler.launchers.supervisor import Supervisor
+from trainingcompiler.launchers.telling import shell_line, with_threads
 from trainingcompiler.machine import free_ports
 
 HOST = "127.0.0.1"
@@ -24,12 +24,9 @@ def launch(job: Job) -> NoReturn:
         UsageError: This process is a worker already, or the platform cannot run several.
     """
     if job.nproc_per_node is None:
-        _become_worker(job)
+        become_worker(job)
     _check_surroundings(job, os.environ)
-    variables: dict[str, str] = {}
-    if job.nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-        variables["OMP_NUM_THREADS"] = "1"
-        say("OMP_NUM_THREADS=1 in each worker, as torchrun sets it; set it yourself to have another")
+    variables = with_threads(job.nproc_per_node, os.environ)
 
     def environments(attempt: int, failure_paths: Mapping[int, Path]) -> list[dict[str, str]]:
         shared = {**os.environ, **job.variables, **variables, **addresses(job, attempt)}
@@ -39,7 +36,8 @@ def launch(job: Job) -> NoReturn:
         ]
 
     if job.dry_run:
-        sys.stdout.write(_described(job, environments(0, dict.fromkeys(range(job.nproc_per_node), Path()))))
+        planned = environments(0, dict.fromkeys(range(job.nproc_per_node), Path()))
+        sys.stdout.write("".join(shell_line(job.command, environment) for environment in planned))
         sys.exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,10 +66,11 @@ def rank_variables(rank: int, count: int) -> dict[str, str]:
     return {**ranks, **sizes, "GROUP_RANK": "0", "NODE_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default"}
 
 
-def _become_worker(job: Job) -> NoReturn:
+def become_worker(job: Job) -> NoReturn:
+    """Replaces this process by the one worker, as it is."""
     environment = {**os.environ, **job.variables}
     if job.dry_run:
-        sys.stdout.write(_described(job, [environment]))
+        sys.stdout.write(shell_line(job.command, environment))
         sys.exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,13 +95,3 @@ def _check_surroundings(job: Job, environ: Mapping[str, str]) -> None:
             f"--nproc-per-node={job.nproc_per_node}: this process is one of {tasks} tasks of srun, and each would "
             "start as many workers; leave the option out, then each task is a worker, or start with srun --ntasks=1"
         )
-
-
-def _described(job: Job, environments: list[dict[str, str]]) -> str:
-    """The commands, each with what it has in its environment and this process has not."""
-    lines = []
-    for environment in environments:
-        ours = {name: value for name, value in environment.items() if os.environ.get(name) != value}
-        words = [f"{name}={shlex.quote(value)}" for name, value in sorted(ours.items()) if name != FAILURE]
-        lines.append(" ".join([*words, shlex.join(job.command)]) + "\n")
-    return "".join(lines)

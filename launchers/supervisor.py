@@ -13,6 +13,7 @@ from trainingcompiler.job import REQUEUE, Job
 from trainingcompiler.launchers.group import KILL_GRACE_S, POLL_S, Group, Worker
 from trainingcompiler.launchers.guardian import guarding
 from trainingcompiler.launchers.output import Output
+from trainingcompiler.launchers.telling import described, exit_code, say
 
 BAD_INPUT = 2
 _STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -20,29 +21,6 @@ _FORWARDED = (*_STOPPING, "SIGUSR1", "SIGUSR2")
 _LATE_NOTE_S = 10.0
 
 Environments = Callable[[int, Mapping[int, Path]], list[dict[str, str]]]
-
-
-def say(text: str) -> None:
-    """Writes one line of the launcher's own."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"{'[launch]':<13}{text}\n")
-        sys.stderr.flush()
-
-
-def described(code: int | None) -> str:
-    """How a worker ended, in words."""
-    if code is None:
-        return "did not end by itself"
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    reason = "; often the kernel does this where memory runs out, and dmesg says so" if name == "SIGKILL" else ""
-    return f"ended by {name}{reason}"
-
-
-def exit_code(code: int | None) -> int:
-    """What the launcher leaves with: the worker's own code, 128 and the signal's number, or 1 for what hung."""
-    return 1 if not code else 128 - code if code < 0 else code
 
 
 class Supervisor:

@@ -62,7 +62,7 @@ class Job:
         arguments: The worker's own: "script" or "module", its name, the script's arguments.
         variables: For each worker's environment.
         nproc_per_node: Workers on each host; None where no option asks for several processes.
-        min_nodes: The least number of hosts.
+        min_nodes: The least number of hosts; 0 where nobody said and Slurm's allocation may.
         max_nodes: The largest; the same, unless hosts may come and go.
         node_rank: Which of the hosts this is; None where that is found out.
         rdzv_backend: How hosts find each other.
@@ -236,6 +236,8 @@ class _Reader:
         return default
 
     def nodes(self, launcher: str) -> tuple[int, int]:
+        if "--nnodes" not in self._given and launcher == "slurm":
+            return 0, 0
         value = self._given.get("--nnodes", "1")
         least, _, most = value.partition(":")
         most = most if ":" in value else least
