@@ -46,8 +46,14 @@ def launch(job: Job) -> NoReturn:
         raise UsageError(
             '--launcher=ray needs Ray, which is not installed: pip install "trainingcompiler[ray]"'
         ) from None
-    with _cluster(ray, count, job), _signals_as_exits():
-        sys.exit(_run(ray, job, count))
+    with _signals_as_exits():
+        with _cluster(ray, count, job):
+            code, report, error = _run(ray, job, count)
+        # Now, when Ray has shown what the workers said: the error is to be the last word.
+        if report:
+            say(report)
+        sys.stderr.write(error)
+    sys.exit(code)
 
 
 class Host:
@@ -89,7 +95,7 @@ class Host:
             process.kill()
 
 
-def _run(ray: Any, job: Job, count: int) -> int:
+def _run(ray: Any, job: Job, count: int) -> tuple[int, str, str]:
     group = _place(ray, job)
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
     workers = job.nproc_per_node or 1
@@ -111,8 +117,8 @@ def _run(ray: Any, job: Job, count: int) -> int:
         ray.util.remove_placement_group(group)
 
 
-def _watch(ray: Any, ranks: Mapping[Any, int]) -> int:
-    """Waits for all, or for the first that fails, of which it tells."""
+def _watch(ray: Any, ranks: Mapping[Any, int]) -> tuple[int, str, str]:
+    """Waits for all, or for the first that fails; returns the exit code, what to say of it, and its error."""
     waiting, requeued = list(ranks), False
     while waiting:
         (ended,), waiting = ray.wait(waiting)
@@ -120,17 +126,14 @@ def _watch(ray: Any, ranks: Mapping[Any, int]) -> int:
         try:
             code, error = ray.get(ended)
         except ray.exceptions.RayError as lost:  # its host went away
-            say(f"rank {rank} was lost first: {str(lost).splitlines()[0]}")
-            return 1
+            return 1, f"rank {rank} was lost first: {str(lost).splitlines()[0]}", ""
         requeued |= code == REQUEUE
         if code not in (0, REQUEUE):
-            if error:
-                say(f"rank {rank} failed first ({described(code)}):")
-                sys.stderr.write(error)
-            else:
-                say(f"rank {rank} failed first: {described(code)}; it left no traceback, what it said is above")
-            return exit_code(code)
-    return REQUEUE if requeued else 0
+            told = f"rank {rank} failed first ({described(code)}):"
+            if not error:
+                told = f"rank {rank} failed first: {described(code)}; it left no traceback, what it said is above"
+            return exit_code(code), told, error
+    return (REQUEUE if requeued else 0), "", ""
 
 
 def _place(ray: Any, job: Job) -> Any:
@@ -158,7 +161,7 @@ def _cluster(ray: Any, count: int, job: Job) -> Iterator[None]:
             f"--nnodes={job.max_nodes}: set RAY_ADDRESS to a cluster; without it Ray has this machine only"
         )
     try:
-        ray.init(address=address, logging_level="warning", **own)
+        ray.init(address=address or "local", logging_level="warning", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"RAY_ADDRESS={address}" if address else "a cluster on this machine"
         raise UsageError(f"Ray could not begin with {where}: {error}. `ray status` says whether it runs") from error

@@ -7,6 +7,7 @@ from launching import done
 
 from trainingcompiler.job import Job
 from trainingcompiler.launchers import elastic
+from trainingcompiler.machine import free_ports
 
 pytest.importorskip("torch.distributed.launcher.api")
 WORDS = ("--launcher=elastic", "--nproc-per-node=2")
@@ -30,6 +31,14 @@ def test_a_failure_is_started_again_and_then_told_last(launch):
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == "ValueError: at 1"
     assert "[launch]     rank 1 failed first (exit code 1):\nTraceback" in ran.stderr
+
+
+def test_two_hosts_meet_at_an_endpoint(launch, tmp_path):
+    (port,) = free_ports(1)
+    meeting = ("--launcher=elastic", "--nnodes=2", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=x")
+    hosts = [launch(BEGIN, *meeting) for _ in range(2)]
+    assert [done(host).returncode for host in hosts] == [0, 0]
+    assert [(tmp_path / f"met-{rank}").read_text() for rank in (0, 1)] == ["0 2 0 True 0", "1 2 0 True 0"]
 
 
 def test_dry_run(launch, tmp_path):
@@ -59,7 +68,7 @@ def test_a_meeting_place_that_is_not_there(launch):
     prelude = (
         "import torch.distributed.launcher.api as api\n"
         "from torch.distributed.elastic.rendezvous import RendezvousConnectionError\n"
-        "def fail(*_): raise RendezvousConnectionError('no answer')\n"
+        "def fail(*_, **__): raise RendezvousConnectionError('no answer')\n"
         "api.launch_agent = fail"
     )
     ran = done(launch("", *WORDS, "--nnodes=2", "--rdzv-endpoint=nowhere:1", prelude=prelude))
