@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from trainingcompiler.machine import cpu_count, free_ports
 PLACEMENT_TIMEOUT_S = 300.0
 """How long the cluster may take to find, or to start, hosts for the workers."""
 _KILL_GRACE_S = 20.0
+_POLL_S = 0.5
 
 
 def launch(job: Job) -> NoReturn:
@@ -46,13 +48,12 @@ def launch(job: Job) -> NoReturn:
         raise UsageError(
             '--launcher=ray needs Ray, which is not installed: pip install "trainingcompiler[ray]"'
         ) from None
-    with _signals_as_exits():
-        with _cluster(ray, count, job):
-            code, report, error = _run(ray, job, count)
-        # Now, when Ray has shown what the workers said: the error is to be the last word.
-        if report:
-            say(report)
-        sys.stderr.write(error)
+    with _cluster(ray, count, job), _listening() as received:  # in this order: Ray has a handler of its own
+        code, report, error = _run(ray, job, count, received)
+    # Now, when Ray has shown what the workers said: the error is to be the last word.
+    if report:
+        say(report)
+    sys.stderr.write(error)
     sys.exit(code)
 
 
@@ -95,8 +96,10 @@ class Host:
             process.kill()
 
 
-def _run(ray: Any, job: Job, count: int) -> tuple[int, str, str]:
-    group = _place(ray, job)
+def _run(ray: Any, job: Job, count: int, received: list[int]) -> tuple[int, str, str]:
+    group = _place(ray, job, received)
+    if group is None:
+        return exit_code(-received[0]), "", ""
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
     workers = job.nproc_per_node or 1
     actor = ray.remote(num_cpus=1, num_gpus=job.gpus_per_node / workers, max_concurrency=2)(Host)
@@ -111,17 +114,38 @@ def _run(ray: Any, job: Job, count: int) -> tuple[int, str, str]:
             hosts[rank].run.remote(job.command, {**shared, **_ranks(job, rank)}, os.getcwd()): rank
             for rank in range(count)
         }
-        return _watch(ray, ranks)
+        code, report, error = _watch(ray, ranks, received)
+        if received:
+            _stop(ray, hosts)
+            code = _requeued(ray, list(ranks)) or code
+        return code, report, error
     finally:
-        ray.wait([one.stop.remote() for one in hosts], num_returns=count, timeout=_KILL_GRACE_S + 5)
+        _stop(ray, hosts)
         ray.util.remove_placement_group(group)
 
 
-def _watch(ray: Any, ranks: Mapping[Any, int]) -> tuple[int, str, str]:
+def _stop(ray: Any, hosts: list[Any]) -> None:
+    ray.wait([host.stop.remote() for host in hosts], num_returns=len(hosts), timeout=_KILL_GRACE_S + 5)
+
+
+def _requeued(ray: Any, runs: list[Any]) -> int:
+    """`REQUEUE` where a worker that was told to end has left with it, or 0."""
+    ended, _ = ray.wait(runs, num_returns=len(runs), timeout=_POLL_S)
+    with contextlib.suppress(ray.exceptions.RayError):
+        return REQUEUE if any(code == REQUEUE for code, _ in ray.get(ended)) else 0
+    return 0
+
+
+def _watch(ray: Any, ranks: Mapping[Any, int], received: list[int]) -> tuple[int, str, str]:
     """Waits for all, or for the first that fails; returns the exit code, what to say of it, and its error."""
     waiting, requeued = list(ranks), False
     while waiting:
-        (ended,), waiting = ray.wait(waiting)
+        some, waiting = ray.wait(waiting, timeout=_POLL_S)
+        if received:
+            return exit_code(-received[0]), "", ""
+        if not some:
+            continue
+        (ended,) = some
         rank = ranks[ended]
         try:
             code, error = ray.get(ended)
@@ -136,11 +160,18 @@ def _watch(ray: Any, ranks: Mapping[Any, int]) -> tuple[int, str, str]:
     return (REQUEUE if requeued else 0), "", ""
 
 
-def _place(ray: Any, job: Job) -> Any:
+def _place(ray: Any, job: Job, received: list[int]) -> Any:
+    """The group of places for the workers; None where this process is told to end before there is one."""
     group = ray.util.placement_group(
         [_bundle(job)] * job.max_nodes, strategy="STRICT_SPREAD" if job.max_nodes > 1 else "STRICT_PACK"
     )
-    if not group.wait(PLACEMENT_TIMEOUT_S):
+    deadline_s = time.monotonic() + PLACEMENT_TIMEOUT_S
+    while not (placed := group.wait(1)) and not received and time.monotonic() < deadline_s:
+        pass
+    if received:
+        ray.util.remove_placement_group(group)
+        return None
+    if not placed:
         has = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
         ray.util.remove_placement_group(group)
         raise UsageError(
@@ -172,15 +203,16 @@ def _cluster(ray: Any, count: int, job: Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_as_exits() -> Iterator[None]:
-    """Lets the workers be ended where this process is told to end."""
+def _listening() -> Iterator[list[int]]:
+    """Yields the signals that have told this process to end; raising from a handler would end up inside of Ray."""
+    received: list[int] = []
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(exit_code(-number))
+    def arrived(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, arrived) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
