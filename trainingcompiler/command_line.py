@@ -13,7 +13,8 @@ from trainingcompiler.config import did_you_mean
 from trainingcompiler.errors import UsageError
 
 _SHORT = {"-m": "--module", "-h": "--help"}
-_SCRIPTS_OWN = ("--help", "--batch-size")  # after the script they are the script's: most have both
+# After the script they are the script's: many have one of these.
+_SCRIPTS_OWN = ("--help", "--batch-size", "--dry-run", "--log-dir", "--image")
 
 
 @dataclass(frozen=True)

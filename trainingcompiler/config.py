@@ -15,6 +15,8 @@ from trainingcompiler.strategy import CHOICES, Strategy
 
 PREFIX = "TRAININGCOMPILER"
 RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its worker; see `recommended`
+COORDINATOR, FAILURE = f"{PREFIX}_COORDINATOR", f"{PREFIX}_FAILURE"  # nor these; see `rendezvous` and `failures`
+_INTERNAL = (RECIPE, COORDINATOR, FAILURE)
 
 _CHOICES = {"engine": ("auto", "xla", "eager", "tensorflow"), "fallback": ("eager", "error")}
 _SWITCHES = ("enabled", "debug", "keep_gradients", "small_pages", "quiet")
@@ -100,7 +102,7 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str]) -> Resolved
     Raises:
         ConfigError: A value is wrong, or a variable begins with TRAININGCOMPILER_ and is not known.
     """
-    ours = [name for name in environ if name.startswith(f"{PREFIX}_") and name != RECIPE]
+    ours = [name for name in environ if name.startswith(f"{PREFIX}_") and name not in _INTERNAL]
     mistakes = [_unknown_variable(name) for name in ours if name not in VARIABLES.values()]
     values: dict[str, Any] = {}
     sources = dict.fromkeys(FIELDS, "default")

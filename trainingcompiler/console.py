@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from trainingcompiler import __version__, events
+from trainingcompiler import __version__, events, rendezvous
 from trainingcompiler.statistics import milliseconds
 
 HEARTBEAT_S = 10.0
@@ -41,6 +41,7 @@ class Console:
         is_terminal: Whether the stream can redraw a line; None asks the stream.
         clock: A monotonic clock in seconds.
         quiet: Leave out everything that does not change the run.
+        rank: Which of several workers this is. What would be the same from each is left to rank 0.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Console:
         is_terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         quiet: bool = False,
+        rank: int = 0,
     ) -> None:
         self._stream = stream or sys.stderr
         self._is_terminal = _is_a_terminal(self._stream) if is_terminal is None else is_terminal
         self._clock = clock
         self.quiet = quiet
+        self._rank = rank
         self._running: list[tuple[str, float]] = []
         self._lock = threading.Lock()
         self._heart: threading.Event | None = None
@@ -66,8 +69,10 @@ class Console:
             self._phase_ended(event)
         lines = _WARNINGS if self.quiet else _LINES
         line = lines[type(event)](event) if type(event) in lines else None
-        if line:
+        if line and not self._rank:
             self._write_line(line)
+        elif line and not isinstance(event, events.Ended):
+            self._write_line(f"rank {self._rank}: {line}")
 
     def tick(self) -> None:
         """Shows the innermost running phase and how long it has been running."""
@@ -116,12 +121,17 @@ _attached: Console | None = None
 
 
 def attach(quiet: bool = False) -> None:
-    """Shows this process's events on stderr; a second call only changes `quiet`."""
+    """Shows this process's events on stderr; a second call only changes `quiet`.
+
+    Of several workers, all but rank 0 say only what changes their run, with their rank in front.
+    """
     global _attached
+    worker = rendezvous.current()
+    rank = worker.rank if worker is not None else 0
     if _attached is None:
-        _attached = Console()
+        _attached = Console(rank=rank)
         events.subscribe(_attached)
-    _attached.quiet = quiet
+    _attached.quiet = quiet or rank > 0
 
 
 def _is_a_terminal(stream: TextIO) -> bool:

@@ -1,19 +1,27 @@
 """`python -m trainingcompiler.launch [options] script.py [script args]`: the script, unmodified, compiled."""
 
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from trainingcompiler import applying, pages
+from trainingcompiler import applying, job, pages
 from trainingcompiler.command_line import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
-from trainingcompiler.config import RECIPE, default_cache_dir, did_you_mean, resolve, to_environment
+from trainingcompiler.config import RECIPE, ResolvedConfig, default_cache_dir, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
-from trainingcompiler.launchers import local
+from trainingcompiler.job import Job
+from trainingcompiler.launchers import elastic, kubernetes, local, ray, slurm
 
-Launcher = Callable[[Sequence[str], Mapping[str, str]], NoReturn]
+Launcher = Callable[[Job], NoReturn]
 
-_LAUNCHERS: dict[str, Launcher] = {"local": local.launch}
+_LAUNCHERS: dict[str, Launcher] = {
+    "local": local.launch,
+    "elastic": elastic.launch,
+    "slurm": slurm.launch,
+    "ray": ray.launch,
+    "kubernetes": kubernetes.launch,
+}
 
 LAUNCH = Program(
     "trainingcompiler.launch",
@@ -29,7 +37,7 @@ LAUNCH = Program(
         **applying.OPTIONS,
         "--record": Option("FILE", "write there what the run was: options, times, changes, as JSON", "record"),
         "--small-pages": Option("", "do not ask for huge pages, which speed large CPU steps up", "small_pages"),
-        "--launcher": Option("|".join(_LAUNCHERS), "who starts the worker"),
+        **job.OPTIONS,
         "--print-config": Option("", "print each option's value and where it came from, and exit"),
         **GENERAL,
     },
@@ -53,28 +61,41 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
             sys.stdout.write(resolved.describe() + "\n")
             sys.exit(0)
         target = target_of(line)
-        start = launcher_of(line)
+        kind = "module" if line.is_module else "script"
         os.environ.pop(RECIPE, None)  # that of a launcher around this one is not for this script
         arguments, variables = line.arguments, to_environment(flags)
+        asked = job.job_of(line, [kind, target, *arguments], variables, os.environ)
+        _check_devices(line, resolved)
         if applying.is_asked_for(line):
             applied = applying.apply(line, resolved.config.cache_dir or default_cache_dir())
             sys.stderr.write("".join(f"[batch]      {text}\n" for text in applied.lines))
             arguments, variables = list(applied.arguments), {**variables, **applied.variables}
+        if resolved.config.enabled and not resolved.config.small_pages:
+            variables |= pages.variables(os.environ)
+        asked = dataclasses.replace(asked, arguments=(kind, target, *arguments), variables=variables)
+        _LAUNCHERS[job.launcher_of(line)](asked)
     except (ConfigError, UsageError) as error:
         sys.stderr.write(f"{LAUNCH.name}: {error}\n")
         sys.exit(2)
-    kind = "module" if line.is_module else "script"
-    if resolved.config.enabled and not resolved.config.small_pages:
-        variables |= pages.variables(os.environ)
-    start([kind, target, *arguments], variables)
 
 
-def launcher_of(line: CommandLine) -> Launcher:
-    """Returns the function that starts the worker."""
-    name = line.given.get("--launcher", "local")
-    if name not in _LAUNCHERS:
-        raise UsageError(f"--launcher={name}: must be one of {', '.join(_LAUNCHERS)}{did_you_mean(name, _LAUNCHERS)}")
-    return _LAUNCHERS[name]
+def _check_devices(line: CommandLine, resolved: ResolvedConfig) -> None:
+    """Devices of one process, and several processes, are two ways to the same end."""
+    devices, strategy = resolved.config.devices, resolved.config.strategy
+    workers = job.is_distributed(line)
+    if workers and devices != 1:
+        raise UsageError(
+            f"{resolved.sources['devices']}={devices} is for a script that knows of one process, and "
+            "--nproc-per-node for one that is written for several (DistributedDataParallel, Accelerate); give one of "
+            "them"
+        )
+    if workers and "--batch-size" in line.given:
+        raise UsageError("--batch-size plans a script of one process; it does not go with --nproc-per-node")
+    if resolved.sources["strategy"] != "default" and devices == 1 and not workers:
+        raise UsageError(
+            f"{resolved.sources['strategy']}={strategy} says how several devices share a training, and there is one: "
+            "give --devices=all, or --nproc-per-node=N for a script that is written for several processes"
+        )
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ Started by a launcher, which has checked its arguments and put the options into 
 """
 
 import builtins
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import os
+import signal
 import sys
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 import trainingcompiler
-from trainingcompiler import events, statistics
+from trainingcompiler import events, failures, rendezvous, statistics, xla_flags
 from trainingcompiler.config import resolve
 from trainingcompiler.errors import ConfigError, UsageError
 
@@ -29,11 +32,17 @@ def main() -> None:
 
 def run(kind: str, name: str, *arguments: str) -> None:
     """Runs a `"script"` or `"module"` as `main` does, in this process."""
+    failures.begin(os.environ)
     try:
         enabled = resolve({}, os.environ).config.enabled
+        xla_flags.check(os.environ)
+        note = rendezvous.share_gpus(os.environ) if enabled else ""
+        rendezvous.join(os.environ, compiled=enabled, script=(kind, name))
         trainingcompiler.enable()
-    except ConfigError as error:
+    except (ConfigError, UsageError) as error:
         _refuse(error)
+    if note:
+        events.emit(events.Note(text=note))
     sys.argv[:] = ["-m" if kind == "module" else name, *arguments]
     process = os.getpid()
     succeeded = False
@@ -45,9 +54,12 @@ def run(kind: str, name: str, *arguments: str) -> None:
         _refuse(error)
     except SystemExit as leaving:
         succeeded = leaving.code in (None, 0)
+        if not succeeded:
+            rendezvous.abandon(leaving.code if isinstance(leaving.code, int) else 1)
         raise
-    except BaseException:
+    except BaseException as error:
         _hide_our_frames()
+        rendezvous.abandon(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
         raise
     finally:
         if enabled and os.getpid() == process:  # a child forked by the script comes past here as well
@@ -65,7 +77,9 @@ def _finish(succeeded: bool) -> None:
 
 
 def _refuse(error: Exception) -> None:
-    sys.stderr.write(f"trainingcompiler: {error}\n")
+    text = f"trainingcompiler: {error}\n"
+    if not failures.tell(text):
+        sys.stderr.write(text)
     sys.exit(BAD_INPUT)
 
 
@@ -118,11 +132,20 @@ def _hide_our_frames() -> None:
     The exception itself goes on to the interpreter, whose handling of exit codes and of Ctrl-C is then the script's.
     """
     show = sys.excepthook
+    process = os.getpid()
 
     def show_from_script(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen ")):
             trace = trace.tb_next
-        show(kind, error.with_traceback(trace), trace)
+        error = error.with_traceback(trace)
+        if not failures.are_told_elsewhere() or os.getpid() != process:
+            show(kind, error, trace)
+            return
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown):
+            show(kind, error, trace)
+        if not failures.tell(shown.getvalue(), error):
+            sys.stderr.write(shown.getvalue())
 
     sys.excepthook = show_from_script
 

@@ -7,6 +7,7 @@ import pytest
 from trainingcompiler import applying, config, launch
 from trainingcompiler.command_line import parse
 from trainingcompiler.errors import UsageError
+from trainingcompiler.job import Job
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +19,17 @@ def plain_environment(monkeypatch):
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Runs the launcher in a folder with a script, its worker replaced by a list of what it was asked to start."""
-    calls: list[tuple] = []
-    monkeypatch.setitem(launch._LAUNCHERS, "local", lambda *arguments: calls.append(arguments))
+    calls: list[Job] = []
+    monkeypatch.setitem(launch._LAUNCHERS, "local", calls.append)
     monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")
     (tmp_path / "package").mkdir()
     return calls
+
+
+def words_and_variables(jobs: list[Job]) -> list[tuple]:
+    return [(list(job.arguments), job.variables) for job in jobs]
 
 
 def refusal(capsys, *words: str) -> str:
@@ -40,7 +45,7 @@ def refusal(capsys, *words: str) -> str:
 def test_options_become_variables_and_the_scripts_words_are_untouched(started):
     words = ["--engine=xla", "--cache_size_gb", "2", "--keep-gradients", "train.py", "--epochs", "3", "-x", "a b", ""]
     launch.main(words)
-    assert started == [
+    assert words_and_variables(started) == [
         (
             ["script", "train.py", "--epochs", "3", "-x", "a b", ""],
             {
@@ -55,7 +60,7 @@ def test_options_become_variables_and_the_scripts_words_are_untouched(started):
 def test_no_compile_turns_everything_off(started, monkeypatch):
     monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
     launch.main(["--no_compile", "--launcher", "local", "train.py"])
-    assert started == [(["script", "train.py"], {"TRAININGCOMPILER": "0"})]
+    assert words_and_variables(started) == [(["script", "train.py"], {"TRAININGCOMPILER": "0"})]
 
 
 def test_the_worker_is_started_with_huge_pages_unless_told_otherwise(started, monkeypatch):
@@ -64,7 +69,7 @@ def test_the_worker_is_started_with_huge_pages_unless_told_otherwise(started, mo
     launch.main(["--small-pages", "train.py"])
     monkeypatch.setenv("TRAININGCOMPILER_SMALL_PAGES", "1")
     launch.main(["train.py"])
-    assert [variables for _, variables in started] == [
+    assert [job.variables for job in started] == [
         {"GLIBC_TUNABLES": "x"},
         {"TRAININGCOMPILER_SMALL_PAGES": "1"},
         {},
@@ -84,7 +89,7 @@ def test_the_worker_is_started_with_huge_pages_unless_told_otherwise(started, mo
 )
 def test_modules_and_separators(started, words, expected):
     launch.main(words)
-    assert started == [(expected, {})]
+    assert words_and_variables(started) == [(expected, {})]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,10 @@ def test_modules_and_separators(started, words, expected):
         (["-m"], "--module needs a value: --module NAME"),
         (["--debug=1", "train.py"], "--debug=1: --debug takes no value"),
         (["--engine=xl", "train.py"], "--engine=xl: must be one of auto, xla, eager, tensorflow; did you mean xla?"),
-        (["--launcher=loca", "train.py"], "--launcher=loca: must be one of local; did you mean local?"),
+        (
+            ["--launcher=loca", "train.py"],
+            "--launcher=loca: must be one of local, elastic, slurm, ray, kubernetes; did you mean local?",
+        ),
         (["package"], "package is a folder, not a script; name a file in it, or use -m for a package"),
     ],
 )
@@ -179,5 +187,7 @@ def test_another_batch_is_planned_and_applied(started, monkeypatch, capsys):
     applied = applying.Applied(arguments=("--bs", "32"), variables={"A": "1"}, lines=("keep-global",))
     monkeypatch.setattr(applying, "apply", lambda line, folder: applied)
     launch.main(["--batch-size=keep-global", "--quiet", "train.py", "--bs", "8"])
-    assert started == [(["script", "train.py", "--bs", "32"], {"TRAININGCOMPILER_QUIET": "1", "A": "1"})]
+    assert words_and_variables(started) == [
+        (["script", "train.py", "--bs", "32"], {"TRAININGCOMPILER_QUIET": "1", "A": "1"})
+    ]
     assert capsys.readouterr().err == "[batch]      keep-global\n"

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from trainingcompiler import job
+from trainingcompiler.job import Job
 from trainingcompiler.launchers import local
 
 MODULE = ["-m", "trainingcompiler.launch", "train.py", "-m"]
@@ -21,16 +23,23 @@ MODULE = ["-m", "trainingcompiler.launch", "train.py", "-m"]
     ],
 )
 def test_the_interpreters_own_options_are_found(original, options):
-    assert local.interpreter_options(original) == options
+    assert job.interpreter_options(original) == options
 
 
 def test_the_process_becomes_the_worker(monkeypatch):
     started = []
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "trainingcompiler.launch", "train.py"])
-    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+
+    def replace(*arguments):
+        started.append(arguments)
+        sys.exit()  # it does not come back
+
+    monkeypatch.setattr("os.execve", replace)
     monkeypatch.setenv("KEPT", "1")
-    local.launch(["script", "train.py", "--epochs", "3"], {"TRAININGCOMPILER_ENGINE": "xla"})
+    arguments = ("script", "train.py", "--epochs", "3")
+    with pytest.raises(SystemExit):
+        local.launch(Job(arguments=arguments, variables={"TRAININGCOMPILER_ENGINE": "xla"}))
     ((path, command, environment),) = started
     assert path == sys.executable
     assert command == [sys.executable, "-u", "-m", "trainingcompiler.worker", "script", "train.py", "--epochs", "3"]
@@ -41,14 +50,14 @@ def test_where_exec_loses_the_exit_code_the_worker_is_a_child(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr("subprocess.run", lambda command, env: subprocess.CompletedProcess(command, 7))
     with pytest.raises(SystemExit) as leaving:
-        local.launch(["script", "train.py"], {})
+        local.launch(Job(arguments=("script", "train.py")))
     assert leaving.value.code == 7
 
 
 def test_launchers_import_neither_an_adapter_nor_jax():
     program = (
-        "import sys, trainingcompiler.launchers.local;"
-        "print([name for name in sys.modules if name.split('.')[0] in ('jax', 'torch', 'tensorflow', 'keras')"
+        "import sys, trainingcompiler.launch, trainingcompiler.launchers.agent_store;"
+        "print([name for name in sys.modules if name.split('.')[0] in ('jax', 'torch', 'tensorflow', 'keras', 'ray')"
         " or name.startswith('trainingcompiler.frameworks')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

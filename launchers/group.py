@@ -1,0 +1,156 @@
+"""The workers of one host, as one group: started together, looked after, ended together."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainingcompiler.job import REQUEUE
+from trainingcompiler.launchers.output import Output
+
+POLL_S = 0.05
+KILL_GRACE_S = 20.0
+"""How long workers that are told to end may take, before they are killed."""
+_FAILED_EXIT_S = 5.0  # for what a failed worker still does on its way out
+_CHILDREN_GRACE_S = 2.0  # for the processes that a worker left behind; with the others less than 30 s
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """One process of the group.
+
+    Attributes:
+        rank: Its local rank.
+        process: It, the leader of a process group of its own.
+        failure_path: Where it writes the error that ends it, if one does.
+        ended_s: When it was seen to have ended, in seconds since the epoch; None while it runs.
+    """
+
+    rank: int
+    process: subprocess.Popen
+    failure_path: Path
+    ended_s: float | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was running when it was looked at last."""
+        return self.ended_s is None
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or minus the number of the signal that ended it; None while it runs."""
+        return None if self.is_running else self.process.returncode
+
+    @property
+    def failed_s(self) -> float | None:
+        """When it failed, in seconds since the epoch: a worker that has told its error has, even if it still runs."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.failure_path.stat().st_mtime
+        return None if self.code in (None, 0, REQUEUE) else self.ended_s
+
+    @property
+    def error(self) -> str:
+        """The error that ended it, as Python shows it; "" where it told none."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.failure_path.read_text(encoding="utf-8", errors="replace")
+        return ""
+
+
+class Group:
+    """Workers that stand and fall together.
+
+    Args:
+        command: That of each worker.
+        environments: One for each.
+        failure_paths: One for each.
+        output: Where their streams go.
+        attempt: How often the group has been started before.
+        tell: Called with the id of each process group.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        environments: Iterable[Mapping[str, str]],
+        failure_paths: Iterable[Path],
+        output: Output,
+        attempt: int,
+        tell: Callable[[int], None],
+    ) -> None:
+        self.workers: list[Worker] = []
+        try:
+            for rank, (environment, path) in enumerate(zip(environments, failure_paths, strict=True)):
+                process = output.start(command, dict(environment), rank, attempt)
+                tell(process.pid)
+                self.workers.append(Worker(rank=rank, process=process, failure_path=path))
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def running(self) -> list[Worker]:
+        """Those that run."""
+        return [worker for worker in self.workers if worker.is_running]
+
+    def look(self) -> None:
+        """Finds out who has ended."""
+        for worker in self.running:
+            if worker.process.poll() is not None:
+                worker.ended_s = time.time()
+
+    def failures(self) -> list[Worker]:
+        """Those that have failed, the first one first."""
+        failed = [(worker.failed_s, worker.rank, worker) for worker in self.workers]
+        return [worker for _, _, worker in sorted(entry for entry in failed if entry[0] is not None)]
+
+    def send(self, number: int, spared: Sequence[Worker] = ()) -> None:
+        """Sends each running worker a signal, except those spared; its own children are its own affair."""
+        for worker in [worker for worker in self.running if worker not in spared]:
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(number)
+
+    def wait(self, workers: Sequence[Worker], timeout_s: float) -> bool:
+        """Waits until these workers have ended; returns whether they have."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            self.look()
+            if not any(worker.is_running for worker in workers):
+                return True
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(POLL_S)
+
+    def stop(self, failed: Sequence[Worker]) -> None:
+        """Ends everything: the first to fail may leave by itself, the others are asked to, and killed if need be."""
+        self.send(signal.SIGTERM, spared=failed[:1])
+        self.wait(failed[:1], _FAILED_EXIT_S)
+        self.send(signal.SIGTERM, spared=[worker for worker in self.workers if worker not in failed[:1]])
+        self.wait(self.workers, KILL_GRACE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kills what still runs, and whatever the workers have left behind."""
+        for worker in self.running:
+            self._signal_group(worker, signal.SIGKILL)
+            worker.process.wait()
+        self.look()
+        deadline_s = time.monotonic() + _CHILDREN_GRACE_S
+        left = [worker for worker in self.workers if self._signal_group(worker, signal.SIGTERM)]
+        while left and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+            left = [worker for worker in left if self._signal_group(worker, 0)]
+        for worker in left:
+            self._signal_group(worker, signal.SIGKILL)
+
+    @staticmethod
+    def _signal_group(worker: Worker, number: int) -> bool:
+        """Returns whether there is anybody left in the worker's process group."""
+        try:
+            os.killpg(worker.process.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS refuses to signal a group of zombies
+            return False
+        return True

@@ -1,0 +1,58 @@
+"""A process that outlives a launcher which was killed, only to end what it had started."""
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+
+_ALL_IS_WELL = b"0\n"
+
+
+@contextlib.contextmanager
+def guarding(folder: str) -> Iterator[Callable[[int], None]]:
+    """Kills process groups, and removes a folder, if this process ends before the block does, even by SIGKILL.
+
+    A worker could ask the kernel to die with its parent, but not for its own children.
+
+    Args:
+        folder: Files of the launcher's own.
+
+    Yields:
+        The function that is told of each group, by its id.
+    """
+    reading, writing = os.pipe()
+    guardian = os.fork()
+    if guardian == 0:
+        try:
+            os.close(writing)
+            _guard(reading, folder)
+        finally:
+            os._exit(0)  # nothing that the launcher has registered is to run here
+    os.close(reading)
+    try:
+        yield lambda group: _write(writing, f"{group}\n".encode())
+    finally:
+        _write(writing, _ALL_IS_WELL)
+        os.close(writing)
+        os.waitpid(guardian, 0)
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # somebody killed the guardian
+        os.write(descriptor, content)
+
+
+def _guard(reading: int, folder: str) -> None:
+    os.setsid()  # Ctrl-C in the terminal is the launcher's
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    told = b""
+    while content := os.read(reading, 4096):  # returns nothing once the launcher is gone, however it went
+        told += content
+    if told.endswith(_ALL_IS_WELL):
+        return
+    for group in told.split():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(int(group), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
