@@ -7,6 +7,8 @@ from jax.sharding import Sharding
 
 def placed_array(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
     """An array of several devices: a copy of host values, or the array itself, moved if it is placed otherwise."""
+    if not sharding.is_fully_addressable:
+        return _of_this_worker(values, sharding)
     if isinstance(values, jax.Array):
         if values.sharding.is_equivalent_to(sharding, values.ndim):
             return values
@@ -14,6 +16,26 @@ def placed_array(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Arra
         values = np.array(values, order="C", copy=True)
     with jax.enable_x64(True):
         return jax.device_put(values, sharding)
+
+
+def placed_arrays(arrays: tuple, shardings: tuple) -> tuple:
+    """Inputs of a program, brought where it wants them; `arrays` stay valid."""
+    if not shardings or shardings[0].is_fully_addressable:
+        with jax.enable_x64(True):
+            return jax.device_put(arrays, shardings)
+    return tuple(
+        array if isinstance(array, np.ndarray) else _of_this_worker(array, sharding)
+        for array, sharding in zip(arrays, shardings, strict=True)
+    )
+
+
+def _of_this_worker(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
+    """This process's part of an array that every process has a part of."""
+    if isinstance(values, np.ndarray):
+        values = owned_array(values)
+    if not values.is_fully_addressable:
+        return values
+    return jax.make_array_from_single_device_arrays(values.shape, sharding, [values])
 
 
 def owned_array(values: np.ndarray) -> jax.Array:
@@ -44,5 +66,7 @@ def snapshot(values: np.ndarray) -> jax.Array:
 
 
 def address(array: jax.Array) -> int:
-    """Where the array's buffer lies, in bytes; the array must live on one device."""
+    """Where the array's buffer lies, in bytes; the array must live on one device of this process."""
+    if not array.is_fully_addressable:
+        array = array.addressable_data(0)
     return array.unsafe_buffer_pointer()

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainingcompiler import cache
+from trainingcompiler import cache, workers
+from trainingcompiler.buffers import placed_arrays
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import Note, emit, phase
@@ -95,8 +96,7 @@ class Executable:
                 "look at its memory plan and its text, or compile it for Target.local()"
             )
         if self.input_shardings is not None:
-            with jax.enable_x64(True):
-                inputs = jax.device_put(inputs, self.input_shardings)
+            inputs = placed_arrays(inputs, self.input_shardings)
         return self.compiled(state, inputs)
 
     def as_text(self) -> str:
@@ -129,6 +129,8 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
         _check_layers(program, target)
         _say_undivided(program, target)
         placed = shardings(program, mesh_of(devices, target.strategy), target.strategy)
+    elif target.workers > 1:
+        placed = (workers.own(),) * len(program.state), (workers.own(),) * len(program.inputs), ()
     store = cache.store() if program.digest is not None and target.described is None else None
     compiled, compile_time_s = (store and _kept(program, target, store)) or _made(program, target, placed, store)
     analysis: Any = compiled.memory_analysis()
@@ -179,10 +181,16 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     start_s = time.perf_counter()
     state, inputs, outputs = placed
     # What the step returns besides its state and gradients, XLA places.
-    where: dict[str, Any] = {} if state is None else {"in_shardings": (state, inputs), "out_shardings": (state, None)}
+    where: dict[str, Any] = {}
+    if state is not None:
+        others = workers.own() if target.workers > 1 else None
+        where = {"in_shardings": (state, inputs), "out_shardings": (state, others)}
+    function = _named(program, outputs)
+    if target.workers > 1:
+        function = functools.wraps(function)(workers.each(function))
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
-            lowered = jax.jit(_named(program, outputs), donate_argnums=0, keep_unused=True, **where).lower(
+            lowered = jax.jit(function, donate_argnums=0, keep_unused=True, **where).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )
         compile_start_s = time.perf_counter()
@@ -243,6 +251,9 @@ def options(program: StepProgram, target: Target) -> dict[str, bool | str]:
     needed: dict[str, bool | str] = {}
     if program.is_deterministic and target.platform == "cuda":  # on a CPU, XLA always is
         needed["xla_gpu_deterministic_ops"] = True
+    if target.workers > 1 and target.platform == "cuda":
+        # One of them compiles, and would wait for the others' share of the measurements.
+        needed["xla_gpu_shard_autotuning"] = False
     if program.recomputes and target.platform == "cpu":
         needed |= _schedule_for_memory()
     return needed

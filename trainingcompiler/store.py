@@ -66,7 +66,7 @@ class ExecutableStore:
             return None
         try:
             executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(data))
-            devices = target.devices() or jax.local_devices()[:1]
+            devices = jax.devices() if target.workers > 1 else target.devices() or jax.local_devices()[:1]
             loaded = serialize_executable.deserialize_and_load(executable, inputs, outputs, execution_devices=devices)
             return KeptExecutable(loaded, making_time_s)
         except Exception as error:  # whatever damage looks like
@@ -120,7 +120,7 @@ def key_of(program: StepProgram, target: Target) -> str:
     """What an executable of a program is found by; it must have a digest."""
     parts = [
         program.digest,
-        f"{target.device_count} devices, {target.strategy}",
+        f"{target.device_count} devices, {target.strategy}, {target.workers} workers",
         program.is_deterministic,
         program.recomputes,
         *map(_described, (program.state, program.inputs, program.outputs)),
@@ -137,7 +137,7 @@ def _described(specs: Iterable[TensorSpec]) -> list[tuple]:
 @functools.cache
 def _surroundings() -> list[str]:
     """What does not change in a process: versions, the device, the processor that machine code is made for."""
-    device: Any = jax.devices()[0]
+    device: Any = jax.local_devices()[0]
     return [
         digest_of_code(Path(__file__).parent),
         jax.__version__,

@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
 
-from trainingcompiler import pages
+from trainingcompiler import pages, rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.gpus import GPUS, Gpu, gpu
@@ -40,6 +40,7 @@ class Target:
         description: What a person calls the device, e.g. `"cpu, huge pages"` or `"NVIDIA H200"`.
         device_count: How many devices the target has; all of them run one program together.
         strategy: How several devices share the training.
+        workers: Processes that each have such a device, and numbers of their own; see `workers`.
         compute_capability: Major and minor, of a CUDA device.
         described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
             plans leave out the workspaces of cuDNN, which only a GPU tells.
@@ -49,6 +50,7 @@ class Target:
     description: str
     device_count: int
     strategy: Strategy = DP
+    workers: int = 1
     compute_capability: tuple[int, int] | None = None
     described: Gpu | None = None
 
@@ -93,9 +95,18 @@ class Target:
         """The devices of this process that a configuration asks for.
 
         Raises:
-            UsageError: See `local`.
+            UsageError: See `local`; or a strategy that several processes do not have.
         """
-        return cls.local(config.devices, Strategy.parse(config.strategy))
+        strategy, worker = Strategy.parse(config.strategy), rendezvous.current()
+        if worker is None or worker.world_size == 1:
+            return cls.local(config.devices, strategy)
+        if strategy != DP:
+            raise UsageError(
+                f"--strategy={strategy} divides the state between the devices of one process, and this is rank "
+                f"{worker.rank} of {worker.world_size}, which each keep a copy: give --devices=all instead of "
+                "--nproc-per-node, or leave --strategy out"
+            )
+        return replace(cls.local(), workers=worker.world_size)
 
     @classmethod
     def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = FSDP) -> "Target":
@@ -132,7 +143,7 @@ class Target:
         """All of the memory of one device."""
         if self.described is not None:
             return self.described.memory_bytes
-        device: Any = jax.devices()[0]
+        device: Any = jax.local_devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")  # a CPU has no such statistics
         return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
@@ -41,6 +42,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
+from trainingcompiler.frameworks.pytorch.workers import Workers
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -71,6 +73,7 @@ class Session:
         self.stepping = Stepping(self)
         self._called_since_backward: set[int] = set()
         self._speculation = Speculation(self.programs, self.calls)
+        self.workers = Workers(self) if self.programs.target.workers > 1 else None
 
     # -- what the loop does -------------------------------------------------------------------------------------
 
@@ -78,7 +81,9 @@ class Session:
         """Does what calling a module does: records the call if it belongs to training, or runs it."""
         if self.is_unwatched():
             return original(module, *args, **kwargs)
-        if not self._is_deferrable(module, args, kwargs):
+        if self.workers is not None and isinstance(module, DistributedDataParallel):
+            return self.workers.call(original, module, args, kwargs)
+        if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():
                 return original(module, *self.real(args), **self.real(kwargs))
@@ -112,10 +117,12 @@ class Session:
         if name in _OPAQUE or kwargs.get("create_graph"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
             return function(*self.real(args), **self.real(kwargs))
-        if function is torch.autograd.backward:
-            return self._record_backwards(*args, **kwargs)
-        if function is torch.Tensor.backward:
-            return self._record_backward(*args, **kwargs)
+        if function in (torch.autograd.backward, torch.Tensor.backward):
+            record = self._record_backward if function is torch.Tensor.backward else self._record_backwards
+            record(*args, **kwargs)
+            if self.workers is not None:
+                self.workers.after_backward()
+            return None
         return self.record(function, args, kwargs)
 
     def reads_gradient(self, tensor: torch.Tensor) -> None:
@@ -193,6 +200,8 @@ class Session:
 
     def append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
         entry = self.calls.entry(function, args, kwargs, optimizers, self.tape.entries)
+        if self.workers is not None:
+            entry.in_torch = self.workers.in_torch(function)
         self.tape.entries.append(entry)
         self._guard_state(entry)
         if entry.prints and not self._guard.is_up:
@@ -283,6 +292,8 @@ class Session:
             self.backward_compiled = False
         else:
             self.run_eagerly(error, module)
+        if self.workers is not None:
+            function = self.workers.in_torch(function) or function
         with undeferred() if module is not None else contextlib.nullcontext():
             return function(*self.real(args), **self.real(kwargs))
 
@@ -430,7 +441,8 @@ class Session:
 
     def _peek(self, slot: Slot) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
-        if self._speculation.look(self.tape, slot):
+        # A worker that looks must not average gradients which the others do not come to average.
+        if self.workers is None and self._speculation.look(self.tape, slot):
             return None
         slots = [other for other in self.tape.live_slots() if other.value is None]
         if slot not in slots:
@@ -499,7 +511,7 @@ class Session:
         """Whether this is the thread that trains."""
         return threading.get_ident() == self._thread
 
-    def _is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    def is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         if not self.deferring or self.fallbacks.covers(module):
             return False
         if not self.book.trains(module, self.calls.modules) and not self._any_pending(args, kwargs):

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import torch
+from jax.sharding import Sharding
 
-from trainingcompiler.buffers import address, owned_array, snapshot
+from trainingcompiler.buffers import address, owned_array, placed_array, snapshot
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of, tensor_over
 
 
@@ -61,8 +62,8 @@ class Cell:
         cell._buffer, cell._pointer = buffer, tensor.data_ptr()
         return cell, tensor
 
-    def array(self, sharding: None) -> jax.Array:
-        """The array to pass to the step, on one device.
+    def array(self, sharding: Sharding | None) -> jax.Array:
+        """The array to pass to the step, on one device; `sharding` is that of one of several workers, or None.
 
         A tensor whose memory was replaced (`p.data = ...`) is moved again.
         """
@@ -72,6 +73,8 @@ class Cell:
             self._buffer = None
             stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             values = owned_array(numpy_view(tensor.contiguous()))
+            if sharding is not None:
+                values = placed_array(values, sharding)
             if stays:
                 return values
             self._move(tensor, _Buffer(values))

@@ -1,6 +1,7 @@
 """The tape: what the loop has asked for and nobody has computed yet."""
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Entry:
         where: The script's line.
         turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
+        in_torch: What torch runs in its place, where that is not `function`.
         reads_gradients: Whether it reads `.grad`, which no slot stands for: it depends on everything before it.
     """
 
@@ -147,6 +149,7 @@ class Entry:
     where: str | None = None
     turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    in_torch: Callable | None = None
     reads_gradients: bool = False
 
     def leaf(self, position: int) -> Any:
@@ -280,6 +283,8 @@ def run_in_torch(entry: Entry) -> None:
             torch.manual_seed(int(entry.seed.array))
         for fingerprint in entry.prints:
             stack.enter_context(fingerprint.restored())
+        if entry.in_torch is not None:
+            entry = dataclasses.replace(entry, function=entry.in_torch)
         results = tensors_in(replay(entry, resolve))
     for slot, tensor in zip(entry.outputs or (), results, strict=False):
         slot.value = tensor

@@ -1,0 +1,215 @@
+"""A script of several processes keeps its meaning: each worker's batch, loss and buffers are its own, and gradients are
+averaged where `DistributedDataParallel` averages them.
+
+A call of the wrapper is recorded as a call of the module inside, and after the backward comes an entry of our own that
+averages; in a compiled step that is XLA's all-reduce. Whatever else workers say to each other (metrics, buffers,
+barriers) goes through `torch.distributed` at once, in the order of the script, so that a worker that looks at a value
+which the others do not look at runs no program that waits for them.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainingcompiler import rendezvous
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.structure import flatten
+from trainingcompiler.frameworks.pytorch.tape import Slot
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session import Session
+
+SUM = "trainingcompiler.sum_over_workers.default"  # the operator, as graphs name it
+
+TALKING = (
+    "all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single broadcast gather reduce reduce_scatter "
+    "reduce_scatter_tensor scatter send isend recv irecv"
+).split()
+"""Functions of `torch.distributed` that take tensors, which have to be there."""
+
+
+def world_size() -> int:
+    """How many workers train together."""
+    worker = rendezvous.current()
+    return 1 if worker is None else worker.world_size
+
+
+@torch.library.custom_op("trainingcompiler::sum_over_workers", mutates_args=())
+def sum_over_workers(x: torch.Tensor) -> torch.Tensor:
+    """The sum of every worker's tensor of the same shape; here as torch runs it."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+@sum_over_workers.register_fake
+def _sum_of_fakes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# Each worker's result depends on all workers' tensors alike.
+sum_over_workers.register_autograd(lambda context, gradient: sum_over_workers(gradient))
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replaces the gradients of parameters by their means over the workers."""
+    count = world_size()
+    with torch.no_grad():
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None:  # torch divides first as well
+                gradient.copy_(sum_over_workers(gradient / count))
+
+
+class Workers:
+    """What a session does for a script of several processes.
+
+    Args:
+        session: Whose calls of `DistributedDataParallel` these are.
+    """
+
+    def __init__(self, session: "Session"):
+        self._session = session
+        self._synchronized: dict[int, DistributedDataParallel] = {}  # called since the last backward
+        self._called: tuple[nn.Module, Callable] | None = None
+
+    def call(self, original: Callable, wrapper: DistributedDataParallel, args: tuple, kwargs: dict) -> Any:
+        """Does what calling the wrapper does: the module inside is recorded, or torch runs the wrapper."""
+        session = self._session
+        module = wrapper.module
+        reason = _obstacle(wrapper)
+        if reason is not None:
+            session.fallbacks.say(CaptureError(reason, user_line()))
+        if reason is not None or not session.is_deferrable(module, args, kwargs):
+            session.backward_compiled &= not torch.is_grad_enabled()
+            with undeferred():
+                return original(wrapper, *session.real(args), **session.real(kwargs))
+        if session.has_backward:
+            session.commit()
+        self._share_buffers(wrapper)
+        synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
+        wrapper.require_forward_param_sync = synchronizes
+        outer, self._called = self._called, (module, _in_torch(wrapper, synchronizes))
+        try:
+            result = session.call_module(original, module, args, kwargs)
+        finally:
+            self._called = outer
+        if synchronizes:
+            self._synchronized[id(wrapper)] = wrapper
+        return result
+
+    def in_torch(self, function: Callable) -> Callable | None:
+        """What torch has to run where `function` is called now: the wrapper, if it is called through one."""
+        return self._called[1] if self._called is not None and self._called[0] is function else None
+
+    def after_backward(self) -> None:
+        """Averages the gradients that wrappers are to average."""
+        wrappers, self._synchronized = list(self._synchronized.values()), {}
+        for wrapper in wrappers:
+            parameters = [parameter for parameter in wrapper.module.parameters() if parameter.requires_grad]
+            self._session.stepping.clip(average_gradients, (parameters,), {})
+
+    def _share_buffers(self, wrapper: Any) -> None:
+        """Gives every worker rank 0's buffers, as torch does before each forward that follows a training one."""
+        if wrapper.will_sync_module_buffers():
+            self._session.settle()
+            with undeferred():
+                wrapper._sync_buffers()
+
+
+def _in_torch(wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
+    """The wrapper as a function that averages, or not, as it would have when it was called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if synchronizes else wrapper.no_sync():
+            return wrapper(*args, **kwargs)
+
+    return call
+
+
+def _obstacle(wrapper: Any) -> str | None:
+    """Why a wrapper's averaging is left to torch."""
+    if wrapper.process_group is not None and dist.get_world_size(wrapper.process_group) != world_size():
+        return "DistributedDataParallel averages within a group of the workers"
+    if getattr(wrapper, "_comm_hooks", None):
+        return "DistributedDataParallel has a communication hook"
+    return None
+
+
+class Talk:
+    """`torch.distributed`, which gets the values of tensors that a loop holds and nobody has computed."""
+
+    def __init__(self, session: "Session"):
+        self._session = session
+
+    def hooked(self, original: Callable) -> Callable:
+        """The function, given real tensors."""
+
+        @functools.wraps(original)
+        def talk(*args: Any, **kwargs: Any) -> Any:
+            leaves, _ = flatten((args, kwargs))
+            for leaf in leaves:
+                if isinstance(leaf, DeferredTensor):
+                    self._settle(leaf)
+            return original(*self._session.real(args), **self._session.real(kwargs))
+
+        return talk
+
+    def _settle(self, tensor: DeferredTensor) -> None:
+        """Makes a deferred tensor one that has a value for good, which others may write to."""
+        value = self._session.value(tensor.slot)
+        if not tensor.slot.committed:
+            slot = Slot(tensor.slot.meta)
+            slot.value, slot.committed = value.detach().clone(), True
+            tensor.slot = slot
+
+
+def synchronized_batch_norm(original: Callable) -> Callable:
+    """`nn.SyncBatchNorm.forward`, in operators that a compiled step has, and that torch has on a CPU too.
+
+    Args:
+        original: torch's own, for what is left to it.
+    """
+
+    @functools.wraps(original)
+    def forward(module: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        group = module.process_group
+        alone = world_size() == 1 or not dist.is_initialized() or not module.training
+        if alone or (group is not None and dist.get_world_size(group) != world_size()):
+            return nn.BatchNorm2d.forward(module, x) if alone and x.device.type == "cpu" else original(module, x)
+        dims = [0, *range(2, x.ndim)]
+        of_channel = (1, -1, *[1] * (x.ndim - 2))
+        count = sum_over_workers(torch.full((), x.numel() / x.shape[1], dtype=x.dtype))
+        mean = sum_over_workers(x.sum(dims)) / count
+        centered = x - mean.view(of_channel)
+        variance = sum_over_workers(centered.square().sum(dims)) / count
+        if module.track_running_stats:
+            _track(module, mean.detach(), (variance * (count / (count - 1))).detach())
+        result = centered * torch.rsqrt(variance + module.eps).view(of_channel)
+        if module.affine:
+            result = result * module.weight.view(of_channel) + module.bias.view(of_channel)
+        return result
+
+    return forward
+
+
+def _track(module: Any, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    with torch.no_grad():
+        module.num_batches_tracked.add_(1)
+        factor: Any = module.momentum
+        if factor is None:  # the mean over all batches so far
+            factor = 1 / module.num_batches_tracked.to(mean.dtype)
+        module.running_mean.copy_(module.running_mean * (1 - factor) + mean * factor)
+        module.running_var.copy_(module.running_var * (1 - factor) + variance * factor)
+
+

@@ -1,0 +1,173 @@
+"""One program for several processes, each with one device and numbers of its own.
+
+Nothing is partitioned: a worker's arrays are its own, also where JAX is told that all hold the same ("replicated"), and
+what they share they say with collectives, under `shard_map`. XLA takes no worker's word for another's: between the
+collectives, each computes with what it has.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainingcompiler import rendezvous
+from trainingcompiler.errors import TrainingCompilerError
+
+AXIS = "workers"
+WAIT_S = 600.0
+"""How long a worker waits for the others to come to a new program."""
+STUCK_S = 15.0
+"""A step that has been running so long may be waiting for a worker that runs another one: they compare notes."""
+
+_POLL_S = 0.05
+
+
+@functools.cache
+def own() -> NamedSharding:
+    """What JAX is told of every array of such a program."""
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+
+
+def each(function: Callable) -> Callable:
+    """The function, run by every worker on its own arrays; it may use collectives over `AXIS`."""
+    everyone = PartitionSpec()
+    return jax.shard_map(function, mesh=own().mesh, in_specs=everyone, out_specs=everyone, check_vma=False)
+
+
+def share(key: str, value: Any) -> list[Any]:
+    """Gives every worker's value to all, in order of rank; `key` must be new.
+
+    Raises:
+        TrainingCompilerError: Somebody does not come.
+    """
+    worker, client = rendezvous.current(), _client()
+    assert worker is not None
+    client.key_value_set(f"trainingcompiler/{key}/{worker.rank}", json.dumps(value))
+    found = []
+    for rank in range(worker.world_size):
+        text = _awaited(client, f"trainingcompiler/{key}/{rank}", rank, key)
+        found.append(json.loads(text))
+    return found
+
+
+def _awaited(client: Any, key: str, rank: int, what: str) -> str:
+    try:
+        return client.blocking_key_value_get(key, int(WAIT_S * 1000))
+    except jax.errors.JaxRuntimeError:
+        raise TrainingCompilerError(
+            f"rank {rank} has not come to {what} within {WAIT_S:.0f} s: its script has taken another way, or it is gone"
+        ) from None
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX's own store of keys; there is no public name for it
+
+    return distributed.global_state.client
+
+
+class Agreement:
+    """Sees that all workers run the same programs in the same order, where these wait for each other.
+
+    A program's first run is agreed upon. A later one that lasts is looked into: workers that have come to different
+    programs would wait for each other for ever.
+    """
+
+    def __init__(self):
+        self._programs = 0
+        self._runs = 0
+        self._doing = ""  # the program that this worker is in, with its line
+        self._since = 0.0  # when it began; 0 outside
+        self._watching = False
+
+    def meet(self, name: str, where: str | None, inputs: list[str]) -> None:
+        """Waits until every worker has come to the same new program.
+
+        Args:
+            name: The program's name.
+            where: The script's line.
+            inputs: What the program is given, in words.
+
+        Raises:
+            TrainingCompilerError: Somebody has come to another program, or with other shapes.
+        """
+        self._programs += 1
+        with self._at(f"the first run of {name}", where):
+            told = share(f"program {self._programs}", {"name": name, "where": where, "inputs": inputs})
+        for rank, other in enumerate(told):
+            difference = _difference(told[0], other)
+            if difference:
+                raise TrainingCompilerError(
+                    f"workers disagree on the program that they are to run together: {difference.format(rank=rank)}. "
+                    "Each worker has to come to the same step with a batch of the same shape: DistributedSampler "
+                    "pads the last one, or DataLoader(..., drop_last=True) leaves it out"
+                )
+
+    @contextlib.contextmanager
+    def running(self, name: str, where: str | None) -> Iterator[None]:
+        """Watches over one run of a program that waits for others."""
+        self._runs += 1
+        with self._at(name, where):
+            yield
+
+    @contextlib.contextmanager
+    def _at(self, what: str, where: str | None) -> Iterator[None]:
+        self._doing, self._since = f"{what} at {where}" if where else what, time.monotonic()
+        if not self._watching:
+            self._watching = True
+            threading.Thread(target=self._watch, name="trainingcompiler agreement", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._since = 0.0
+
+    def _watch(self) -> None:
+        worker, client = rendezvous.current(), _client()
+        assert worker is not None
+        told = ""
+        while True:
+            time.sleep(1.0)
+            since, doing = self._since, f"run {self._runs}: {self._doing}"
+            if since and time.monotonic() - since > STUCK_S:
+                if told != doing:
+                    told = doing
+                    client.key_value_set(f"trainingcompiler/stuck/{worker.rank}", doing, allow_overwrite=True)
+                others = dict(client.key_value_dir_get("trainingcompiler/stuck/"))
+                others = {key.rpartition("/")[2]: text for key, text in others.items()}
+                if self._since == since and len(set(others.values())) > 1:
+                    _give_up(others)
+            elif told:
+                told = ""
+                client.key_value_delete(f"trainingcompiler/stuck/{worker.rank}")
+
+
+def _give_up(doing: dict[str, str]) -> None:
+    """Ends this process: its main thread waits, and nothing can wake it."""
+    lines = "".join(f"\n  rank {rank}  {text}" for rank, text in sorted(doing.items()))
+    sys.stderr.write(
+        f"trainingcompiler: workers wait for each other in different programs, for more than {STUCK_S:.0f} s:{lines}\n"
+        "A part of the loop that only one rank takes may not run a step, read a gradient, or call a synchronized "
+        "layer, which all ranks do together.\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _difference(first: dict, other: dict) -> str:
+    for key, what in (("name", "runs"), ("where", "is at")):
+        if first[key] != other[key]:
+            return f"rank 0 {what} {first[key]}, and rank {{rank}} {what} {other[key]}"
+    for ours, theirs in zip(first["inputs"], other["inputs"], strict=False):
+        if ours != theirs:
+            return f"rank 0 has {ours}, and rank {{rank}} {theirs}, at {first['where']}"
+    if len(first["inputs"]) != len(other["inputs"]):
+        return f"rank 0 has {len(first['inputs'])} inputs, and rank {{rank}} {len(other['inputs'])}, at {first['where']}"
+    return ""
