@@ -80,6 +80,7 @@ def _refuse(error: Exception) -> None:
     text = f"trainingcompiler: {error}\n"
     if not failures.tell(text):
         sys.stderr.write(text)
+    rendezvous.abandon(BAD_INPUT)
     sys.exit(BAD_INPUT)
 
 
