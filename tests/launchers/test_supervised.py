@@ -29,8 +29,7 @@ def test_each_worker_has_torchs_variables(launch):
     source = (
         "names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'NODE_RANK', 'MASTER_ADDR', "
         "'OMP_NUM_THREADS', 'TORCHELASTIC_RESTART_COUNT')\n"
-        "print(*(os.environ[name] for name in names), os.environ['MASTER_PORT'].isdecimal())\n"
-        "print(os.environ['TF_CONFIG'], file=open(f'tf-{rank}', 'w'))\n"
+        "say(*(os.environ[name] for name in names), os.environ['MASTER_PORT'].isdecimal())\n"
     )
     ran = done(launch(source, TWO))
     assert (ran.returncode, sorted(ran.stdout.splitlines())) == (
@@ -143,7 +142,7 @@ def test_whoever_saves_is_given_time_and_asks_to_be_queued_again(launch, tmp_pat
 def test_a_group_is_started_again_from_the_scripts_own_checkpoint(launch):
     source = (
         "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
-        "print(f'{rank} at {attempt}', flush=True)\n"
+        "say(f'{rank} at {attempt}')\n"
         "if attempt < 2:\n"
         "    pathlib.Path(f'ready-{rank}-{attempt}').touch()\n"
         "    wait_for(f'ready-0-{attempt}')\n"
@@ -178,7 +177,7 @@ def test_those_that_go_on_alone_may_for_a_while(launch, tmp_path):
 
 
 def test_output_with_the_rank_in_front_and_in_files(launch, tmp_path):
-    source = "print('out', rank)\nprint('err', rank, file=sys.stderr)\nsys.stdout.write('bar\\rend')\n"
+    source = "say('out', rank)\nsay('err', rank, stream=sys.stderr)\nsys.stdout.write('bar\\rend')\n"
     ran = done(launch(source, TWO, "--log-dir=logs", "--rdzv-id=mine"))
     assert ran.returncode == 0
     # With universal newlines a progress bar's \r reads as a line's end.
@@ -193,7 +192,7 @@ def test_output_with_the_rank_in_front_and_in_files(launch, tmp_path):
 
 
 def test_output_of_some(launch, tmp_path):
-    source = "print('out', rank)\nprint('err', rank, file=sys.stderr)\n"
+    source = "say('out', rank)\nsay('err', rank, stream=sys.stderr)\n"
     ran = done(launch(source, TWO, "--local-ranks-filter=1"))
     assert ran.stdout == "out 1\n" and "err 1" in ran.stderr and "err 0" not in ran.stderr
     ran = done(launch(source, TWO, "--tee=1", "--local-ranks-filter=1"))
