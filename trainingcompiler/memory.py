@@ -89,7 +89,7 @@ def _entry(text: str) -> list[str]:
 
 def available_bytes() -> int | None:
     """What this process's device could still hand out; None where nobody tells."""
-    device: Any = jax.devices()[0]
+    device: Any = jax.local_devices()[0]
     statistics = device.memory_stats()  # None for a CPU
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
