@@ -79,7 +79,7 @@ def rendezvous_settings(job: Job) -> dict[str, Any]:
         configs = {} if job.node_rank is None else {"rank": job.node_rank}
     else:
         endpoint, backend = f"{job.master_addr}:{job.master_port or _PORT}", "static"
-        configs = {"rank": job.node_rank}
+        configs = {} if job.node_rank is None else {"rank": job.node_rank}
     return {
         "rdzv_backend": backend,
         "rdzv_endpoint": endpoint,

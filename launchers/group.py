@@ -28,12 +28,14 @@ class Worker:
         process: It, the leader of a process group of its own.
         failure_path: Where it writes the error that ends it, if one does.
         ended_s: When it was seen to have ended, in seconds since the epoch; None while it runs.
+        was_stopped: Whether it had failed, and had to be told to end.
     """
 
     rank: int
     process: subprocess.Popen
     failure_path: Path
     ended_s: float | None = None
+    was_stopped: bool = False
 
     @property
     def is_running(self) -> bool:
@@ -42,8 +44,8 @@ class Worker:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, or minus the number of the signal that ended it; None while it runs."""
-        return None if self.is_running else self.process.returncode
+        """Its exit code, or minus the number of the signal that ended it; None where it did not end by itself."""
+        return None if self.is_running or self.was_stopped else self.process.returncode
 
     @property
     def failed_s(self) -> float | None:
@@ -127,7 +129,8 @@ class Group:
     def stop(self, failed: Sequence[Worker]) -> None:
         """Ends everything: the first to fail may leave by itself, the others are asked to, and killed if need be."""
         self.send(signal.SIGTERM, spared=failed[:1])
-        self.wait(failed[:1], _FAILED_EXIT_S)
+        if not self.wait(failed[:1], _FAILED_EXIT_S):
+            failed[0].was_stopped = True
         self.send(signal.SIGTERM, spared=[worker for worker in self.workers if worker not in failed[:1]])
         self.wait(self.workers, KILL_GRACE_S)
         self.kill()

@@ -91,6 +91,24 @@ def join(
     return worker
 
 
+def refuse_several(what: str) -> None:
+    """Refuses what trains in one process where there are several: each would train a model of its own.
+
+    Args:
+        what: What cannot, as a sentence begins: "Keras on tensorflow".
+
+    Raises:
+        UsageError: There are several workers.
+    """
+    worker = current()
+    if worker is not None and worker.world_size > 1:
+        raise UsageError(
+            f"{what} is compiled for one process, and this is rank {worker.rank} of {worker.world_size}: each would "
+            "train a model of its own. To train on several devices, leave --nproc-per-node out and give --devices=all; "
+            "to run a script that knows of several processes as it is, give --no-compile"
+        )
+
+
 def facts(script: tuple[str, str] | None) -> dict[str, str]:
     """What has to be the same on all workers, by name."""
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}

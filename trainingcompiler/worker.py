@@ -16,7 +16,7 @@ from typing import Any
 
 import trainingcompiler
 from trainingcompiler import events, failures, rendezvous, statistics, xla_flags
-from trainingcompiler.config import resolve
+from trainingcompiler.config import VARIABLES, TrainingCompilerConfig, resolve
 from trainingcompiler.errors import ConfigError, UsageError
 
 BAD_INPUT = 2
@@ -34,15 +34,17 @@ def run(kind: str, name: str, *arguments: str) -> None:
     """Runs a `"script"` or `"module"` as `main` does, in this process."""
     failures.begin(os.environ)
     try:
-        enabled = resolve({}, os.environ).config.enabled
+        config = resolve({}, os.environ).config
+        enabled = config.enabled
         xla_flags.check(os.environ)
         note = rendezvous.share_gpus(os.environ) if enabled else ""
-        rendezvous.join(os.environ, compiled=enabled, script=(kind, name))
+        worker = rendezvous.join(os.environ, compiled=enabled, script=(kind, name))
+        notes = [note, _leave_to_framework(config) if enabled and worker is not None and worker.world_size > 1 else ""]
         trainingcompiler.enable()
     except (ConfigError, UsageError) as error:
         _refuse(error)
-    if note:
-        events.emit(events.Note(text=note))
+    for text in filter(None, notes):
+        events.emit(events.Note(text=text))
     sys.argv[:] = ["-m" if kind == "module" else name, *arguments]
     process = os.getpid()
     succeeded = False
@@ -66,6 +68,21 @@ def run(kind: str, name: str, *arguments: str) -> None:
             _finish(succeeded)
 
 
+def _leave_to_framework(config: TrainingCompilerConfig) -> str:
+    """Has PyTorch run the steps of several workers; returns what to say.
+
+    To be removed with the adapter that averages gradients between workers: a step compiled without them leaves out what
+    DistributedDataParallel does in its hooks, so that each worker trains a model of its own.
+    """
+    if config.engine == "xla":
+        raise UsageError(
+            "--engine=xla: steps of several workers are not compiled yet, as their gradients would not be averaged. "
+            "Leave it out, then PyTorch runs them, or train on several devices of one process with --devices"
+        )
+    os.environ[VARIABLES["engine"]] = "eager"
+    return "steps of several workers are not compiled yet, and run in PyTorch, which averages their gradients"
+
+
 def _finish(succeeded: bool) -> None:
     trained = statistics.current().steps > 0
     if trained or succeeded:
@@ -80,6 +97,7 @@ def _refuse(error: Exception) -> None:
     text = f"trainingcompiler: {error}\n"
     if not failures.tell(text):
         sys.stderr.write(text)
+    rendezvous.abandon(BAD_INPUT)
     sys.exit(BAD_INPUT)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras.src.trainers.trainer import Trainer
 
+from trainingcompiler import rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.keras import backend_module
@@ -72,6 +73,8 @@ class Hooks:
                     f"Keras's backend {name} cannot train through trainingcompiler; set KERAS_BACKEND=tensorflow, "
                     "or run with --no-compile"
                 )
+            if name != "torch":
+                rendezvous.refuse_several(f"Keras on {name}")
             backend = backend_module(name)
             backend.install(config)
             self._backend = backend

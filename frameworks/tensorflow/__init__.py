@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import tensorflow as tf
 
-from trainingcompiler import cache
+from trainingcompiler import cache, rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.events import Note, Started, emit
@@ -56,5 +56,6 @@ def disable() -> None:
 
 def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
     """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
+    rendezvous.refuse_several("A step of TensorFlow")
     prepare(config)
     return CompiledStep(train_step, config)

@@ -97,6 +97,35 @@ def test_started_by_others(folder, source):
     assert met(folder) == EXPECTED
 
 
+DDP = """
+import pathlib
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+own = torch.Generator().manual_seed(dist.get_rank())
+for _ in range(8):
+    optimizer.zero_grad()
+    model(torch.randn(8, 4, generator=own)).pow(2).mean().backward()
+    optimizer.step()
+pathlib.Path(f"met-{dist.get_rank()}").write_text(str([p.tolist() for p in model.parameters()]))
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_trains_one_model(folder):
+    pytest.importorskip("torch")
+    (folder / "train.py").write_text(DDP)
+    words = ["-m", "trainingcompiler.launch", "--nproc-per-node=2"]
+    ((code, _, err),) = ends([start(folder, *words, "train.py")])
+    first, second = met(folder)
+    assert (code, first) == (0, second), err
+    ends([start(folder, *words, "--no-compile", "train.py")])
+    assert met(folder) == [first, second]
+
+
 def test_a_worker_that_fails_does_not_wait_for_the_others(folder):
     (folder / "train.py").write_text(
         "import time\nfrom trainingcompiler import rendezvous\n"
