@@ -16,7 +16,7 @@ from typing import Any
 
 import trainingcompiler
 from trainingcompiler import events, failures, rendezvous, statistics, xla_flags
-from trainingcompiler.config import VARIABLES, TrainingCompilerConfig, resolve
+from trainingcompiler.config import resolve
 from trainingcompiler.errors import ConfigError, UsageError
 
 BAD_INPUT = 2
@@ -38,13 +38,12 @@ def run(kind: str, name: str, *arguments: str) -> None:
         enabled = config.enabled
         xla_flags.check(os.environ)
         note = rendezvous.share_gpus(os.environ) if enabled else ""
-        worker = rendezvous.join(os.environ, compiled=enabled, script=(kind, name))
-        notes = [note, _leave_to_framework(config) if enabled and worker is not None and worker.world_size > 1 else ""]
+        rendezvous.join(os.environ, compiled=enabled, script=(kind, name))
         trainingcompiler.enable()
     except (ConfigError, UsageError) as error:
         _refuse(error)
-    for text in filter(None, notes):
-        events.emit(events.Note(text=text))
+    if note:
+        events.emit(events.Note(text=note))
     sys.argv[:] = ["-m" if kind == "module" else name, *arguments]
     process = os.getpid()
     succeeded = False
@@ -66,21 +65,6 @@ def run(kind: str, name: str, *arguments: str) -> None:
     finally:
         if enabled and os.getpid() == process:  # a child forked by the script comes past here as well
             _finish(succeeded)
-
-
-def _leave_to_framework(config: TrainingCompilerConfig) -> str:
-    """Has PyTorch run the steps of several workers; returns what to say.
-
-    To be removed with the adapter that averages gradients between workers: a step compiled without them leaves out what
-    DistributedDataParallel does in its hooks, so that each worker trains a model of its own.
-    """
-    if config.engine == "xla":
-        raise UsageError(
-            "--engine=xla: steps of several workers are not compiled yet, as their gradients would not be averaged. "
-            "Leave it out, then PyTorch runs them, or train on several devices of one process with --devices"
-        )
-    os.environ[VARIABLES["engine"]] = "eager"
-    return "steps of several workers are not compiled yet, and run in PyTorch, which averages their gradients"
 
 
 def _finish(succeeded: bool) -> None:

@@ -23,6 +23,7 @@ from trainingcompiler import rendezvous
 from trainingcompiler.errors import TrainingCompilerError
 
 AXIS = "workers"
+SUM = "trainingcompiler.sum_over_workers.default"  # PyTorch's operator for it, as graphs name it
 WAIT_S = 600.0
 """How long a worker waits for the others to come to a new program."""
 STUCK_S = 15.0
@@ -168,6 +169,7 @@ def _difference(first: dict, other: dict) -> str:
     for ours, theirs in zip(first["inputs"], other["inputs"], strict=False):
         if ours != theirs:
             return f"rank 0 has {ours}, and rank {{rank}} {theirs}, at {first['where']}"
-    if len(first["inputs"]) != len(other["inputs"]):
-        return f"rank 0 has {len(first['inputs'])} inputs, and rank {{rank}} {len(other['inputs'])}, at {first['where']}"
+    counts = len(first["inputs"]), len(other["inputs"])
+    if counts[0] != counts[1]:
+        return f"rank 0 has {counts[0]} inputs, and rank {{rank}} {counts[1]}, at {first['where']}"
     return ""

@@ -16,8 +16,13 @@ _NOISE = 1.05  # two engines within 5% are equal: repeated runs of the same step
 
 
 def engine_of(config: TrainingCompilerConfig, target: Target) -> str:
-    """Who the user wants to run steps: torch has no step for several devices, with which ours could be compared."""
-    return "xla" if config.engine == "auto" and target.device_count > 1 else config.engine
+    """Who the user wants to run steps.
+
+    torch has no step for several devices with which ours could be compared, and workers that each measured would choose
+    each for itself.
+    """
+    together = target.device_count > 1 or target.workers > 1
+    return "xla" if config.engine == "auto" and together else config.engine
 
 
 class EngineChoice:

@@ -4,11 +4,12 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch import tensor_hooks, workers
 from trainingcompiler.frameworks.pytorch.session import Session
 
 
@@ -25,6 +26,8 @@ class Hooks:
         self._hook_optimizers()
         self._hook_clipping()
         self._hook_scaler()
+        if self.session.workers is not None:
+            self._hook_workers()
         self.session.calls.modules.start()
         tensor_hooks.watch_gradients(self.session)
 
@@ -117,6 +120,15 @@ class Hooks:
 
         self._replace(GradScaler, "unscale_", unscale_)
         self._replace(GradScaler, "step", scaled_step)
+
+    def _hook_workers(self) -> None:
+        talk = workers.Talk(self.session)
+        for name in workers.TALKING if dist.is_available() else ():
+            hooked = talk.hooked(getattr(dist, name))
+            for owner in (dist, dist.distributed_c10d):
+                self._replace(owner, name, hooked)
+        batch_norm = workers.synchronized_batch_norm(nn.SyncBatchNorm.forward)
+        self._replace(nn.SyncBatchNorm, "forward", batch_norm)
 
     def _clipping(self, original):
         session = self.session

@@ -1,5 +1,6 @@
 """Compiled tapes: found by signature, bound to the training state, run."""
 
+import contextlib
 import enum
 import inspect
 import itertools
@@ -14,7 +15,7 @@ import torch
 from jax import lax
 from torch import nn
 
-from trainingcompiler import compiler
+from trainingcompiler import compiler, workers
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
@@ -61,6 +62,7 @@ class ProgramCache:
         self.target = target
         self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
         self.layers = Layers()
+        self.agreement = workers.Agreement()
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
 
@@ -256,6 +258,8 @@ class CompiledTape:
             recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
         )
         self.program = program if results else None
+        # Whether other workers have to run it at the same time.
+        self._waits = any(node.operator == workers.SUM for node in captured.graph.live_nodes(results))
         self._executable: compiler.Executable | None = None
 
     def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
@@ -289,6 +293,9 @@ class CompiledTape:
     def compile(self) -> None:
         """Compiles the program for this process's devices."""
         if self.program is not None:
+            if self._waits:
+                inputs = [f"a batch of {s.dtype.name}{list(s.shape)}" for s in self.program.inputs if s.role == "batch"]
+                self.cache.agreement.meet(self._name, self._where, inputs)
             self._executable = compiler.compile(self.program, self.cache.target)
 
     def _plan_gradients(self, entries, captured: CapturedStep) -> None:
@@ -358,9 +365,10 @@ class CompiledTape:
         inputs += [entries[entry].seed.array for entry in self._seeds]
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
         given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
-        with jax.enable_x64(True):
+        watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
+        with watched, jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
-        jax.block_until_ready((new_state, outputs))
+            jax.block_until_ready((new_state, outputs))
         statistics().launches += 1
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)

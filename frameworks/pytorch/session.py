@@ -162,10 +162,11 @@ class Session:
         producers = self.tape.producers()
         if slot not in producers:
             raise AssertionError("a deferred tensor lost its tape")
-        if producers[slot] < self.tape.committable():
+        apart = self.workers is not None and self.workers.may_be_looked_at(self.tape, slot)
+        if producers[slot] < self.tape.committable() and not apart:
             self.commit()
         else:
-            self._peek(slot)
+            self._peek(slot, apart)
         assert slot.value is not None
         return slot.value
 
@@ -439,12 +440,17 @@ class Session:
             for optimizer in entry.optimizers:
                 self.book.check_unconsumed(parameters_of(optimizer))
 
-    def _peek(self, slot: Slot) -> None:
-        """Computes values without ending the tape: nothing is committed, the entries will be replayed."""
+    def _peek(self, slot: Slot, apart: bool = False) -> None:
+        """Computes values without ending the tape: nothing is committed, the entries will be replayed.
+
+        Args:
+            slot: The value that is looked at.
+            apart: Whether to compute no other one.
+        """
         # A worker that looks must not average gradients which the others do not come to average.
         if self.workers is None and self._speculation.look(self.tape, slot):
             return None
-        slots = [other for other in self.tape.live_slots() if other.value is None]
+        slots = [] if apart else [other for other in self.tape.live_slots() if other.value is None]
         if slot not in slots:
             slots.append(slot)
         entries = self.tape.slice_for(slots)
@@ -455,7 +461,7 @@ class Session:
             self._give_up(error, entries)
         except (CaptureError, NumberUsed) as error:
             if isinstance(error, NumberUsed) and self._make_constant(entries, error):
-                return self._peek(slot)
+                return self._peek(slot, apart)
             self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return None
 

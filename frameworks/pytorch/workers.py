@@ -19,17 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainingcompiler import rendezvous
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.structure import flatten
-from trainingcompiler.frameworks.pytorch.tape import Slot
+from trainingcompiler.frameworks.pytorch.tape import Entry, Slot, Tape
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
-
-SUM = "trainingcompiler.sum_over_workers.default"  # the operator, as graphs name it
 
 TALKING = (
     "all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single broadcast gather reduce reduce_scatter "
@@ -111,6 +108,18 @@ class Workers:
     def in_torch(self, function: Callable) -> Callable | None:
         """What torch has to run where `function` is called now: the wrapper, if it is called through one."""
         return self._called[1] if self._called is not None and self._called[0] is function else None
+
+    def may_be_looked_at(self, tape: Tape, slot: Slot) -> bool:
+        """Whether a value can, and has to, be computed apart from averaging that all workers do together.
+
+        `if rank == 0: print(loss.item())` between `backward()` and `step()` must not end rank 0's program there, while
+        the others' goes on to the step. The look costs the forward once more.
+        """
+        return self._averages(tape.entries) and not self._averages(tape.slice_for([slot]))
+
+    @staticmethod
+    def _averages(entries: Iterable[Entry]) -> bool:
+        return any(entry.function is average_gradients for entry in entries)
 
     def after_backward(self) -> None:
         """Averages the gradients that wrappers are to average."""
