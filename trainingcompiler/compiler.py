@@ -132,7 +132,9 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
     elif target.workers > 1:
         placed = (workers.own(),) * len(program.state), (workers.own(),) * len(program.inputs), ()
     store = cache.store() if program.digest is not None and target.described is None else None
-    compiled, compile_time_s = (store and _kept(program, target, store)) or _made(program, target, placed, store)
+    # Of several workers on a host, the first to come compiles, and the others load what it has made.
+    with store.alone(program, target) if store and target.workers > 1 else contextlib.nullcontext():
+        compiled, compile_time_s = (store and _kept(program, target, store)) or _made(program, target, placed, store)
     analysis: Any = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,

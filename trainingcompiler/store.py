@@ -12,7 +12,7 @@ import pickle
 import platform
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from jax.experimental import serialize_executable
 from trainingcompiler.events import CacheDamaged, Note, emit
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.targets import Target
+
+try:
+    import fcntl
+except ImportError:  # Windows, which trains with one worker
+    fcntl = None  # type: ignore[assignment]
 
 ENTRY = "-program"  # the suffix of an entry's file
 _INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", "thread_guard", "x64", "transfer_guard")
@@ -83,6 +88,21 @@ class ExecutableStore:
             self._forget_beyond_limit()
         except OSError as error:
             emit(Note(text=f"{program.name} is not kept for the next run: {error}"))
+
+    @contextlib.contextmanager
+    def alone(self, program: StepProgram, target: Target) -> Iterator[None]:
+        """Waits as long as another process holds the same program's entry; the system ends a dead process's hold."""
+        path = self._path(program, target).with_suffix(".lock")
+        try:
+            file = path.open("w")
+        except OSError:  # a folder that cannot be written to: `save` says so
+            yield
+            return
+        with file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+            path.unlink(missing_ok=True)  # whoever waits for it holds the file that is gone, and finds the entry
 
     def _path(self, program: StepProgram, target: Target) -> Path:
         return self.folder / f"{program.name}-{key_of(program, target)}{ENTRY}"

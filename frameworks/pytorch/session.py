@@ -42,7 +42,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
-from trainingcompiler.frameworks.pytorch.workers import Workers
+from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -81,8 +81,11 @@ class Session:
         """Does what calling a module does: records the call if it belongs to training, or runs it."""
         if self.is_unwatched():
             return original(module, *args, **kwargs)
-        if self.workers is not None and isinstance(module, DistributedDataParallel):
-            return self.workers.call(original, module, args, kwargs)
+        if isinstance(module, DistributedDataParallel):
+            if self.workers is not None:
+                return self.workers.call(original, module, args, kwargs)
+            if averages_unseen(module):
+                self.fallbacks.leave(not_joined(), [module.module])
         if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():

@@ -155,6 +155,20 @@ def _obstacle(wrapper: Any) -> str | None:
     return None
 
 
+def averages_unseen(wrapper: DistributedDataParallel) -> bool:
+    """Whether a wrapper averages over workers that we do not know of."""
+    return dist.is_initialized() and dist.get_world_size(wrapper.process_group) > 1
+
+
+def not_joined() -> CaptureError:
+    """Why such a wrapper is left to torch."""
+    return CaptureError(
+        "DistributedDataParallel averages over processes that trainingcompiler was not started with; start them with "
+        "python -m trainingcompiler.launch --nproc-per-node=N train.py",
+        user_line(),
+    )
+
+
 class Talk:
     """`torch.distributed`, which gets the values of tensors that a loop holds and nobody has computed."""
 
