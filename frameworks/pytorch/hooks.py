@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks, workers
@@ -129,6 +130,8 @@ class Hooks:
                 self._replace(owner, name, hooked)
         batch_norm = workers.synchronized_batch_norm(nn.SyncBatchNorm.forward)
         self._replace(nn.SyncBatchNorm, "forward", batch_norm)
+        if not torch.cuda.is_available():  # the wrapper refuses torch's own on a CPU; ours is in place there
+            self._replace(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda wrapper, module: None)
 
     def _clipping(self, original):
         session = self.session

@@ -84,8 +84,8 @@ class Session:
         if isinstance(module, DistributedDataParallel):
             if self.workers is not None:
                 return self.workers.call(original, module, args, kwargs)
-            if averages_unseen(module):
-                self.fallbacks.leave(not_joined(), [module.module])
+            if averages_unseen(module) and not self.fallbacks.covers(module):
+                self.fallbacks.leave(not_joined(), [module, module.module])
         if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():

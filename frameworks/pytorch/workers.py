@@ -234,5 +234,3 @@ def _track(module: Any, mean: torch.Tensor, variance: torch.Tensor) -> None:
             factor = 1 / module.num_batches_tracked.to(mean.dtype)
         module.running_mean.copy_(module.running_mean * (1 - factor) + mean * factor)
         module.running_var.copy_(module.running_var * (1 - factor) + variance * factor)
-
-
