@@ -29,7 +29,7 @@ WAIT_S = 600.0
 STUCK_S = 15.0
 """A step that has been running so long may be waiting for a worker that runs another one: they compare notes."""
 
-_POLL_S = 0.05
+_AFTER_OTHERS_S = 3.0  # whoever has failed first is to be seen first: a broken connection is noticed at once
 
 
 @functools.cache
@@ -114,10 +114,21 @@ class Agreement:
 
     @contextlib.contextmanager
     def running(self, name: str, where: str | None) -> Iterator[None]:
-        """Watches over one run of a program that waits for others."""
+        """Watches over one run of a program that waits for others.
+
+        Raises:
+            TrainingCompilerError: One of them is gone.
+        """
         self._runs += 1
-        with self._at(name, where):
-            yield
+        try:
+            with self._at(name, where):
+                yield
+        except jax.errors.JaxRuntimeError as error:
+            time.sleep(_AFTER_OTHERS_S)
+            raise TrainingCompilerError(
+                f"a worker that was waited for in {name}{f' at {where}' if where else ''} is gone: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
 
     @contextlib.contextmanager
     def _at(self, what: str, where: str | None) -> Iterator[None]:

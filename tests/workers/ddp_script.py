@@ -108,6 +108,7 @@ def main(kind: str, out: str, uneven: bool) -> None:
     seen += [tensor.norm().item() for tensor in model.state_dict().values() if tensor.is_floating_point()]
     with open(f"{out}.{rank}.json", "w") as file:
         json.dump(seen, file)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -40,7 +40,10 @@ def results(name: str, folder: Path, workers: int) -> list[list[float]]:
     ("model", "workers"), [("cnn", 2), ("cnn", 4), ("gpt2", 2), ("gpt2", 4), ("bert", 2), ("bert", 4)]
 )
 def test_every_rank_sees_what_it_sees_under_torchrun(model, workers, tmp_path):
-    plain = run([*TORCHRUN, f"--nproc-per-node={workers}", str(SCRIPT), model, "plain"], tmp_path)
+    words = [*TORCHRUN, f"--nproc-per-node={workers}", str(SCRIPT), model, "plain"]
+    plain = run(words, tmp_path)
+    if "terminate called without an active exception" in plain.stderr:  # torch's gloo, now and then, when it leaves
+        plain = run(words, tmp_path)
     assert plain.returncode == 0, plain.stderr[-3000:]
     compiled = run([*OURS, f"--nproc-per-node={workers}", str(SCRIPT), model, "compiled"], tmp_path)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
