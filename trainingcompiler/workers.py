@@ -23,7 +23,8 @@ from trainingcompiler import rendezvous
 from trainingcompiler.errors import TrainingCompilerError
 
 AXIS = "workers"
-SUM = "trainingcompiler.sum_over_workers.default"  # PyTorch's operator for it, as graphs name it
+OPERATORS = ("trainingcompiler.sum_over_workers.default", "trainingcompiler.mean_over_workers.default")
+"""PyTorch's operators in which workers wait for each other, as graphs name them."""
 WAIT_S = 600.0
 """How long a worker waits for the others to come to a new program."""
 STUCK_S = 15.0

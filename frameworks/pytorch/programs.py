@@ -259,7 +259,7 @@ class CompiledTape:
         )
         self.program = program if results else None
         # Whether other workers have to run it at the same time.
-        self._waits = any(node.operator == workers.SUM for node in captured.graph.live_nodes(results))
+        self._waits = any(node.operator in workers.OPERATORS for node in captured.graph.live_nodes(results))
         self._executable: compiler.Executable | None = None
 
     def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:

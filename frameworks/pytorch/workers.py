@@ -28,6 +28,10 @@ from trainingcompiler.frameworks.pytorch.tape import Entry, Slot, Tape
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
 
+# A message for each gradient costs a small GPT a third of its speed on two CPU workers; one of 15 MB, or torch's 25 MB,
+# costs a multilayer perceptron more than half of it (benchmarks/workers.py). On a GPU, XLA combines them further.
+_BUCKET_BYTES = 2**20
+
 TALKING = (
     "all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single broadcast gather reduce reduce_scatter "
     "reduce_scatter_tensor scatter send isend recv irecv"
@@ -58,14 +62,43 @@ def _sum_of_fakes(x: torch.Tensor) -> torch.Tensor:
 sum_over_workers.register_autograd(lambda context, gradient: sum_over_workers(gradient))
 
 
+@torch.library.custom_op("trainingcompiler::mean_over_workers", mutates_args=())
+def mean_over_workers(tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The means of every worker's tensors of one dtype, sent together; here as torch runs it."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(count)
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.clone().view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@mean_over_workers.register_fake
+def _means_of_fakes(tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+
+
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replaces the gradients of parameters by their means over the workers."""
+    """Replaces the gradients of parameters by their means over the workers.
+
+    Small ones travel together; the last layers' come first, as backward has them first.
+    """
     count = world_size()
     with torch.no_grad():
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is not None:  # torch divides first as well
-                gradient.copy_(sum_over_workers(gradient / count))
+        for bucket in _buckets([p.grad for p in reversed(parameters) if p.grad is not None]):
+            for gradient, mean in zip(bucket, mean_over_workers(bucket, count), strict=True):
+                gradient.copy_(mean)
+
+
+def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Neighbours of one dtype, each bucket closed when it is large enough."""
+    buckets: list[list[torch.Tensor]] = []
+    filled = 0
+    for gradient in gradients:
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or filled > _BUCKET_BYTES:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(gradient)
+        filled += gradient.numel() * gradient.element_size()
+    return buckets
 
 
 class Workers:

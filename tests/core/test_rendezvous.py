@@ -1,9 +1,9 @@
 """Workers meet, as processes: whoever started them, JAX's processes know each other before the script begins."""
 
 import os
+import re
 import socket
 import subprocess
-import re
 import sys
 
 import pytest
@@ -123,7 +123,7 @@ def test_ddp_trains_one_model(folder):
     ((code, _, err),) = ends([start(folder, *words, "train.py")])
     first, second = met(folder)
     assert (code, first) == (0, second), err
-    assert "8 compiled" in err or "7 compiled" in err
+    assert "8 steps, " in err and "eager" not in err
     ends([start(folder, *words, "--no-compile", "train.py")])
     plain, _ = met(folder)
     numbers = [[float(number) for number in re.findall(r"-?\d[\d.e-]*", text)] for text in (first, plain)]
