@@ -83,6 +83,12 @@ def _check_devices(line: CommandLine, resolved: ResolvedConfig) -> None:
     """Devices of one process, and several processes, are two ways to the same end."""
     devices, strategy = resolved.config.devices, resolved.config.strategy
     workers = job.is_distributed(line)
+    others = "--no-compile" if not resolved.config.enabled else f"--engine={resolved.config.engine}"
+    if devices != 1 and others in ("--no-compile", "--engine=eager", "--engine=tensorflow"):
+        raise UsageError(
+            f"{resolved.sources['devices']}={devices} needs compiled steps, and {others} leaves them to the framework, "
+            "which runs them on one device; leave one of the two out"
+        )
     if workers and devices != 1:
         raise UsageError(
             f"{resolved.sources['devices']}={devices} is for a script that knows of one process, and "

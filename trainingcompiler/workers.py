@@ -146,6 +146,8 @@ class Agreement:
         worker, client = rendezvous.current(), _client()
         assert worker is not None
         told = ""
+        seen: dict[str, str] = {}
+        seen_since = 0.0
         while True:
             time.sleep(1.0)
             since, doing = self._since, f"run {self._runs}: {self._doing}"
@@ -155,7 +157,11 @@ class Agreement:
                     client.key_value_set(f"trainingcompiler/stuck/{worker.rank}", doing, allow_overwrite=True)
                 others = dict(client.key_value_dir_get("trainingcompiler/stuck/"))
                 others = {key.rpartition("/")[2]: text for key, text in others.items()}
-                if self._since == since and len(set(others.values())) > 1:
+                if others != seen:
+                    seen, seen_since = others, time.monotonic()
+                # One may be at the end of a long step while another is in the next: that passes.
+                lasts = time.monotonic() - seen_since > STUCK_S
+                if self._since == since and lasts and len(set(others.values())) > 1:
                     _give_up(others)
             elif told:
                 told = ""
@@ -166,7 +172,7 @@ def _give_up(doing: dict[str, str]) -> None:
     """Ends this process: its main thread waits, and nothing can wake it."""
     lines = "".join(f"\n  rank {rank}  {text}" for rank, text in sorted(doing.items()))
     sys.stderr.write(
-        f"trainingcompiler: workers wait for each other in different programs, for more than {STUCK_S:.0f} s:{lines}\n"
+        f"trainingcompiler: workers wait for each other in different programs, for {2 * STUCK_S:.0f} s:{lines}\n"
         "A part of the loop that only one rank takes may not run a step, read a gradient, or call a synchronized "
         "layer, which all ranks do together.\n"
     )

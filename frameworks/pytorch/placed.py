@@ -41,6 +41,7 @@ class PlacedCell:
         self.tensor = weakref.ref(tensor)
         self._array: jax.Array | None = None  # the values, while they are away
         self._is_ahead = False  # whether they are newer than what torch still has
+        weakref.finalize(tensor, _forget, id(tensor), self).atexit = False
 
     @classmethod
     def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["PlacedCell", torch.Tensor]:
@@ -90,9 +91,7 @@ class PlacedCell:
         self._array, self._is_ahead = None, False
 
     def _leave(self, tensor: torch.Tensor) -> None:
-        key = id(tensor)
-        _cells[key] = self
-        weakref.finalize(tensor, _forget, key, self).atexit = False
+        _cells[id(tensor)] = self
         with torch._C.DisableTorchFunction():
             tensor.__class__ = _away(type(tensor))
 

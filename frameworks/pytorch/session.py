@@ -42,7 +42,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
-from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined
+from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined, obstacle
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -84,8 +84,11 @@ class Session:
         if isinstance(module, DistributedDataParallel):
             if self.workers is not None:
                 return self.workers.call(original, module, args, kwargs)
-            if averages_unseen(module) and not self.fallbacks.covers(module):
-                self.fallbacks.leave(not_joined(), [module, module.module])
+            if averages_unseen(module):
+                if not self.fallbacks.covers(module):
+                    self.fallbacks.leave(not_joined(), [module, module.module])
+            elif obstacle(module) is None:
+                module = module.module  # of one process: there is nothing to average
         if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():

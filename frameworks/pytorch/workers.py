@@ -117,7 +117,7 @@ class Workers:
         """Does what calling the wrapper does: the module inside is recorded, or torch runs the wrapper."""
         session = self._session
         module = wrapper.module
-        reason = _obstacle(wrapper)
+        reason = obstacle(wrapper)
         if reason is not None:
             session.fallbacks.say(CaptureError(reason, user_line()))
         if reason is not None or not session.is_deferrable(module, args, kwargs):
@@ -158,7 +158,9 @@ class Workers:
         """Averages the gradients that wrappers are to average."""
         wrappers, self._synchronized = list(self._synchronized.values()), {}
         for wrapper in wrappers:
-            parameters = [parameter for parameter in wrapper.module.parameters() if parameter.requires_grad]
+            named = wrapper.module.named_parameters()
+            ignored = wrapper.parameters_to_ignore
+            parameters = [p for name, p in named if p.requires_grad and name not in ignored]
             self._session.stepping.clip(average_gradients, (parameters,), {})
 
     def _share_buffers(self, wrapper: Any) -> None:
@@ -179,12 +181,18 @@ def _in_torch(wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
     return call
 
 
-def _obstacle(wrapper: Any) -> str | None:
+def obstacle(wrapper: Any) -> str | None:
     """Why a wrapper's averaging is left to torch."""
     if wrapper.process_group is not None and dist.get_world_size(wrapper.process_group) != world_size():
         return "DistributedDataParallel averages within a group of the workers"
     if getattr(wrapper, "_comm_hooks", None):
         return "DistributedDataParallel has a communication hook"
+    if getattr(wrapper, "mixed_precision", None) is not None:
+        return "DistributedDataParallel has a mixed precision of its own"
+    if wrapper._join_config.enable:
+        return "DistributedDataParallel joins workers with different numbers of batches"
+    if wrapper._forward_hooks or wrapper._forward_pre_hooks or wrapper._backward_hooks:
+        return "DistributedDataParallel has a hook"
     return None
 
 

@@ -260,6 +260,7 @@ def test_a_batch_that_does_not_divide_is_computed_by_all_and_said_once(tmp_path)
     ("options", "devices", "message"),
     [
         (("--devices=3",), 2, "--devices=3: this process has 2 (cpu); give --devices=all or fewer"),
+        (("--devices=2", "--no-compile"), 2, "--devices=2 needs compiled steps, and --no-compile leaves them to the"),
         (("--devices=0",), 2, '--devices=0: must be a number of devices, 1 or more, or "all"'),
         (("--devices=two",), 2, '--devices=two: must be a number of devices, 1 or more, or "all"'),
         (("--devices=3", "--strategy=tp=2"), 4, "groups of 2 devices do not divide 3; take a multiple of 2"),
