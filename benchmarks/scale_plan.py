@@ -111,6 +111,9 @@ back, clipping, AdamW with its state in float32) of `benchmarks/scale_train.py`,
 of devices, compiled for described H200s. One sequence of 4,096 tokens for each GPU. Memory is of one GPU, as XLA
 planned it; collectives are counted in the compiled program, with the bytes that one GPU has of each result.
 
+Known and not mended: beyond 64 GPUs the peak grows again. With gradient checkpointing the causal mask of the whole
+batch is kept by every GPU, 16 GiB for 1,024 sequences, where it should be no array at all.
+
 {machine}
 
 """
