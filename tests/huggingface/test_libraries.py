@@ -88,13 +88,13 @@ def test_a_lightning_fit(tmp_path):
         return {"model": mlp()}
 
     def loop(objects, data):
-        fit = lightning.Trainer(
-            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            gradient_clip_val=0.5, default_root_dir=tmp_path, enable_checkpointing=False,
-        )  # fmt: skip
         module = Lit(objects["model"])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Lightning advises more DataLoader workers
+            warnings.simplefilter("ignore")  # Lightning advises more DataLoader workers, and srun where there is one
+            fit = lightning.Trainer(
+                max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                gradient_clip_val=0.5, default_root_dir=tmp_path, enable_checkpointing=False,
+            )  # fmt: skip
             fit.fit(module, DataLoader(data, batch_size=None), DataLoader(data[:4], batch_size=None))
         return [loss.item() for loss in module.seen] + [fit.callback_metrics["val_loss"].item()]
 
