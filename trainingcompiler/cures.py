@@ -12,19 +12,20 @@ from trainingcompiler.targets import Target
 _MOST_HALVINGS = 4
 
 
-def with_cures(error: NotEnoughMemoryError, step: PlannableStep) -> NotEnoughMemoryError:
-    """The same error, which also says what would fit this process's device.
+def with_cures(error: NotEnoughMemoryError, step: PlannableStep, target: Target) -> NotEnoughMemoryError:
+    """The same error, which also says what would fit this process's devices.
 
     Args:
         error: What `compiler.compile` has raised for the step.
         step: The step.
+        target: What it was compiled for.
     """
     rows = next((shape[0] for _, shape in step.given() if shape), None)
     cures: list[str] = []
     if rows is not None:
         with contextlib.suppress(TrainingCompilerError):  # a step that depends on its batch size has no smaller one
-            cures += smaller_batches(step, rows, Target.local(), error.available_bytes)
-        cures += variants(step, rows, rows, Target.local(), error.needed_bytes)
+            cures += smaller_batches(step, rows, target, error.available_bytes)
+        cures += variants(step, rows, rows, target, error.needed_bytes)
     return NotEnoughMemoryError(error.program, error.needed_bytes, error.available_bytes, error.buffers, cures)
 
 

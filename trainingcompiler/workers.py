@@ -7,6 +7,7 @@ collectives, each computes with what it has.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -76,6 +77,9 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+_meetings = itertools.count(1)  # of the process: a second session must not take a key of the first
+
+
 class Agreement:
     """Sees that all workers run the same programs in the same order, where these wait for each other.
 
@@ -84,7 +88,6 @@ class Agreement:
     """
 
     def __init__(self):
-        self._programs = 0
         self._runs = 0
         self._doing = ""  # the program that this worker is in, with its line
         self._since = 0.0  # when it began; 0 outside
@@ -101,9 +104,9 @@ class Agreement:
         Raises:
             TrainingCompilerError: Somebody has come to another program, or with other shapes.
         """
-        self._programs += 1
+        number = next(_meetings)
         with self._at(f"the first run of {name}", where):
-            told = share(f"program {self._programs}", {"name": name, "where": where, "inputs": inputs})
+            told = share(f"program {number}", {"name": name, "where": where, "inputs": inputs})
         for rank, other in enumerate(told):
             difference = _difference(told[0], other)
             if difference:

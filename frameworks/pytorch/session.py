@@ -474,7 +474,7 @@ class Session:
     def _give_up(self, error: NotEnoughMemoryError, entries: list[Entry]) -> NoReturn:
         self.tape.entries.clear()
         with undeferred():
-            raise with_cures(error, RecordedStep(self.programs, entries)) from None
+            raise with_cures(error, RecordedStep(self.programs, entries), self.programs.target) from None
 
     def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
         """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.

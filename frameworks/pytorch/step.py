@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainingcompiler import planner
@@ -26,6 +27,7 @@ from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.workers import averages_unseen
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -116,6 +118,10 @@ class CompiledStep:
             self._book.habits(optimizer).clears = all(
                 p.grad is None for group in optimizer.param_groups for p in group["params"]
             )
+        if any(isinstance(module, DistributedDataParallel) and averages_unseen(module) for module in modules.values()):
+            reason = "DistributedDataParallel in a function given to tc.compile averages in torch only"
+            self._fallbacks.leave(CaptureError(f"{reason}; run the plain loop under the launcher", user_line()), [self])
+            self._is_eager = True
         self._finished("eager")
         return result
 

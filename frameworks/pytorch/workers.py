@@ -118,8 +118,8 @@ class Workers:
         session = self._session
         module = wrapper.module
         reason = obstacle(wrapper)
-        if reason is not None:
-            session.fallbacks.say(CaptureError(reason, user_line()))
+        if reason is not None and not session.fallbacks.covers(wrapper):
+            session.fallbacks.leave(CaptureError(reason, user_line()), [wrapper])
         if reason is not None or not session.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():

@@ -183,7 +183,7 @@ class StepRunner:
         try:
             step.compile()
         except NotEnoughMemoryError as error:
-            raise with_cures(error, self._called(args)) from None
+            raise with_cures(error, self._called(args), self._target) from None
 
     def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
         """Says what made a further program necessary."""

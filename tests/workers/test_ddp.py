@@ -101,6 +101,43 @@ def test_workers_that_we_were_not_started_with_are_left_to_torch(tmp_path):
     assert "start them with python -m trainingcompiler.launch --nproc-per-node=N train.py" in done.stderr
 
 
+COMPILED = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import trainingcompiler as tc
+
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(4, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+generator = torch.Generator().manual_seed(dist.get_rank())
+
+
+@tc.compile
+def train_step(x):
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+for _ in range(6):
+    train_step(torch.randn(8, 4, generator=generator))
+weights = [torch.zeros(2, 4) for _ in range(2)]
+dist.all_gather(weights, model.module.weight.detach())
+assert torch.equal(*weights)
+dist.destroy_process_group()
+"""
+
+
+def test_a_function_given_to_compile_averages_in_torch(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(COMPILED, encoding="utf-8")
+    done = run([*OURS[:2], "--nproc-per-node=2", str(path)], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "in a function given to tc.compile averages in torch only; run the plain loop" in done.stderr
+
+
 SYNCHRONIZED = """
 import json, sys
 import torch, torch.distributed as dist
