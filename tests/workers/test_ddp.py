@@ -41,9 +41,10 @@ def results(name: str, folder: Path, workers: int) -> list[list[float]]:
 )
 def test_every_rank_sees_what_it_sees_under_torchrun(model, workers, tmp_path):
     words = [*TORCHRUN, f"--nproc-per-node={workers}", str(SCRIPT), model, "plain"]
-    plain = run(words, tmp_path)
-    if "terminate called without an active exception" in plain.stderr:  # torch's gloo, now and then, when it leaves
+    for _ in range(3):
         plain = run(words, tmp_path)
+        if "terminate called without an active exception" not in plain.stderr:  # torch's gloo, now and then, on leaving
+            break
     assert plain.returncode == 0, plain.stderr[-3000:]
     compiled = run([*OURS, f"--nproc-per-node={workers}", str(SCRIPT), model, "compiled"], tmp_path)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
