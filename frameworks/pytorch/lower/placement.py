@@ -25,7 +25,8 @@ def heads(array: Array) -> Array:
 
 def _placed(array: Array, *axes: str) -> Array:
     target = current_target()
-    devices = None if target is None else target.devices()
+    # One device has nothing to divide, and one that is only described need not be compiled for: a check lowers for it.
+    devices = None if target is None or target.device_count == 1 else target.devices()
     if target is None or devices is None:
         return array
     mesh = mesh_of(devices, target.strategy)
