@@ -8,7 +8,7 @@ from trainingcompiler.errors import UsageError
 from trainingcompiler.job import Job
 from trainingcompiler.launchers.telling import described, exit_code, say, shell_line, with_threads
 
-_PORT = 29500  # torchrun's own, where no other is given
+_PORT, _MEETING_PORT = 29500, 29400  # torchrun's own for --master-addr and --rdzv-endpoint, where no other is given
 
 
 def launch(job: Job) -> NoReturn:
@@ -71,15 +71,15 @@ def launch(job: Job) -> NoReturn:
 
 def rendezvous_settings(job: Job) -> dict[str, Any]:
     """Where and how hosts meet, in the words of `LaunchConfig`."""
-    if job.max_nodes == 1 and not job.rdzv_endpoint:
+    if not (job.rdzv_endpoint or job.master_addr):
         # As torchrun --standalone: a store of this host's own, on a free port.
-        endpoint, backend, configs = f"localhost:{job.master_port or 0}", "c10d", {}
+        endpoint, backend = f"localhost:{job.master_port or 0}", "c10d"
     elif job.rdzv_endpoint:
-        endpoint, backend = job.rdzv_endpoint, job.rdzv_backend
-        configs = {} if job.node_rank is None else {"rank": job.node_rank}
+        named = job.rdzv_endpoint.rpartition(":")[2].isdecimal()
+        endpoint, backend = job.rdzv_endpoint if named else f"{job.rdzv_endpoint}:{_MEETING_PORT}", job.rdzv_backend
     else:
         endpoint, backend = f"{job.master_addr}:{job.master_port or _PORT}", "static"
-        configs = {} if job.node_rank is None else {"rank": job.node_rank}
+    configs = {"rank": job.node_rank or 0} if backend == "static" else {}
     return {
         "rdzv_backend": backend,
         "rdzv_endpoint": endpoint,

@@ -18,7 +18,7 @@ DEFAULT_EXIT_TIMEOUT_S = 300.0
 OPTIONS = {
     "--nproc-per-node": Option("N|auto|gpu|cpu", "how many workers to start on each host"),
     "--nnodes": Option("N|MIN:MAX", "how many hosts take part; more than one are started on each, or by a cluster"),
-    "--node-rank": Option("K", "which of the hosts this is, from 0, where --master-addr says where they meet"),
+    "--node-rank": Option("K", "which of the hosts this is, from 0; for --master-addr and --rdzv-backend=static"),
     "--rdzv-backend": Option("c10d|static|etcd|etcd-v2", "how hosts find each other"),
     "--rdzv-endpoint": Option("HOST:PORT", "where they meet, the same on each host"),
     "--rdzv-id": Option("NAME", "the name of the job, the same on each host"),
@@ -326,24 +326,53 @@ def _contradictions(job: Job, launcher: str) -> list[str]:
                 f"--nnodes={job.max_nodes}: --launcher=local starts the workers of one host; give --launcher=elastic, "
                 "slurm, ray or kubernetes, or none"
             )
-        elif job.node_rank:
-            found.append(f"--node-rank={job.node_rank}: --nnodes says that there is one host, whose rank is 0")
         if job.master_port is not None and not job.dry_run and not is_free(job.master_port):
             found.append(
                 f"--master-port={job.master_port}: somebody listens on this port already; give another one, or none: "
                 "then a free one is found"
             )
-    if launcher == "elastic" and job.max_nodes > 1 and not job.standalone:
-        meets = job.rdzv_endpoint or (job.master_addr and job.node_rank is not None)
-        if not meets:
-            found.append(
-                f"--nnodes={job.max_nodes}: nothing says where the hosts meet; give each the same "
-                "--rdzv-endpoint=HOST:PORT, HOST being one of them (or --master-addr and, on each another, --node-rank)"
-            )
-        if job.rdzv_backend == "static" and job.min_nodes != job.max_nodes:
-            found.append("--nnodes=MIN:MAX needs --rdzv-endpoint: hosts cannot come and go at a --master-addr")
-    if job.node_rank is not None and job.node_rank >= job.max_nodes > 1:
+    if launcher == "elastic":
+        found += _contradictions_of_meeting(job)
+    if job.node_rank and job.max_nodes == 1:
+        found.append(f"--node-rank={job.node_rank}: --nnodes says that there is one host, whose rank is 0")
+    elif job.node_rank is not None and job.node_rank >= job.max_nodes > 1:
         found.append(f"--node-rank={job.node_rank}: there are {job.max_nodes} hosts, whose ranks begin with 0")
     if launcher == "kubernetes" and not job.image:
         found.append("--launcher=kubernetes needs --image=IMAGE, a container image with the script and this package")
+    return found
+
+
+def _contradictions_of_meeting(job: Job) -> list[str]:
+    """What keeps hosts from meeting, or would be ignored: "static" counts on what it is told, others find it out."""
+    found = []
+    counted = job.rdzv_backend == "static"
+    if job.rdzv_endpoint and (job.master_addr or job.master_port):
+        given = f"--master-addr={job.master_addr}" if job.master_addr else f"--master-port={job.master_port}"
+        found.append(f"{given}: --rdzv-endpoint={job.rdzv_endpoint} says where the hosts meet; give one of the two")
+    elif job.master_addr and not counted:
+        found.append(
+            f"--master-addr={job.master_addr}: with --rdzv-backend={job.rdzv_backend} the hosts meet at "
+            "--rdzv-endpoint=HOST:PORT; give that one, or leave --rdzv-backend out"
+        )
+    elif job.standalone:
+        pass
+    elif not (job.rdzv_endpoint or job.master_addr) and (job.max_nodes > 1 or job.rdzv_backend != "c10d"):
+        what = f"--nnodes={job.max_nodes}" if job.max_nodes > 1 else f"--rdzv-backend={job.rdzv_backend}"
+        found.append(
+            f"{what}: nothing says where the hosts meet; give each the same --rdzv-endpoint=HOST:PORT, HOST being one "
+            "of them (or --master-addr and, on each another, --node-rank)"
+        )
+    elif counted and job.min_nodes != job.max_nodes:
+        found.append(
+            f"--nnodes={job.min_nodes}:{job.max_nodes}: hosts come and go at an --rdzv-endpoint with "
+            "--rdzv-backend=c10d, and not at a --master-addr or with --rdzv-backend=static"
+        )
+    elif counted and job.max_nodes > 1 and job.node_rank is None:
+        place = f"--master-addr={job.master_addr}" if job.master_addr else "--rdzv-backend=static"
+        found.append(f"{place}: the hosts are not numbered there; give each another --node-rank, the first one 0")
+    if job.node_rank is not None and not counted and job.rdzv_endpoint:
+        found.append(
+            f"--node-rank={job.node_rank}: with --rdzv-backend={job.rdzv_backend} the hosts are numbered when they "
+            "meet, and it would be ignored; leave it out, or give --rdzv-backend=static, which needs it on each host"
+        )
     return found

@@ -78,12 +78,27 @@ def test_who_starts_the_workers():
         (["--nnodes=3:2"], "--nnodes=3:2: must be a number of hosts, 1 or more, or MIN:MAX"),
         (["--nnodes=2"], "--nnodes=2: nothing says where the hosts meet; give each the same --rdzv-endpoint=HOST:PORT, "
          "HOST being one of them (or --master-addr and, on each another, --node-rank)"),
-        (["--nnodes=1:2", "--master-addr=a", "--node-rank=0"], "--nnodes=MIN:MAX needs --rdzv-endpoint: hosts cannot "
-         "come and go at a --master-addr"),
+        (["--nnodes=1:2", "--master-addr=a", "--node-rank=0"], "--nnodes=1:2: hosts come and go at an --rdzv-endpoint "
+         "with --rdzv-backend=c10d, and not at a --master-addr or with --rdzv-backend=static"),
+        (["--nnodes=2", "--master-addr=a"], "--master-addr=a: the hosts are not numbered there; give each another "
+         "--node-rank, the first one 0"),
+        (["--nnodes=2", "--rdzv-endpoint=a", "--rdzv-backend=static"], "--rdzv-backend=static: the hosts are not "
+         "numbered there; give each another --node-rank, the first one 0"),
+        (["--nnodes=2", "--rdzv-endpoint=a", "--node-rank=1"], "--node-rank=1: with --rdzv-backend=c10d the hosts are "
+         "numbered when they meet, and it would be ignored; leave it out, or give --rdzv-backend=static, which needs "
+         "it on each host"),
+        (["--nnodes=2", "--rdzv-endpoint=a", "--master-port=4711"], "--master-port=4711: --rdzv-endpoint=a says where "
+         "the hosts meet; give one of the two"),
+        (["--nnodes=2", "--master-addr=a", "--rdzv-backend=c10d"], "--master-addr=a: with --rdzv-backend=c10d the "
+         "hosts meet at --rdzv-endpoint=HOST:PORT; give that one, or leave --rdzv-backend out"),
+        (["--rdzv-backend=etcd"], "--rdzv-backend=etcd: nothing says where the hosts meet; give each the same "
+         "--rdzv-endpoint=HOST:PORT, HOST being one of them (or --master-addr and, on each another, --node-rank)"),
+        (["--launcher=elastic", "--node-rank=1"], "--node-rank=1: --nnodes says that there is one host, whose rank is "
+         "0"),
         (["--nnodes=2", "--launcher=local"], "--nnodes=2: --launcher=local starts the workers of one host; give "
          "--launcher=elastic, slurm, ray or kubernetes, or none"),
         (["--node-rank=1"], "--node-rank=1: --nnodes says that there is one host, whose rank is 0"),
-        (["--nnodes=2", "--rdzv-endpoint=a:1", "--node-rank=2"], "--node-rank=2: there are 2 hosts, whose ranks begin "
+        (["--nnodes=2", "--master-addr=a", "--node-rank=2"], "--node-rank=2: there are 2 hosts, whose ranks begin "
          "with 0"),
         (["--rdzv-endpoint=a:b"], "--rdzv-endpoint=a:b: must be HOST:PORT, the same on each host (the port may be left "
          "out: 29400)"),

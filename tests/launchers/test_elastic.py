@@ -33,10 +33,12 @@ def test_a_failure_is_started_again_and_then_told_last(launch):
     assert "[launch]     rank 1 failed first (exit code 1):\nTraceback" in ran.stderr
 
 
-def test_two_hosts_meet_at_an_endpoint(launch, tmp_path):
+@pytest.mark.parametrize("numbered", [False, True])
+def test_two_hosts_meet_at_an_endpoint(numbered, launch, tmp_path):
     (port,) = free_ports(1)
     meeting = ("--launcher=elastic", "--nnodes=2", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=x")
-    hosts = [launch(BEGIN, *meeting) for _ in range(2)]
+    numbers = [("--rdzv-backend=static", f"--node-rank={rank}") if numbered else () for rank in range(2)]
+    hosts = [launch(BEGIN, *meeting, *own) for own in numbers]
     assert [done(host).returncode for host in hosts] == [0, 0]
     assert [(tmp_path / f"met-{rank}").read_text() for rank in (0, 1)] == ["0 2 0 True 0", "1 2 0 True 0"]
 
@@ -55,6 +57,10 @@ def test_dry_run(launch, tmp_path):
     [
         ({}, "localhost:0", "c10d", {}),
         ({"max_nodes": 2, "rdzv_endpoint": "a:1"}, "a:1", "c10d", {}),
+        ({"max_nodes": 2, "rdzv_endpoint": "[::1]"}, "[::1]:29400", "c10d", {}),
+        ({"max_nodes": 2, "rdzv_endpoint": "a", "rdzv_backend": "static", "node_rank": 1}, "a:29400", "static",
+         {"rank": 1}),
+        ({"master_addr": "a", "rdzv_backend": "static"}, "a:29500", "static", {"rank": 0}),
         ({"max_nodes": 2, "master_addr": "a", "node_rank": 1, "rdzv_backend": "static"}, "a:29500", "static",
          {"rank": 1}),
     ],
