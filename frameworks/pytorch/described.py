@@ -14,10 +14,11 @@ from trainingcompiler.compiler import Executable
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.events import phase
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
+from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Purpose
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.programs import CompiledTape, ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.structure import flatten

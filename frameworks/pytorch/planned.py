@@ -8,10 +8,12 @@ import torch
 
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
+from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Purpose
 from trainingcompiler.frameworks.pytorch.described import with_state
 from trainingcompiler.frameworks.pytorch.eager_memory import peak_bytes
+from trainingcompiler.frameworks.pytorch.naming import leaf_name
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.programs import CompiledTape, ProgramCache, Purpose, leaf_name
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input
 from trainingcompiler.program import StepProgram

@@ -19,6 +19,7 @@ from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.cures import with_cures
 from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
+from trainingcompiler.frameworks.pytorch.compiled_tape import Purpose
 from trainingcompiler.frameworks.pytorch.deferred import (
     METADATA,
     METADATA_METHODS,
@@ -34,7 +35,7 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.planned import RecordedStep, pretend
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
-from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 from trainingcompiler.frameworks.pytorch.speculation import Speculation

@@ -11,8 +11,9 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.calls import CallBook
+from trainingcompiler.frameworks.pytorch.compiled_tape import Held, Purpose
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.programs import Held, ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape
 

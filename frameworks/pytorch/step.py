@@ -16,12 +16,13 @@ from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.compiled_tape import Purpose
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.programs import ProgramCache, Purpose
+from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array

@@ -1,0 +1,336 @@
+"""One compiled tape: what it computes, how its arguments are found, and what becomes of its results."""
+
+import contextlib
+import enum
+import itertools
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import torch
+from jax import lax
+from torch import nn
+
+from trainingcompiler import compiler, workers
+from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.bindings import Bindings
+from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource
+from trainingcompiler.frameworks.pytorch.digests import digest_of
+from trainingcompiler.frameworks.pytorch.graph import references
+from trainingcompiler.frameworks.pytorch.lower import checks
+from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
+from trainingcompiler.frameworks.pytorch.lowering import lower
+from trainingcompiler.frameworks.pytorch.naming import written_names
+from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
+from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
+from trainingcompiler.program import Role, StepProgram, TensorSpec
+from trainingcompiler.statistics import current as statistics
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+
+_REFUSED = "a value is out of range, such as an index: torch is to say which"
+
+
+class Purpose(enum.Enum):
+    """What becomes of the state and gradients that entries write.
+
+    `COMMIT` updates them, in place. `PEEK` does not compute them. `HOLD` computes them beside the old ones, to be
+    applied when the loop has asked for them.
+    """
+
+    COMMIT = enum.auto()
+    PEEK = enum.auto()
+    HOLD = enum.auto()
+
+
+class CompiledTape:
+    """One executable and how its arguments are found.
+
+    Attributes:
+        exported: Numbers of the slots that it computes.
+        program: What is compiled; None where calls whose results nobody holds, of modules without buffers, leave
+            nothing to do.
+    """
+
+    def __init__(
+        self, cache: "ProgramCache", name, entries, captured: CapturedStep, exports: list[Slot], purpose: Purpose
+    ):
+        self.cache = cache
+        slots = [slot for entry in entries for slot in entry.outputs or ()]
+        self.exported = {slots.index(slot) for slot in exports}
+        self._exports = sorted(self.exported)
+        self._purpose = purpose
+        self._name, self._steps = name, any(entry.optimizers for entry in entries)
+        self._where = next((entry.where for entry in entries if entry.where), None)
+        self._tensor_dims = self._divided(entries, captured)
+        self._plan_gradients(entries, captured)
+        output_values = [captured.outputs[slots[index]] for index in self._exports]
+        output_values += [value for _, value in self._new_gradients]
+        written = [item for item in captured.lifted if item.new_value != item.value and id(item) not in self._dropped]
+        if purpose is Purpose.PEEK:
+            written = []
+        if purpose is Purpose.HOLD:
+            if any(item.tensor().requires_grad or item.gradient_of for item in written):
+                raise CaptureError(reason="parameters or gradients would be held twice")
+            output_values += [item.new_value for item in written]
+        results = [item.new_value for item in written] + output_values
+        used = {number for node in captured.graph.live_nodes(results) for number in references(node)} | set(results)
+        donated = written if purpose is Purpose.COMMIT else []
+        read = [item for item in captured.lifted if item not in donated and item.value in used]
+        held = written if purpose is Purpose.HOLD else []
+        self._donated, self._read = len(donated), len(read)
+        self._bindings = Bindings([*donated, *read, *held], [o for entry in entries for o in entry.optimizers])
+        self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
+        self._seeds = [entry for entry, _ in captured.seeds]
+        self._numbers = [source for source, _ in captured.numbers]
+        precisions = sorted({entry.ambient.precision for entry in entries})
+        returned = [item.new_value for item in donated] + output_values
+        function = lower(captured.graph, returned, precisions)
+        state_values = [item.value for item in donated]
+        input_values = [item.value for item in read]
+        input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
+        number_values = [value for _, value in captured.numbers]
+
+        def step(state, inputs):
+            *arrays, numbers = inputs
+            values = dict(zip(state_values, state, strict=True))
+            values.update(zip(input_values, arrays, strict=True))
+            values.update({value: numbers[index] for index, value in enumerate(number_values)})
+            with checks.collecting() as conditions:
+                results = function(values)
+            new_state, outputs = tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
+            if not conditions:
+                return new_state, outputs
+            # The selection is fused into the update, which reads the old value anyway.
+            holds = checks.all_hold(conditions)
+            kept = (
+                lax.select(lax.broadcast(holds, old.shape), new, old) for new, old in zip(new_state, state, strict=True)
+            )
+            return tuple(kept), (*outputs, holds)
+
+        self._outputs = len(output_values)
+        self._inspected: tuple | None = None
+        if inspection.inspector is not None:
+            given = [*state_values, *input_values, *number_values]
+            self._inspected = captured.graph, given, returned, written_names(entries, written)
+        leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
+        arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
+        program = StepProgram(
+            name=name,
+            function=step,
+            state=self._state_specs(_tensors(donated), entries),
+            inputs=(
+                *(self._spec_of(f"constant {i}", t, "constant") for i, t in enumerate(_tensors(read))),
+                *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
+                *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
+                _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
+            ),
+            outputs=self._output_specs([slots[index] for index in self._exports]),
+            digest=digest_of(captured.graph, returned, [state_values, input_values, number_values, *precisions]),
+            is_deterministic=any(entry.ambient.deterministic for entry in entries),
+            recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
+        )
+        self.program = program if results else None
+        # Whether other workers have to run it at the same time.
+        self._waits = any(node.operator in workers.OPERATORS for node in captured.graph.live_nodes(results))
+        self._executable: compiler.Executable | None = None
+
+    def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
+        """The dims of tensors that devices which share a layer divide, by identity."""
+        layers = self.cache.layers
+        layers.see({id(module): module for entry in entries for module in entry.modules}.values())
+        return layers.dims([o for entry in entries for o in entry.optimizers], captured.lifted)
+
+    def _output_specs(self, exports: list[Slot]) -> tuple[TensorSpec, ...]:
+        of_slots = [_spec("output", slot.meta.shape, slot.meta.dtype, "output") for slot in exports]
+        parameters = [parameter() for parameter, _ in self._new_gradients]
+        return (*of_slots, *(self._spec_of("gradient", parameter, "gradient") for parameter in parameters))
+
+    def _spec_of(self, name: str, tensor: torch.Tensor, role: Role) -> TensorSpec:
+        """Describes a tensor that may be divided between devices which share its layer."""
+        return replace(_spec(name, tensor.shape, tensor.dtype, role), tensor_dim=self._tensor_dims.get(id(tensor)))
+
+    def _state_specs(self, tensors: list[torch.Tensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
+        stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
+        kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
+
+        def role(tensor: torch.Tensor) -> Role:
+            return "parameter" if isinstance(tensor, nn.Parameter) else "optimizer" if id(tensor) in kept else "buffer"
+
+        names = tensor_names(entries)
+        return tuple(
+            self._spec_of(names.get(id(tensor), f"state {index}"), tensor, role(tensor))
+            for index, tensor in enumerate(tensors)
+        )
+
+    def compile(self) -> None:
+        """Compiles the program for this process's devices."""
+        if self.program is not None:
+            if self._waits:
+                inputs = [f"a batch of {s.dtype.name}{list(s.shape)}" for s in self.program.inputs if s.role == "batch"]
+                self.cache.agreement.meet(self._name, self._where, inputs)
+            self._executable = compiler.compile(self.program, self.cache.target)
+
+    def _plan_gradients(self, entries, captured: CapturedStep) -> None:
+        """Decides which gradients are stored, which are dropped and which become None."""
+        stepped = {id(optimizer) for entry in entries for optimizer in entry.optimizers}
+        self._new_gradients: list[tuple[weakref.ref, int]] = []
+        self._consumed: list[weakref.ref] = []
+        self._cleared: list[weakref.ref] = []
+        self._dropped: set[int] = set()
+        self._without_gradient: list[weakref.ref] = []
+        if self._purpose is Purpose.PEEK:
+            return
+        book = self.cache.book
+        cleared = _cleared_inside(captured) if not book.keep_gradients else set()
+
+        def keeps(parameter) -> bool:
+            if id(book.owner(parameter)) not in stepped:
+                return True
+            return book.keeps_gradient(parameter) and id(parameter) not in cleared
+
+        for parameter, value in captured.gradients:
+            if value is None:
+                self._cleared.append(parameter)
+            elif keeps(parameter()):
+                self._new_gradients.append((parameter, value))
+            else:
+                self._consumed.append(parameter)
+            if value is not None and tensor_hooks.real_gradient(parameter()) is None:
+                self._without_gradient.append(parameter)
+        for item in captured.lifted:
+            if item.gradient_of is not None and not keeps(item.gradient_of()):
+                self._dropped.add(id(item))
+                self._consumed.append(item.gradient_of)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.program is None
+
+    def bound(self) -> list[torch.Tensor] | None:
+        """The tensors that the program reads and writes; None if it was captured for others."""
+        for reference in self._without_gradient:
+            parameter = reference()
+            if parameter is None or tensor_hooks.stored_gradient(parameter) is not None:
+                return None
+        return self._bindings.tensors()
+
+    def run(self, entries: list[Entry], tensors: list[torch.Tensor]) -> "Held | None":
+        """Runs the program on what the entries hold, and gives their slots values.
+
+        Args:
+            entries: Of the signature that the program was compiled for.
+            tensors: What `bound` has returned.
+        """
+        if self._executable is None:
+            return None
+        cell = self.cache.cells.cell
+        cells = [cell(tensor) for tensor in tensors[: self._donated]]
+        read = tensors[self._donated : self._donated + self._read]
+        of_state = self._executable.state_shardings or itertools.repeat(None)
+        of_read = self._executable.input_shardings or itertools.repeat(None)
+        state = tuple(cell.array(where) for cell, where in zip(cells, of_state, strict=False))
+        inputs: list[Any] = [cell(tensor).array(where) for tensor, where in zip(read, of_read, strict=False)]
+        for entry, place in self._leaves:
+            leaf = entries[entry].leaf(place)
+            inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
+        inputs += [entries[entry].seed.array for entry in self._seeds]
+        inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
+        given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
+        watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
+        with watched, jax.enable_x64(True):
+            new_state, outputs = self._executable(state, tuple(inputs))
+            jax.block_until_ready((new_state, outputs))
+        statistics().launches += 1
+        for updated, array in zip(cells, new_state, strict=True):
+            updated.update(array)
+        if len(outputs) > self._outputs:
+            outputs, holds = outputs[:-1], outputs[-1]
+            if not holds:
+                raise PassingCaptureError(reason=_REFUSED, where=self._where)
+        if self._inspected is not None:
+            self._show(given, [*new_state, *outputs])
+        torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
+        slots = [slot for entry in entries for slot in entry.outputs or ()]
+        for index, array in zip(self._exports, outputs, strict=False):
+            slots[index].value = tensor_of(array)
+        held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
+        if self._purpose is Purpose.COMMIT:
+            held.apply()
+        return held if self._purpose is Purpose.HOLD else None
+
+    def _show(self, given: list[np.ndarray], results: list[jax.Array]) -> None:
+        if inspection.inspector is None:
+            return
+        assert self._inspected is not None
+        graph, given_values, result_values, names = self._inspected
+        inspection.inspector(
+            inspection.Inspection(
+                name=self._name,
+                where=self._where,
+                steps=self._steps,
+                graph=graph,
+                inputs=dict(zip(given_values, given, strict=True)),
+                results=dict(zip(result_values, map(np.array, results), strict=True)),
+                names=names,
+            )
+        )
+
+    def apply(self, arrays: tuple, tensors: list[torch.Tensor]) -> None:
+        """Stores gradients, and the state that was computed beside the old one, into `tensors`."""
+        gradients, held = arrays[: len(self._new_gradients)], arrays[len(self._new_gradients) :]
+        for (parameter, _), array in zip(self._new_gradients, gradients, strict=True):
+            tensor = parameter()
+            # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
+            # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
+            if not self.cache.book.is_consumed(tensor):
+                tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
+        for tensor, array in zip(tensors, held, strict=True):
+            tensor.copy_(tensor_of(array))
+        for parameter in self._cleared + self._consumed:
+            tensor_hooks.store_gradient(parameter(), None)
+        self.cache.book.consume(self._consumed)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a program has computed and nobody has asked for yet."""
+
+    program: CompiledTape
+    arrays: tuple
+    tensors: list[torch.Tensor]
+
+    def apply(self) -> None:
+        """Makes it so."""
+        self.program.apply(self.arrays, self.tensors)
+
+
+def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
+    return [item.tensor() for item in lifted]
+
+
+def _cleared_inside(captured: CapturedStep) -> set[int]:
+    """The parameters whose gradients the step replaces without adding to the old ones: by `zero_grad`, first of all."""
+    new = [value for _, value in captured.gradients if value is not None]
+    used = {number for node in captured.graph.live_nodes(new) for number in references(node)}
+    replaced = {id(item.gradient_of()) for item in captured.lifted if item.gradient_of and item.value not in used}
+    return replaced & {id(parameter()) for parameter, value in captured.gradients if value is not None}
+
+
+def _number(entries: list[Entry], source: NumberSource) -> float:
+    if source.optimizer is not None:
+        return optimizers.number_at(source.optimizer(), source.position)
+    if source.host is not None:
+        return entries[source.entry].host_numbers()[source.position][1]
+    return entries[source.entry].leaves[source.position]
+
+
+def _spec(name: str, shape, dtype: torch.dtype, role) -> TensorSpec:
+    return TensorSpec(name=name, shape=tuple(shape), dtype=jax_dtype(dtype), role=role)
