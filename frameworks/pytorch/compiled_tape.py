@@ -24,7 +24,7 @@ from trainingcompiler.frameworks.pytorch.graph import references
 from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
-from trainingcompiler.frameworks.pytorch.naming import written_names
+from trainingcompiler.frameworks.pytorch.naming import tensor_names, written_names
 from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
