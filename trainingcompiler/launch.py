@@ -1,9 +1,10 @@
 """`python -m trainingcompiler.launch [options] script.py [script args]`: the script, unmodified, compiled."""
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from trainingcompiler import applying, job, pages
@@ -56,16 +57,13 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
             sys.stdout.write(LAUNCH.usage() + "\n")
             sys.exit(0)
         flags = flags_of(line)
-        resolved = resolve(flags, os.environ)
         if "--print-config" in line.given:
-            sys.stdout.write(resolved.describe() + "\n")
+            sys.stdout.write(resolve(flags, os.environ).describe() + "\n")
             sys.exit(0)
-        target = target_of(line)
-        kind = "module" if line.is_module else "script"
+        kind, target = "module" if line.is_module else "script", line.target or ""
         os.environ.pop(RECIPE, None)  # that of a launcher around this one is not for this script
         arguments, variables = line.arguments, to_environment(flags)
-        asked = job.job_of(line, [kind, target, *arguments], variables, os.environ)
-        _check_devices(line, resolved)
+        resolved, asked = _checked(line, [kind, target, *arguments], flags, variables)
         if applying.is_asked_for(line):
             applied = applying.apply(line, resolved.config.cache_dir or default_cache_dir())
             sys.stderr.write("".join(f"[batch]      {text}\n" for text in applied.lines))
@@ -79,29 +77,62 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.exit(2)
 
 
-def _check_devices(line: CommandLine, resolved: ResolvedConfig) -> None:
+def _checked(
+    line: CommandLine, arguments: Sequence[str], flags: Mapping[str, object], variables: Mapping[str, str]
+) -> tuple[ResolvedConfig, Job]:
+    """The configuration and the job, where nothing is wrong with either.
+
+    Raises:
+        ConfigError: Something is; all mistakes together, whoever finds them.
+    """
+    mistakes: list[str] = []
+    with _kept_in(mistakes):
+        target_of(line)
+    with _kept_in(mistakes):
+        resolved = resolve(flags, os.environ)
+        mistakes += _contradictions(line, resolved)
+    with _kept_in(mistakes):
+        asked = job.job_of(line, arguments, variables, os.environ)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return resolved, asked
+
+
+@contextlib.contextmanager
+def _kept_in(mistakes: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        mistakes += error.mistakes
+    except UsageError as error:
+        mistakes.append(str(error))
+
+
+def _contradictions(line: CommandLine, resolved: ResolvedConfig) -> list[str]:
     """Devices of one process, and several processes, are two ways to the same end."""
+    found = []
     devices, strategy = resolved.config.devices, resolved.config.strategy
     workers = job.is_distributed(line)
     others = "--no-compile" if not resolved.config.enabled else f"--engine={resolved.config.engine}"
     if devices != 1 and others in ("--no-compile", "--engine=eager", "--engine=tensorflow"):
-        raise UsageError(
+        found.append(
             f"{resolved.sources['devices']}={devices} needs compiled steps, and {others} leaves them to the framework, "
             "which runs them on one device; leave one of the two out"
         )
     if workers and devices != 1:
-        raise UsageError(
+        found.append(
             f"{resolved.sources['devices']}={devices} is for a script that knows of one process, and "
             "--nproc-per-node for one that is written for several (DistributedDataParallel, Accelerate); give one of "
             "them"
         )
     if workers and "--batch-size" in line.given:
-        raise UsageError("--batch-size plans a script of one process; it does not go with --nproc-per-node")
+        found.append("--batch-size plans a script of one process; it does not go with --nproc-per-node")
     if resolved.sources["strategy"] != "default" and devices == 1 and not workers:
-        raise UsageError(
+        found.append(
             f"{resolved.sources['strategy']}={strategy} says how several devices share a training, and there is one: "
             "give --devices=all, or --nproc-per-node=N for a script that is written for several processes"
         )
+    return found
 
 
 if __name__ == "__main__":

@@ -148,6 +148,19 @@ def test_mistakes_in_flags_and_environment_are_told_together(started, capsys, mo
     assert "--fallback=none: must be one of eager, error" in said
 
 
+def test_mistakes_in_script_configuration_and_job_are_told_together(started, capsys):
+    words = ["--engine=xl", "--nproc-per-node=0", "--max-restarts=x", "trian.py"]
+    title, *told = refusal(capsys, *words).split("\n  - ")
+    assert title == "4 mistakes in the configuration:"
+    starts = ("there is no script trian.py", "--engine=xl: must", "--nproc-per-node=0: must", "--max-restarts=x: must")
+    assert [text.startswith(start) for text, start in zip(told, starts, strict=True)] == [True] * 4
+    title, *told = refusal(capsys, "--devices=2", "--no-compile", "--nproc-per-node=2", "--tee=5", "train.py").split(
+        "\n  - "
+    )
+    assert [text.partition(" ")[0] for text in told] == ["--devices=2", "--devices=2", "--tee=5:"]
+    assert started == []
+
+
 def test_print_config_shows_sources_and_starts_nothing(started, capsys, monkeypatch):
     monkeypatch.setenv("TRAININGCOMPILER_QUIET", "1")
     with pytest.raises(SystemExit) as leaving:
