@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.lowering import lower
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.recorder import HIDDEN_WRITES
 
 # One operator, on equal inputs: sums of 10^4 terms in another order. A whole step may amplify that ten times.

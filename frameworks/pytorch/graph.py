@@ -1,9 +1,11 @@
 """The captured step: a functional ATen graph."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+BARRIER = "barrier"  # any number of values -> the same values, all of them computed, which XLA takes for new ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,26 @@ class Graph:
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def live_nodes(self, outputs: list[int]) -> list[Node]:
-        """The nodes that any of `outputs` depends on, in order."""
+        """The nodes that any of `outputs` depends on, in order; a barrier with what is read behind it alone."""
         needed = set(outputs)
         kept = []
         for node in reversed(self.nodes):
             if any(output in needed for output in node.outputs):
+                if node.operator == BARRIER:
+                    node = _narrowed(node, needed)
                 kept.append(node)
                 needed.update(references(node))
         kept.reverse()
         return kept
+
+
+def _narrowed(barrier: Node, needed: set[int]) -> Node:
+    """A barrier without the values that nobody reads behind it: XLA would compute them, and keep them for it."""
+    kept = [place for place, output in enumerate(barrier.outputs) if output in needed]
+    if len(kept) == len(barrier.outputs):
+        return barrier
+    args, outputs, metas = (tuple(of[place] for place in kept) for of in (barrier.args, barrier.outputs, barrier.metas))
+    return replace(barrier, args=args, outputs=outputs, metas=metas)
 
 
 def references(node: Node) -> list[int]:

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Graph, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.lower import VIEW_INVERSES
-
-BARRIER = "barrier"  # any number of values -> the same values, all of them computed, which XLA takes for new ones
 
 
 class Recomputation:

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
 # Where the positional arguments of attention end with `dropout_p, is_causal`.

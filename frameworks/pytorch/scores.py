@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Node, Ref, references
 
 _PRODUCTS = ("aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default")
 _SOFTMAXES = ("aten._softmax.default", "aten._safe_softmax.default")

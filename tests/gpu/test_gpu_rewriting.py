@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainingcompiler.frameworks.pytorch.described import step_program
 from trainingcompiler.frameworks.pytorch.lower import attention
@@ -160,3 +161,26 @@ def test_transformers_causal_mask_is_recognized(calls):
     with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
         jax.eval_shape(program.function, *arguments(program))
     assert calls == 4 * [(True, False)]
+
+
+@pytest.mark.parametrize(("mask", "is_made"), [(causal, False), (windowed, True)])
+def test_a_mask_that_nobody_reads_is_not_kept_for_a_block_that_is_computed_again(calls, mask, is_made):
+    """The block is given the mask, so that what is computed again would read it through the barrier."""
+
+    class Checkpointed(Attention):
+        def forward(self, x):
+            return checkpoint(self.attend, x, self.mask(x), use_reentrant=False)
+
+        def attend(self, x, mask):
+            heads = self.project(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(*heads, attn_mask=mask)
+
+    model = Checkpointed(mask)
+    program = step_program(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of, torch.empty(3, LENGTH, 8, requires_grad=True)
+    )
+    with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
+        text = jax.jit(program.function).lower(*arguments(program)).as_text()
+    assert program.recomputes and "optimization_barrier" in text
+    assert calls == 3 * [(not is_made, is_made)]  # forward, again, and in the backward
+    assert (f"tensor<3x1x{LENGTH}x{LENGTH}xi1>" in text) == is_made

@@ -15,7 +15,8 @@ import trainingcompiler as tc
 from trainingcompiler.frameworks.pytorch import inspection
 from trainingcompiler.frameworks.pytorch.checking import check
 from trainingcompiler.frameworks.pytorch.described import compile_step, step_program
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER, ordered
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.recomputation import ordered
 from trainingcompiler.targets import Target
 
 KINDS = {"plain": None, "non-reentrant": False, "reentrant": True}
@@ -136,6 +137,26 @@ def test_a_barrier_waits_for_the_gradients_of_the_block_behind_it():
         of_weights = [node for node in nodes[start:place] if node.metas[0] and node.metas[0][0] in ((32, 8), (8, 32))]
         computed = [node for node in of_weights if node.operator == "aten.mm.default"]
         assert len(computed) == 2 and all(node in read for node in computed)
+
+
+def test_a_barrier_keeps_what_is_read_behind_it_and_no_more():
+    """A value that only a dead node reads would be computed, and kept from forward to backward."""
+    meta = ((2,), torch.float32)
+    read, unread, behind, dead = 2, 3, 4, 5
+    graph = Graph(
+        inputs=[1],
+        nodes=[
+            Node("aten.exp.default", (Ref(1),), {}, (read,), (meta,)),
+            Node("aten.sin.default", (Ref(1),), {}, (unread,), (meta,)),
+            Node(BARRIER, (Ref(unread), Ref(read)), {"since": 1}, (dead, behind), (None, None)),
+            Node("aten.cos.default", (Ref(dead),), {}, (6,), (meta,)),
+            Node("aten.neg.default", (Ref(behind),), {}, (7,), (meta,)),
+        ],
+    )
+    exp, barrier, neg = graph.live_nodes([7])
+    assert (exp.operator, neg.operator) == ("aten.exp.default", "aten.neg.default")
+    assert (barrier.args, barrier.outputs, barrier.metas) == ((Ref(read),), (behind,), (None,))
+    assert graph.live_nodes([6, 7]) == graph.nodes  # the recorded barrier stays as it was
 
 
 def test_check_replays_it():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from trainingcompiler.frameworks.pytorch import lowering
 from trainingcompiler.frameworks.pytorch.described import step_program
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
+from trainingcompiler.frameworks.pytorch.graph import BARRIER
 from trainingcompiler.targets import Target, compiling_for
 
 LAYERS, LENGTH = 2, 24
