@@ -16,6 +16,7 @@ POLL_S = 0.05
 KILL_GRACE_S = 20.0
 """How long workers that are told to end may take, before they are killed."""
 _FAILED_EXIT_S = 5.0  # for what a failed worker still does on its way out
+_UNPROVOKED = {getattr(signal, name, None) for name in ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")}
 _CHILDREN_GRACE_S = 2.0  # for the processes that a worker left behind; with the others less than 30 s
 
 
@@ -27,6 +28,7 @@ class Worker:
         rank: Its local rank.
         process: It, the leader of a process group of its own.
         failure_path: Where it writes the error that ends it, if one does.
+        seen_s: When it was last seen running, in seconds since the epoch.
         ended_s: When it was seen to have ended, in seconds since the epoch; None while it runs.
         was_stopped: Whether it had failed, and had to be told to end.
     """
@@ -34,6 +36,7 @@ class Worker:
     rank: int
     process: subprocess.Popen
     failure_path: Path
+    seen_s: float = 0.0
     ended_s: float | None = None
     was_stopped: bool = False
 
@@ -52,6 +55,8 @@ class Worker:
         """When it failed, in seconds since the epoch: a worker that has told its error has, even if it still runs."""
         with contextlib.suppress(FileNotFoundError):
             return self.failure_path.stat().st_mtime
+        if self.code is not None and -self.code in _UNPROVOKED:
+            return self.seen_s  # others notice at once, and may tell their error before its end is seen here
         return None if self.code in (None, 0, REQUEUE) else self.ended_s
 
     @property
@@ -101,8 +106,11 @@ class Group:
     def look(self) -> None:
         """Finds out who has ended."""
         for worker in self.running:
-            if worker.process.poll() is not None:
-                worker.ended_s = time.time()
+            now_s = time.time()
+            if worker.process.poll() is None:
+                worker.seen_s = now_s
+            else:
+                worker.ended_s = now_s
 
     def failures(self) -> list[Worker]:
         """Those that have failed, the first one first."""

@@ -1,6 +1,7 @@
 """Several workers on one host, as processes: exit codes, the first error last, signals, restarts, nothing left."""
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -69,6 +70,16 @@ def test_the_first_traceback_comes_last_and_nothing_is_left(launch, tmp_path):
     assert lines[begin + 1] == "Traceback (most recent call last):"
     assert ran.stderr.count("Traceback") == 1
     assert not alive(tmp_path)
+
+
+def test_a_killed_worker_is_named_before_those_who_noticed(launch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    killed = "if rank == '1':\n    pipe = open('pipe', 'w')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    ran = done(launch(killed + "open('pipe').read()\nraise ConnectionError('rank 1 is gone')\n", TWO))
+    assert ran.returncode == 137
+    lines = ran.stderr.splitlines()
+    assert lines[-1].startswith("[launch]     rank 1 failed first: ended by SIGKILL;")
+    assert "[launch]     rank 0 failed after that: ConnectionError: rank 1 is gone" in lines
 
 
 def test_exit_codes_without_a_traceback(launch):
