@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from trainingcompiler.config import default_cache_dir
 from trainingcompiler.errors import ConfigError
 from trainingcompiler.events import CacheDamaged, Note, emit
-from trainingcompiler.store import ENTRY, ExecutableStore
+from trainingcompiler.store import ENTRY, UNFINISHED, ExecutableStore
 
 _ENTRY, _USED = "-cache", "-atime"  # the suffixes of JAX's files: an executable, and when it was last used
 _FOLDER = "executables-jax-"
@@ -152,6 +152,7 @@ def hits_and_misses() -> CacheCounts:
     return CacheCounts(counts.hits, counts.misses, counts.saved_s)
 
 
+_told: set[str] = set()
 _store: ExecutableStore | None = None
 _switched_off = False
 
@@ -210,7 +211,10 @@ def _answer(complaint: re.Match[str]) -> None:
             _remove(entry)
         emit(CacheDamaged(path=str(entry), error=error))
     else:
-        emit(Note(text=f"{complaint['verb']} the compile cache in {folder} failed: {error}"))
+        text = f"{complaint['verb']} the compile cache in {folder} failed: {error}"
+        if text not in _told:  # a full disk is full for every program
+            _told.add(text)
+            emit(Note(text=text))
 
 
 def _is_about_access(kind: str) -> bool:
@@ -231,13 +235,21 @@ def _remove(entry: Path) -> None:
 
 
 def _repair(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote left behind: JAX refuses every later write over it."""
+    """Removes what a process that was killed while it wrote left behind: JAX refuses every later write over it.
+
+    What belongs to a file of our own that was not finished is removed without a word: nobody would have read it.
+    """
     young_s = 60.0  # another process may be between writing an entry and writing its time stamp
+    writing_s = 3600.0  # nobody writes one file for so long
     for entry in folder.glob(f"*{_ENTRY}"):
         stamped = entry.with_name(entry.name.removesuffix(_ENTRY) + _USED).exists()
         if not stamped and time.time() - entry.stat().st_mtime > young_s:
             _remove(entry)
             emit(CacheDamaged(path=str(entry), error="it was not written to its end"))
+    for part in folder.glob(f"*{UNFINISHED}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+            if time.time() - part.stat().st_mtime > writing_s:
+                part.unlink()
 
 
 def _is_made_here(folder: str) -> bool:

@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows, which trains with one worker
     fcntl = None  # type: ignore[assignment]
 
-ENTRY = "-program"  # the suffix of an entry's file
+ENTRY, UNFINISHED = "-program", ".part"  # the suffixes of an entry's file, and of one that is being written
 _INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", "thread_guard", "x64", "transfer_guard")
 
 
@@ -80,14 +80,22 @@ class ExecutableStore:
             return None
 
     def save(self, program: StepProgram, target: Target, compiled: Any, making_time_s: float) -> None:
-        """Keeps an executable. A failure is said, and is no error: the run can go on."""
+        """Keeps an executable. A failure is said, once for all programs, and is no error: the run can go on."""
         executable, *structures = serialize_executable.serialize(compiled)
         data = zlib.compress(pickle.dumps((executable, structures, making_time_s)), level=1)
         try:
             self._write(self._path(program, target), data)
             self._forget_beyond_limit()
         except OSError as error:
-            emit(Note(text=f"{program.name} is not kept for the next run: {error}"))
+            reason = str(self.folder), error.errno
+            if reason not in _told:
+                _told.add(reason)
+                emit(
+                    Note(
+                        text=f"{program.name} is not kept for the next run, and others may not be: writing to "
+                        f"{self.folder} failed: {error}; make room, or name another folder with --cache-dir"
+                    )
+                )
 
     @contextlib.contextmanager
     def alone(self, program: StepProgram, target: Target) -> Iterator[None]:
@@ -108,7 +116,7 @@ class ExecutableStore:
         return self.folder / f"{program.name}-{key_of(program, target)}{ENTRY}"
 
     def _write(self, path: Path, data: bytes) -> None:
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=UNFINISHED)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -125,6 +133,9 @@ class ExecutableStore:
             total += entry.stat().st_size
             if total > self.size_limit_bytes:
                 entry.unlink(missing_ok=True)
+
+
+_told: set[tuple[str, int | None]] = set()
 
 
 @functools.cache

@@ -117,6 +117,18 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path):
     assert json.loads(path.read_text()) == {"a": [1, 2]}
 
 
+def test_a_full_disk_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    monkeypatch.setattr(type(path), "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_script_that_asks_is_not_changed_by_its_library_as_well(monkeypatch):
     waiting = planner.Planner()
     monkeypatch.setattr(planner, "current", waiting)

@@ -132,10 +132,25 @@ def test_a_disk_that_takes_nothing_is_said(tmp_path, seen, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "replace", full)
-    assert run(compiler.compile(program())) == [2.0, 1.0]
-    notes = [event.text for event in seen if isinstance(event, events.Note)]
-    assert notes == ["kept_program is not kept for the next run: [Errno 28] No space left on device"]
+    for digest in ("one", "two", "three"):
+        assert run(compiler.compile(program(digest))) == [2.0, 1.0]
+    (note,) = (event.text for event in seen if isinstance(event, events.Note))  # once, and not for each program
+    folder = tmp_path / f"executables-jax-{jax.__version__}"
+    assert note == (
+        f"kept_program is not kept for the next run, and others may not be: writing to {folder} failed: [Errno 28] No "
+        "space left on device; make room, or name another folder with --cache-dir"
+    )
     assert not list(tmp_path.glob("executables-jax-*/*.part"))
+
+
+def test_what_was_not_finished_is_removed_when_nobody_can_be_writing_it(tmp_path):
+    folder = cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    old, young = (tmp_path / folder / f"{name}{store.UNFINISHED}" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    assert not old.exists() and young.exists()
 
 
 def test_code_is_part_of_its_digest(tmp_path):
