@@ -13,7 +13,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-kind, at = sys.argv[1], int(sys.argv[2])
+kind, at, who = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -32,7 +32,7 @@ for step in range(start, 20):
     loss = model(x).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    if step == at and rank == 1 and attempt == 0:
+    if step == at and rank == who and attempt == 0:
         if kind == "kill":
             os.kill(os.getpid(), 9)
         if kind == "raise":
@@ -40,6 +40,10 @@ for step in range(start, 20):
         if kind == "leave":
             os._exit(0)
     optimizer.step()
+    if kind == "meet" and step == at and attempt == 0:
+        if rank == who:
+            os.kill(os.getpid(), 9)
+        dist.barrier()
     if rank == 0:
         state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
         torch.save(state, "kept.part")
@@ -53,10 +57,10 @@ dist.destroy_process_group()
 """
 
 
-def launched(folder, *words: str, options: tuple[str, ...] = ()):
+def launched(folder, *words: str, options: tuple[str, ...] = (), script: str = SCRIPT):
     folder.mkdir(exist_ok=True)
     path = folder / "script.py"
-    path.write_text(SCRIPT, encoding="utf-8")
+    path.write_text(script, encoding="utf-8")
     marker = f"{folder}/script.py"
     start_s = time.monotonic()
     done = run([*OURS, "--nproc-per-node=2", *options, str(path), *words], folder)
