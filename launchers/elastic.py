@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
 from trainingcompiler.errors import UsageError
@@ -33,6 +34,7 @@ def launch(job: Job) -> NoReturn:
             f"--launcher=elastic is torch's agent, and torch cannot be imported: {error}. Install it, or leave "
             "--nnodes and --rdzv-endpoint out"
         ) from None
+    agent = import_module("trainingcompiler.launchers.agent")
     os.environ.update(job.variables)
     os.environ.update(with_threads(job.nproc_per_node or 1, os.environ))
     tee = job.tee if job.tee is not None else (1, 2) if job.log_dir else ()
@@ -52,7 +54,8 @@ def launch(job: Job) -> NoReturn:
     )
     program, *arguments = job.command
     try:
-        elastic_launch(config, program)(*arguments)
+        with agent.in_place():
+            elastic_launch(config, program)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         say(f"rank {rank} failed first ({described(failure.exitcode)}):")

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
         TrainingCompilerError,
         UsageError,
     )
+    from trainingcompiler.job import REQUEUE
     from trainingcompiler.scaling import Scaled
+    from trainingcompiler.stopping import StopSignal
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "FallbackError",
     "GradientNotKeptError",
     "NotEnoughMemoryError",
+    "REQUEUE",
+    "StopSignal",
     "TrainingCompilerConfig",
     "TrainingCompilerError",
     "UsageError",
@@ -52,6 +56,13 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HOMES = {
+    "REQUEUE": "job",
+    "StopSignal": "stopping",
+    "TrainingCompilerConfig": "config",
+    "tensor_parallel": "tensor_parallel",
+}  # whatever else is public and not defined here is an error
 
 _withdrawals: list[Callable[[], None]] = []
 
@@ -157,10 +168,6 @@ def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tensor_parallel":
-        return importlib.import_module("trainingcompiler.tensor_parallel").tensor_parallel
-    if name == "TrainingCompilerConfig":
-        return importlib.import_module("trainingcompiler.config").TrainingCompilerConfig
     if name in __all__:
-        return getattr(importlib.import_module("trainingcompiler.errors"), name)
+        return getattr(importlib.import_module(f"trainingcompiler.{_HOMES.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -199,6 +199,7 @@ _WARNINGS: dict[type[events.Event], Callable] = {
     events.CacheDamaged: lambda event: _labelled(
         "cache", f"a damaged entry was removed, its program is compiled again: {event.path} ({event.error})"
     ),
+    events.Stopped: lambda event: _labelled("stop", event.text),
     events.Ended: _nothing_trained,
 }
 _LINES: dict[type[events.Event], Callable] = _WARNINGS | {

@@ -106,6 +106,13 @@ class Note(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stopped(Event):
+    """The run was told to stop by a signal, has saved, and leaves to be started again."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended(Event):
     """The run is over."""
 

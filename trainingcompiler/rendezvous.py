@@ -35,6 +35,7 @@ _MEMORY = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "X
 
 _current: Worker | None = None
 _left_with: int | None = None
+_start_later: Callable[[], None] | None = None
 
 
 def current() -> Worker | None:
@@ -67,7 +68,7 @@ def join(
         UsageError: The variables contradict each other, rank 0 cannot be reached, somebody does not come, or something
             else runs there. Of a mistake that all learn of, rank 0 tells; the others leave with code 2.
     """
-    global _current
+    global _current, _start_later
     found = surroundings.read(environ)
     if found is None:
         return None
@@ -87,8 +88,24 @@ def join(
         _set_variables(found, answer.services, environ)
         if compiled:
             _start_jax(worker, find_address(), environ, timeout_s)
+        else:
+            _start_later = functools.partial(_start_jax, worker, find_address(), dict(environ), timeout_s)
     _current = worker
     return worker
+
+
+def store() -> Any:
+    """JAX's store of keys, which all workers share.
+
+    Where their steps are not compiled it is started now, by all at the same time.
+    """
+    global _start_later
+    start, _start_later = _start_later, None
+    if start is not None:
+        start()
+    from jax._src import distributed  # there is no public name for it
+
+    return distributed.global_state.client
 
 
 def refuse_several(what: str) -> None:

@@ -89,7 +89,12 @@ def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if planner.current is not None and scope.compiles(trainer.args):
         scaled.tell(planner.current, trainer)
-    return _run(original, trainer, *args, **kwargs)
+    if not scope.compiles(trainer.args):
+        return _run(original, trainer, *args, **kwargs)
+    from trainingcompiler.frameworks.huggingface.stopping import listening  # it imports transformers
+
+    with listening(trainer):
+        return _run(original, trainer, *args, **kwargs)
 
 
 _MAKES = {"__init__": scaled.init}

@@ -1,9 +1,10 @@
 """Torch's elastic agent as a launcher."""
 
+import signal
 import sys
 
 import pytest
-from launching import done
+from launching import done, interrupt
 
 from trainingcompiler.job import Job
 from trainingcompiler.launchers import elastic
@@ -82,3 +83,35 @@ def test_a_meeting_place_that_is_not_there(launch):
     assert ran.stderr.splitlines()[-1].startswith(
         "trainingcompiler.launch: the hosts did not meet at nowhere:1: no answer. Is one of them nowhere, is the port"
     )
+
+
+SAVING = """
+def save(*_):
+    if rank == '0':
+        time.sleep(1)  # torch would end it meanwhile: rank 1 has left
+        say('saved')
+    sys.exit(75)
+"""
+READY = "pathlib.Path(f'ready-{rank}').touch()\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_whoever_saves_is_given_time_and_nothing_is_started_again(number, launch, tmp_path):
+    source = f"{SAVING}signal.signal({int(number)}, save)\n{READY}time.sleep(600)\n"
+    process = launch(source, *WORDS, "--max-restarts=3")
+    interrupt(process, tmp_path, number)
+    ran = done(process)
+    assert (ran.returncode, ran.stdout) == (75, "saved\n"), ran.stderr
+    assert "the workers were told to stop, have saved, and are to be started again" in ran.stderr
+    assert "failed" not in ran.stderr
+
+
+def test_those_who_save_by_themselves_leave_so_too(launch):
+    ran = done(launch(f"{SAVING}save()", *WORDS, "--max-restarts=3"))
+    assert (ran.returncode, ran.stdout) == (75, "saved\n"), ran.stderr
+
+
+def test_workers_that_a_signal_ends(launch, tmp_path):
+    process = launch(f"{READY}time.sleep(600)", *WORDS, "--max-restarts=3")
+    interrupt(process, tmp_path, signal.SIGUSR1)
+    assert done(process).returncode == 128 + signal.SIGUSR1
