@@ -30,12 +30,20 @@ def placed_arrays(arrays: tuple, shardings: tuple) -> tuple:
 
 
 def _of_this_worker(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
-    """This process's part of an array that every process has a part of."""
+    """This process's part of an array that every process has a part of; `values` are the whole of it, or just so."""
+    if isinstance(values, jax.Array) and not values.is_fully_addressable:
+        if values.sharding == sharding or values.sharding.is_equivalent_to(sharding, values.ndim):
+            return values
+        assert values.is_fully_replicated, "parts of an array are gathered by all workers together"
+        values = values.addressable_data(0)
+    if not sharding.is_fully_replicated:
+        (part,) = sharding.addressable_devices_indices_map(values.shape).values()
+        values, shape = np.ascontiguousarray(np.asarray(values)[part]), values.shape
+    else:
+        shape = values.shape
     if isinstance(values, np.ndarray):
         values = owned_array(values)
-    if not values.is_fully_addressable:
-        return values
-    return jax.make_array_from_single_device_arrays(values.shape, sharding, [values])
+    return jax.make_array_from_single_device_arrays(shape, sharding, [values])
 
 
 def owned_array(values: np.ndarray) -> jax.Array:

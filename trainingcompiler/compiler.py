@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import Note, emit, phase
 from trainingcompiler.memory import check as memory_check
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings, undivided_rows, with_batch_found
+from trainingcompiler.sharding import mesh_of, shardings, undivided_rows, with_batch_found
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
@@ -130,7 +131,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
         _say_undivided(program, target)
         placed = shardings(program, mesh_of(devices, target.strategy), target.strategy)
     elif target.workers > 1:
-        placed = (workers.own(),) * len(program.state), (workers.own(),) * len(program.inputs), ()
+        placed = (*(tuple(map(_of_workers, specs)) for specs in (program.state, program.inputs)), ())
     store = cache.store() if program.digest is not None and target.described is None else None
     # Of several workers on a host, the first to come compiles, and the others load what it has made.
     with store.alone(program, target) if store and target.workers > 1 else contextlib.nullcontext():
@@ -142,7 +143,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
         alias_bytes=analysis.alias_size_in_bytes,
         temporary_bytes=analysis.temp_size_in_bytes,
     )
-    state_bytes = bytes_per_device(program.state, target.device_count, target.strategy)
+    state_bytes = sum(map(_bytes_on_a_device, program.state, placed[0] or itertools.repeat(None)))
     if memory.alias_bytes < state_bytes:
         raise TrainingCompilerError(
             f"XLA updates only {memory.alias_bytes} of {state_bytes} bytes of the training state of {program.name} "
@@ -188,7 +189,7 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
         others = workers.own() if target.workers > 1 else None
         where = {"in_shardings": (state, inputs), "out_shardings": (state, others)}
     function = _named(program, outputs)
-    if target.workers > 1:
+    if target.workers > 1 and not program.tells_apart:
         function = functools.wraps(function)(workers.each(function))
     with jax.enable_x64(True):
         with phase("lower", program.name), compiling_for(target):
@@ -207,6 +208,14 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     if store is not None:
         store.save(program, target, compiled, time.perf_counter() - start_s)
     return compiled, compile_time_s
+
+
+def _of_workers(spec: TensorSpec) -> Any:
+    return workers.divided(spec.shape) if spec.is_common else workers.own()
+
+
+def _bytes_on_a_device(spec: TensorSpec, sharding: Any) -> int:
+    return prod(sharding.shard_shape(spec.shape) if sharding else spec.shape) * spec.dtype.itemsize
 
 
 def _check_layers(program: StepProgram, target: Target) -> None:

@@ -22,6 +22,7 @@ class TensorSpec:
         batch_dim: The dim along which a batch input is divided; None for everything else.
         tensor_dim: The dim along which devices that share a layer divide a weight, and what belongs to it; None where
             each has it whole.
+        is_common: Whether all workers have the same values, so that they may divide them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class TensorSpec:
     role: Role
     batch_dim: int | None = None
     tensor_dim: int | None = None
+    is_common: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -52,6 +54,8 @@ class StepProgram:
             where the adapter cannot tell; such a program is lowered at every start.
         is_deterministic: Whether two runs on equal arrays must give equal bits, whatever that costs.
         recomputes: Whether it computes values again to save memory, which a schedule for speed would undo.
+        tells_apart: Whether `function` says itself what each of several workers does on its own (`workers.each`), and
+            what is common to all.
     """
 
     name: str
@@ -62,6 +66,7 @@ class StepProgram:
     digest: str | None = None
     is_deterministic: bool = False
     recomputes: bool = False
+    tells_apart: bool = False
 
     def with_batch(self, rows: int) -> "StepProgram":
         """The same program, whose inputs know their batch dim: the first, where a batch input is `rows` long there."""

@@ -50,6 +50,12 @@ def shardings(program: StepProgram, mesh: Mesh, strategy: Strategy) -> tuple[tup
     )
 
 
+def dim_to_divide(shape: Sequence[int], parts: int) -> int | None:
+    """The longest dim that can be divided, the first of equals; None if there is none, or it would not pay."""
+    lengths = [0 if length % parts else length for length in shape]
+    return lengths.index(max(lengths)) if prod(shape) >= _LEAST_ELEMENTS and any(lengths) else None
+
+
 def bytes_per_device(specs: Sequence[TensorSpec], devices: int, strategy: Strategy) -> int:
     """Bytes that the arrays of a training state take on each device."""
     sizes = {DATA: devices // strategy.tensor_parallel, TENSOR: strategy.tensor_parallel}

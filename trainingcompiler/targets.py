@@ -100,13 +100,20 @@ class Target:
         strategy, worker = Strategy.parse(config.strategy), rendezvous.current()
         if worker is None or worker.world_size == 1:
             return cls.local(config.devices, strategy)
-        if strategy != DP:
+        if strategy.tensor_parallel > 1:
             raise UsageError(
-                f"--strategy={strategy} divides the state between the devices of one process, and this is rank "
-                f"{worker.rank} of {worker.world_size}, which each keep a copy: give --devices=all instead of "
-                "--nproc-per-node, or leave --strategy out"
+                f"--strategy={strategy} divides layers between the devices of one process, and this is rank "
+                f"{worker.rank} of {worker.world_size}, which have batches of their own: give --devices=all instead of "
+                "--nproc-per-node, or --strategy=fsdp, which divides the state between workers"
             )
-        return replace(cls.local(), workers=worker.world_size)
+        one = cls.local()
+        description = f"{one.description}, state divided between {worker.world_size} workers"
+        return replace(
+            one,
+            workers=worker.world_size,
+            strategy=strategy,
+            description=description if strategy.divides_state else one.description,
+        )
 
     @classmethod
     def gpu(cls, name: str, device_count: int = 1, strategy: Strategy = FSDP) -> "Target":

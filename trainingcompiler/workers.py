@@ -1,8 +1,8 @@
 """One program for several processes, each with one device and numbers of its own.
 
-Nothing is partitioned: a worker's arrays are its own, also where JAX is told that all hold the same ("replicated"), and
-what they share they say with collectives, under `shard_map`. XLA takes no worker's word for another's: between the
-collectives, each computes with what it has.
+A worker's arrays are its own, also where JAX is told that all hold the same ("replicated"), and what they share they
+say with collectives, under `shard_map`. XLA takes no worker's word for another's: between the collectives, each
+computes with what it has. Only under `--strategy fsdp`, and only what all would have alike, is divided between them.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainingcompiler import rendezvous
 from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.sharding import dim_to_divide
 
 AXIS = "workers"
 OPERATORS = ("trainingcompiler.sum_over_workers.default", "trainingcompiler.mean_over_workers.default")
@@ -31,6 +32,7 @@ WAIT_S = 600.0
 STUCK_S = 15.0
 """A step that has been running so long may be waiting for a worker that runs another one: they compare notes."""
 
+_WHOLE = PartitionSpec()
 _AFTER_OTHERS_S = 3.0  # whoever has failed first is to be seen first: a broken connection is noticed at once
 
 
@@ -40,10 +42,33 @@ def own() -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
 
 
-def each(function: Callable) -> Callable:
-    """The function, run by every worker on its own arrays; it may use collectives over `AXIS`."""
-    everyone = PartitionSpec()
-    return jax.shard_map(function, mesh=own().mesh, in_specs=everyone, out_specs=everyone, check_vma=False)
+@functools.cache
+def divided(shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parts of an array are that workers divide, which really is one; `own()` if it is too small to be."""
+    mesh = own().mesh
+    dim = dim_to_divide(shape, mesh.size)
+    return own() if dim is None else NamedSharding(mesh, PartitionSpec(*[None] * dim, AXIS))
+
+
+def each(function: Callable, results: Any = _WHOLE) -> Callable:
+    """The function, run by every worker on its own arrays; it may use collectives over `AXIS`.
+
+    Args:
+        function: Given whole arrays, also where a step's state is divided.
+        results: The partitions of what it returns, where it returns parts.
+    """
+    return jax.shard_map(function, mesh=own().mesh, in_specs=_WHOLE, out_specs=results, check_vma=False)
+
+
+@functools.cache
+def _gather() -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=own())
+
+
+def gathered(array: jax.Array) -> jax.Array:
+    """The whole of a divided array, on every worker; all have to ask at the same time."""
+    with jax.enable_x64(True):
+        return _gather()(array)
 
 
 def share(key: str, value: Any) -> list[Any]:

@@ -16,11 +16,13 @@ from torch import nn
 from trainingcompiler import compiler, workers
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch.apart import common_inputs
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource
 from trainingcompiler.frameworks.pytorch.digests import digest_of
-from trainingcompiler.frameworks.pytorch.graph import references
+from trainingcompiler.frameworks.pytorch.division import Division
+from trainingcompiler.frameworks.pytorch.graph import Node, references
 from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
@@ -91,7 +93,12 @@ class CompiledTape:
         self._numbers = [source for source, _ in captured.numbers]
         precisions = sorted({entry.ambient.precision for entry in entries})
         returned = [item.new_value for item in donated] + output_values
-        function = lower(captured.graph, returned, precisions)
+        live = captured.graph.live_nodes(results)
+        # Whether other workers have to run it at the same time.
+        self._waits = any(node.operator in workers.OPERATORS for node in live)
+        self._common = self._values_in_common(entries, captured, live, [*donated, *read])
+        function = lower(captured.graph, returned, precisions, self._common)
+        common = None if self._common is None else sorted(self._common)
         state_values = [item.value for item in donated]
         input_values = [item.value for item in read]
         input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
@@ -124,21 +131,22 @@ class CompiledTape:
         program = StepProgram(
             name=name,
             function=step,
-            state=self._state_specs(_tensors(donated), entries),
+            state=self._state_specs(donated, entries),
             inputs=(
-                *(self._spec_of(f"constant {i}", t, "constant") for i, t in enumerate(_tensors(read))),
+                *(self._spec_of(f"constant {i}", t.tensor(), "constant", t.value) for i, t in enumerate(read)),
                 *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
                 *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
             outputs=self._output_specs([slots[index] for index in self._exports]),
-            digest=digest_of(captured.graph, returned, [state_values, input_values, number_values, *precisions]),
+            digest=digest_of(
+                captured.graph, returned, [state_values, input_values, number_values, *precisions, common]
+            ),
             is_deterministic=any(entry.ambient.deterministic for entry in entries),
             recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
+            tells_apart=self._common is not None,
         )
         self.program = program if results else None
-        # Whether other workers have to run it at the same time.
-        self._waits = any(node.operator in workers.OPERATORS for node in captured.graph.live_nodes(results))
         self._executable: compiler.Executable | None = None
 
     def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
@@ -152,11 +160,28 @@ class CompiledTape:
         parameters = [parameter() for parameter, _ in self._new_gradients]
         return (*of_slots, *(self._spec_of("gradient", parameter, "gradient") for parameter in parameters))
 
-    def _spec_of(self, name: str, tensor: torch.Tensor, role: Role) -> TensorSpec:
-        """Describes a tensor that may be divided between devices which share its layer."""
-        return replace(_spec(name, tensor.shape, tensor.dtype, role), tensor_dim=self._tensor_dims.get(id(tensor)))
+    def _spec_of(self, name: str, tensor: torch.Tensor, role: Role, value: int | None = None) -> TensorSpec:
+        """Describes a tensor that may be divided between devices which share its layer, or between workers."""
+        common = self._common is not None and value in self._common
+        spec = _spec(name, tensor.shape, tensor.dtype, role)
+        return replace(spec, tensor_dim=self._tensor_dims.get(id(tensor)), is_common=common)
 
-    def _state_specs(self, tensors: list[torch.Tensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
+    def _values_in_common(
+        self, entries: list[Entry], captured: CapturedStep, nodes: list[Node], items: list[Lifted]
+    ) -> set[int] | None:
+        """The inputs that workers divide, as all have them alike; None where each has the program for itself.
+
+        What trains is run by all together. What only looks is not: one of them may be alone in looking.
+        """
+        division = self.cache.division
+        trains = self._purpose is Purpose.COMMIT and any(entry.ambient.grad for entry in entries)
+        if division is None or not (self._waits or trains):
+            return None
+        tensors = division.common([o for entry in entries for o in entry.optimizers])
+        numbers = [*(value for _, value in captured.numbers), *captured.graph.constants]
+        return common_inputs(nodes, items, tensors, numbers)
+
+    def _state_specs(self, items: list[Lifted], entries: list[Entry]) -> tuple[TensorSpec, ...]:
         stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
         kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
 
@@ -165,17 +190,20 @@ class CompiledTape:
 
         names = tensor_names(entries)
         return tuple(
-            self._spec_of(names.get(id(tensor), f"state {index}"), tensor, role(tensor))
-            for index, tensor in enumerate(tensors)
+            self._spec_of(names.get(id(tensor), f"state {index}"), tensor, role(tensor), value)
+            for index, (tensor, value) in enumerate((item.tensor(), item.value) for item in items)
         )
 
     def compile(self) -> None:
         """Compiles the program for this process's devices."""
         if self.program is not None:
-            if self._waits:
-                inputs = [f"a batch of {s.dtype.name}{list(s.shape)}" for s in self.program.inputs if s.role == "batch"]
-                self.cache.agreement.meet(self._name, self._where, inputs)
+            if self._waits and self.cache.division is None:
+                self.cache.agreement.meet(self._name, self._where, self._batches())
             self._executable = compiler.compile(self.program, self.cache.target)
+
+    def _batches(self) -> list[str]:
+        assert self.program is not None
+        return [f"a batch of {s.dtype.name}{list(s.shape)}" for s in self.program.inputs if s.role == "batch"]
 
     def _plan_gradients(self, entries, captured: CapturedStep) -> None:
         """Decides which gradients are stored, which are dropped and which become None."""
@@ -236,6 +264,9 @@ class CompiledTape:
         read = tensors[self._donated : self._donated + self._read]
         of_state = self._executable.state_shardings or itertools.repeat(None)
         of_read = self._executable.input_shardings or itertools.repeat(None)
+        if self.cache.division is not None:
+            placed = itertools.chain(zip(cells, of_state, strict=False), zip(map(cell, read), of_read, strict=False))
+            self._come_together(self.cache.division, list(placed))
         state = tuple(cell.array(where) for cell, where in zip(cells, of_state, strict=False))
         inputs: list[Any] = [cell(tensor).array(where) for tensor, where in zip(read, of_read, strict=False)]
         for entry, place in self._leaves:
@@ -265,6 +296,14 @@ class CompiledTape:
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
+
+    def _come_together(self, division: Division, placed: list[tuple]) -> None:
+        """Makes whole what has to be, and sees that all workers are at the same program, if it is run by all."""
+        assert self.program is not None
+        name = f"{self._name} at {self._where}" if self._where else self._name
+        division.fetch([cell for cell, where in placed if where.is_fully_replicated and cell.is_divided], name)
+        if self._common is not None:
+            division.meet(f"{name}, {', '.join(self._batches())}")
 
     def _show(self, given: list[np.ndarray], results: list[jax.Array]) -> None:
         if inspection.inspector is None:

@@ -124,7 +124,7 @@ class Hooks:
 
     def _hook_workers(self) -> None:
         talk = workers.Talk(self.session)
-        for name in workers.TALKING if dist.is_available() else ():
+        for name in (*workers.TALKING, *workers.WAITING) if dist.is_available() else ():
             hooked = talk.hooked(getattr(dist, name))
             for owner in (dist, dist.distributed_c10d):
                 self._replace(owner, name, hooked)

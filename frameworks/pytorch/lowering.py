@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.apart import run_apart
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
@@ -26,7 +27,7 @@ _WIDE_STATISTICS = frozenset(
 
 
 def lower(
-    graph: Graph, results: list[int], precisions: Collection[str] = ()
+    graph: Graph, results: list[int], precisions: Collection[str] = (), common: Collection[int] | None = None
 ) -> Callable[[dict[int, jax.Array]], list[jax.Array]]:
     """A JAX function that computes values of the graph.
 
@@ -35,6 +36,7 @@ def lower(
         results: Numbers of the values to compute.
         precisions: What `torch.get_float32_matmul_precision()` was at the calls that were captured; the most exact
             holds for all. Without any, what it is when the function is traced.
+        common: The inputs that several workers have alike, where they divide them; see `apart`.
 
     Returns:
         A function from the values of the graph's inputs, by number, to the values of `results`, in order.
@@ -45,8 +47,12 @@ def lower(
         for value, constant in graph.constants.items():
             values[value] = jnp.asarray(numpy_view(constant))
         with products_at(strictest(precisions)):
-            for node in _nodes(graph, results):
-                _run_node_or_say(node, values)
+            nodes = _nodes(graph, results)
+            if common is not None:
+                run_apart(nodes, results, values, {*common, *graph.constants}, _run_node_or_say)
+            else:
+                for node in nodes:
+                    _run_node_or_say(node, values)
         return [values[result] for result in results]
 
     return run

@@ -37,6 +37,8 @@ class PlacedCell:
 
     __slots__ = ("__weakref__", "_array", "_is_ahead", "tensor")
 
+    is_divided = False  # between workers, so that one alone cannot fetch it; see `division`
+
     def __init__(self, tensor: torch.Tensor):
         self.tensor = weakref.ref(tensor)
         self._array: jax.Array | None = None  # the values, while they are away
@@ -57,8 +59,9 @@ class PlacedCell:
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._array is None:
+            stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             array = placed_array(numpy_view(tensor), sharding)
-            if is_shared(tensor):
+            if stays:
                 return array
             self._array = array
             self._leave(tensor)
@@ -107,40 +110,42 @@ class Away:
         kwargs = kwargs or {}
         if _needs_values(function):
             with _disable_current_modes():  # whoever records what torch does is not to see this
-                _fetch_in((args, kwargs.values()))
+                bring_back((args, kwargs.values()))
             return function(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> Any:
         """Copies the tensor as it is without us."""
-        _fetch_in((self,))
+        bring_back((self,))
         return copy.deepcopy(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the tensor as it is without us."""
-        _fetch_in((self,))
+        bring_back((self,))
         return self.__reduce_ex__(protocol)
 
 
 def _needs_values(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+    name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
+    # torch's own `Tensor.grad` is a Python property, as is ours in its place: they have no name before Python 3.13.
+    attribute = "grad" if owner is torch.Tensor.grad else getattr(owner, "__name__", "")
     if name == "__get__":
         return attribute not in _SHOWN
     return not (name in METADATA_METHODS or (name == "__set__" and attribute in _SETTABLE))
 
 
-def _fetch_in(values: Iterable) -> None:
+def bring_back(values: Iterable) -> None:
+    """Gives tensors their values, wherever they are in lists and dicts: for C++ code, which asks nobody."""
     for value in values:
         if isinstance(value, torch.Tensor):
             cell = _cells.get(id(value))
             if cell is not None:
                 cell.fetch()
         elif isinstance(value, list | tuple):
-            _fetch_in(value)
+            bring_back(value)
         elif isinstance(value, dict):
-            _fetch_in(value.values())
+            bring_back(value.values())
 
 
 def _forget(key: int, cell: PlacedCell) -> None:

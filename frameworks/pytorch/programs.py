@@ -9,6 +9,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch.capture import capture
 from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Held, Purpose
+from trainingcompiler.frameworks.pytorch.division import Division
 from trainingcompiler.frameworks.pytorch.layers import Layers
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.naming import leaf_name
@@ -28,7 +29,12 @@ class ProgramCache:
     def __init__(self, book: OptimizerBook, target: Target):
         self.book = book
         self.target = target
-        self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
+        # Several workers, where they divide their state.
+        self.division = Division() if target.workers > 1 and target.strategy.divides_state else None
+        if self.division is not None:
+            self.cells = CellRegistry(PlacedCell, self.division.cell)
+        else:
+            self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
         self.layers = Layers()
         self.agreement = workers.Agreement()
         self._programs: dict[tuple, list[CompiledTape]] = {}

@@ -5,6 +5,7 @@ addresses. Any read, edit, `state_dict()` or `deepcopy` in torch therefore works
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,17 +101,19 @@ class CellRegistry:
 
     Args:
         kind: `Cell`, or one with the same methods for state on several devices.
+        make: Makes a cell for a tensor; None is `kind` itself.
     """
 
-    def __init__(self, kind: Any = Cell):
+    def __init__(self, kind: Any = Cell, make: Callable[[torch.Tensor], Any] | None = None):
         self._kind = kind
+        self._make = make or kind
         self._cells: dict[int, Any] = {}
 
     def cell(self, tensor: torch.Tensor) -> Any:
         """The tensor's cell, made on first use."""
         found = self._cells.get(id(tensor))
         if found is None or found.tensor() is not tensor:
-            found = self._kind(tensor)
+            found = self._make(tensor)
             self._register(tensor, found)
         return found
 

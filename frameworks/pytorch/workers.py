@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainingcompiler import rendezvous
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.placed import bring_back
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.structure import flatten
@@ -37,6 +38,9 @@ TALKING = (
     "reduce_scatter_tensor scatter send isend recv irecv"
 ).split()
 """Functions of `torch.distributed` that take tensors, which have to be there."""
+WAITING = "all_gather_object barrier broadcast_object_list gather_object monitored_barrier scatter_object_list".split()
+"""Others, in which all workers wait for each other."""
+_OF_FEW = frozenset("send isend recv irecv".split())
 
 
 def world_size() -> int:
@@ -126,6 +130,8 @@ class Workers:
                 return original(wrapper, *session.real(args), **session.real(kwargs))
         if session.has_backward:
             session.commit()
+        if session.programs.division is not None:
+            session.programs.division.share(wrapper.module.parameters())
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
@@ -167,8 +173,20 @@ class Workers:
         """Gives every worker rank 0's buffers, as torch does before each forward that follows a training one."""
         if wrapper.will_sync_module_buffers():
             self._session.settle()
+            self.come_to("the buffers of DistributedDataParallel")
             with undeferred():
+                bring_back([*wrapper.modules_buffers])
                 wrapper._sync_buffers()
+
+    def come_to(self, what: str) -> None:
+        """Waits until all workers have come to the same talk, where one of them may be looking at divided state."""
+        if self._session.programs.division is not None:
+            self._session.programs.division.roll_call.talk(what)
+
+
+def _is_of_all(argument: Any) -> bool:
+    is_group = isinstance(argument, dist.ProcessGroup)
+    return not is_group or dist.get_world_size(argument) == world_size()
 
 
 def _in_torch(wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
@@ -217,7 +235,8 @@ class Talk:
         self._session = session
 
     def hooked(self, original: Callable) -> Callable:
-        """The function, given real tensors."""
+        """The function, given real tensors, when no worker waits for another's part of the state."""
+        workers = self._session.workers
 
         @functools.wraps(original)
         def talk(*args: Any, **kwargs: Any) -> Any:
@@ -225,6 +244,9 @@ class Talk:
             for leaf in leaves:
                 if isinstance(leaf, DeferredTensor):
                     self._settle(leaf)
+            if workers is not None and original.__name__ not in _OF_FEW and all(map(_is_of_all, leaves)):
+                workers.come_to(original.__name__)
+            bring_back(leaves)
             return original(*self._session.real(args), **self._session.real(kwargs))
 
         return talk

@@ -280,3 +280,26 @@ def test_all_devices_are_as_many_as_there_are(tmp_path):
     (tmp_path / "small.py").write_text(SMALL, encoding="utf-8")
     done = run(["-m", "trainingcompiler.launch", "--devices=all", "-m", "small"], tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "4 devices, dp  compiled: yes" in done.stderr
+
+
+UNSEEN = """
+import torch
+from torch import nn
+from trainingcompiler.frameworks.pytorch import placed
+
+model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(5):
+    loss = model(torch.randn(8, 64)).square().mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+state = [*model.parameters(), *(value for kept in optimizer.state.values() for value in kept.values())]
+assert all(id(tensor) in placed._cells for tensor in state), len(placed._cells)
+"""
+
+
+def test_a_loop_in_which_nobody_looks_moves_nothing(tmp_path):
+    done = launched(UNSEEN, tmp_path, "--devices=2", "--strategy=fsdp")
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
 """An ordinary script for several processes: DDP, its own sampler, accumulation, clipping, metrics. Knows nothing of us.
 
-torchrun --standalone --nproc-per-node 2 ddp_script.py MODEL OUT [uneven]
+torchrun --standalone --nproc-per-node 2 ddp_script.py MODEL OUT [uneven] [wide]
 """
 
 import json
@@ -13,12 +13,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+WIDTH = 128 if "wide" in sys.argv[3:] else 32  # at the larger, weights have enough elements to be divided
+
 
 class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.up, self.down = nn.Linear(8 * 64, 32), nn.Linear(32, 10)
+        self.up, self.down = nn.Linear(8 * 64, WIDTH), nn.Linear(WIDTH, 10)
 
     def forward(self, x):
         return self.down(F.relu(self.up(F.relu(self.norm(self.first(x))).flatten(1))))
@@ -29,7 +31,7 @@ def gpt2():
 
     return GPT2LMHeadModel(
         GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=64, bos_token_id=0, eos_token_id=0,
+            n_layer=2, n_embd=WIDTH, n_head=2, n_positions=16, vocab_size=64, bos_token_id=0, eos_token_id=0,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
@@ -40,7 +42,7 @@ def bert():
 
     return BertForMaskedLM(
         BertConfig(
-            num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, vocab_size=64,
+            num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, intermediate_size=2 * WIDTH, vocab_size=64,
             max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip

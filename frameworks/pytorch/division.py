@@ -1,0 +1,164 @@
+"""State that several workers divide: which tensors it is, and who holds which part.
+
+`DistributedDataParallel` keeps a model's parameters, and so their optimizer's state, the same on all workers. Under
+`--strategy fsdp` each holds a part of them only (FSDP, Zhao et al. 2023, https://arxiv.org/abs/2304.11277), from the
+first step on. Whoever looks at one gathers it (`roll_call`).
+"""
+
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import jax
+import torch
+from jax.sharding import Sharding
+from torch import nn
+
+from trainingcompiler import workers
+from trainingcompiler.buffers import placed_array
+from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
+from trainingcompiler.frameworks.pytorch.placed import PlacedCell
+from trainingcompiler.roll_call import RollCall
+
+
+class Division:
+    """The arrays that workers hold parts of. All number them alike, as all run the same programs in the same order.
+
+    Attributes:
+        roll_call: By which workers come together.
+    """
+
+    def __init__(self) -> None:
+        self.roll_call = RollCall(self._hand_over)
+        self._common: dict[int, weakref.ref[nn.Parameter]] = {}  # by identity
+        self._cells: dict[int, DividedCell] = {}
+        self._late: dict[int, jax.Array] = {}  # of tensors that are gone here, and perhaps not elsewhere
+        self._count = 0
+
+    def share(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes note of parameters that are the same on all workers."""
+        for parameter in parameters:
+            self._common[id(parameter)] = weakref.ref(parameter)
+
+    def common(self, optimizers: Iterable[torch.optim.Optimizer]) -> Collection[int]:
+        """The tensors that are the same on all workers, by identity: such parameters, and what belongs to them."""
+        found = {key for key, parameter in self._common.items() if parameter() is not None}
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                if id(parameter) in found:
+                    found |= {id(value) for value in state.values()}
+        return found
+
+    def meet(self, program: str) -> None:
+        """Waits until all workers have come to the same program.
+
+        Raises:
+            TrainingCompilerError: They have come to something else.
+        """
+        self.roll_call.run(program)
+        self._late.clear()
+
+    def fetch(self, cells: Sequence["DividedCell"], what: str) -> None:
+        """Makes divided cells whole."""
+        if cells:
+            self.roll_call.fetch([cell.number for cell in cells], what)
+
+    def cell(self, tensor: torch.Tensor) -> "DividedCell":
+        """A cell for a tensor, which may come to be divided."""
+        return DividedCell(tensor, self)
+
+    def enter(self, cell: "DividedCell", tensor: torch.Tensor) -> None:
+        """Gives a cell the number that it has on all workers."""
+        self._count += 1
+        cell.number = self._count
+        self._cells[cell.number] = cell
+        weakref.finalize(tensor, self._bury, cell).atexit = False
+
+    def _bury(self, cell: "DividedCell") -> None:
+        del self._cells[cell.number]
+        part = cell.last_part()
+        if part is not None:
+            self._late[cell.number] = part
+
+    def _hand_over(self, wanted: Sequence[int], own: Sequence[int]) -> None:
+        for number in wanted:
+            cell = self._cells.get(number)
+            part = self._late.get(number) if cell is None else cell.part()
+            if part is None:
+                raise TrainingCompilerError(
+                    "another worker looks at a tensor that this one does not have any more: look at it before, or keep "
+                    "the model on all ranks"
+                )
+            whole = workers.gathered(part)
+            if cell is not None and number in own:
+                cell.take(whole)
+
+
+class DividedCell(PlacedCell):
+    """A tensor whose values are with the steps, and, if all workers have the same, divided between them.
+
+    Attributes:
+        number: What all workers call it, once it is divided; else 0.
+    """
+
+    __slots__ = ("_division", "_sharding", "number")
+
+    def __init__(self, tensor: torch.Tensor, division: Division):
+        super().__init__(tensor)
+        self._division = division
+        self._sharding: Sharding | None = None  # how it is divided
+        self.number = 0
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this worker has a part only."""
+        return self._array is not None and not self._array.sharding.is_fully_replicated
+
+    def array(self, sharding: Any) -> jax.Array:
+        """The array to pass to a step, placed as the step wants it: gathered, if it is divided and is to be whole."""
+        if sharding.is_fully_replicated:
+            if self.is_divided:
+                self._division.fetch([self], "a value")
+        else:
+            self._sharding = sharding
+            if not self.number:
+                tensor = self.tensor()
+                assert tensor is not None
+                self._division.enter(self, tensor)
+        return super().array(sharding)
+
+    def update(self, array: jax.Array) -> None:
+        """Takes over what a step has made of the array."""
+        if self._array is not None or array.sharding.is_fully_replicated:
+            super().update(array)
+            return
+        self._array = array  # for a moment: the tensor keeps its values, as others share its memory
+        self._division.fetch([self], "the memory of a tensor that others share")
+        whole, self._array = self._array, None
+        tensor = self.tensor()
+        assert tensor is not None
+        tensor.detach().copy_(tensor_of(whole))
+
+    def fetch(self) -> None:
+        """Gives the tensor its values back; without effect while it has them."""
+        if self.is_divided:
+            self._division.fetch([self], "a value")
+        super().fetch()
+
+    def take(self, whole: jax.Array) -> None:
+        """Holds the whole of what it has held a part of."""
+        self._array = whole
+
+    def part(self) -> jax.Array:
+        """This worker's part."""
+        part = self.last_part()
+        tensor = self.tensor()
+        if part is None:
+            assert tensor is not None
+            return placed_array(numpy_view(tensor), self._sharding)
+        return part
+
+    def last_part(self) -> jax.Array | None:
+        """This worker's part, where the values are not with torch."""
+        return None if self._array is None else placed_array(self._array, self._sharding)

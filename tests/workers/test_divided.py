@@ -1,0 +1,152 @@
+"""`--strategy fsdp` between workers: the model of DDP, each worker with a part of the state; and anybody may look."""
+
+import json
+
+import pytest
+from test_ddp import OURS, SCRIPT, TOLERANCE, TORCHRUN, results, run
+
+FSDP = [*OURS, "--strategy=fsdp"]
+
+
+@pytest.mark.parametrize(("model", "workers"), [("cnn", 2), ("gpt2", 2), ("gpt2", 4), ("bert", 2)])
+def test_every_rank_sees_what_it_sees_under_torchrun(model, workers, tmp_path):
+    plain = run([*TORCHRUN, f"--nproc-per-node={workers}", str(SCRIPT), model, "plain", "wide"], tmp_path)
+    assert (tmp_path / f"plain.{workers - 1}.json").exists(), plain.stderr[-3000:]  # its gloo may crash on leaving
+    parts = run([*FSDP, f"--nproc-per-node={workers}", str(SCRIPT), model, "parts", "wide"], tmp_path)
+    assert parts.returncode == 0, parts.stderr[-3000:]
+    assert "24 steps (23 compiled, 1 eager)" in parts.stderr
+    for expected, found in zip(results("plain", tmp_path, workers), results("parts", tmp_path, workers), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=1e-12)
+    assert parts.stdout.count("looks") == plain.stdout.count("looks") > 0
+
+
+LOOKS = """
+import json, os, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def main(name):
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(rank)
+    layers = nn.Sequential(nn.Linear(64, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 64))
+    model = DistributedDataParallel(layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    average = None
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(12):
+        loss = model(torch.randn(8, 64, generator=generator)).square().mean()
+        loss.backward()
+        if rank == 0 and step == 2:
+            print("between", loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 4 and "trainingcompiler" in sys.modules:  # what this worker holds: parameters, Adam's two for each
+            from trainingcompiler.frameworks.pytorch import placed
+
+            sizes = [p.numel() * p.element_size() for p in model.parameters()]
+            small = sum(size for size in sizes if size < 8 * 2**14)
+            held = sum(cell._array.addressable_data(0).nbytes for cell in placed._cells.values())
+            assert 0.9 * 3 * sum(sizes) / size < held < 1.1 * 3 * sum(sizes) / size + 3 * small, (held, sum(sizes))
+        if rank == 1 % size and step == 5:
+            average = [p.detach().clone() for p in model.parameters()]
+        if rank == 0 and step == 7:
+            torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}, f"{name}.pt")
+            print("weights", next(model.parameters()).norm().item())
+        if step == 7:
+            dist.barrier()
+        if step == 8:
+            with torch.no_grad():
+                model.module[3].weight.mul_(0.5)  # by all of them
+        if step == 9:
+            kept = torch.load(f"{name}.pt")
+            model.module.load_state_dict(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+    if average is not None:
+        print("average", sum(t.norm().item() for t in average))
+    if rank == 0:  # the others have left this function, and their model is gone
+        torch.save(model.module.state_dict(), f"{name}.pt")
+        print("end", json.dumps([t.double().norm().item() for t in torch.load(f"{name}.pt").values()]))
+
+
+main(sys.argv[1])
+"""
+
+
+def test_one_rank_alone_may_look_at_values_and_save_the_whole_model(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(LOOKS, encoding="utf-8")
+    plain = run([*TORCHRUN, "--nproc-per-node=2", str(path), "plain"], tmp_path)
+    parts = run([*FSDP, "--nproc-per-node=2", str(path), "parts"], tmp_path)
+    assert parts.returncode == 0, parts.stderr[-3000:]
+    found, expected = _said(parts.stdout), _said(plain.stdout)
+    assert set(found) == set(expected) == {"between", "weights", "average", "end"}
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=TOLERANCE)
+
+
+def _said(text: str) -> dict:
+    words = ("between", "weights", "average", "end")
+    lines = (line.partition(" ") for line in text.splitlines() if line.startswith(words))
+    return {word: json.loads(rest) for word, _, rest in lines}
+
+
+ASTRAY = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank, kind = dist.get_rank(), sys.argv[1]
+model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def step():
+    loss = model(torch.randn(8, 64)).square().mean()
+    loss.backward()
+    if kind == "norm" and rank == 0:
+        print(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+for index in range(6):
+    step()
+    if kind == "extra" and index == 3 and rank == 0:
+        step()
+    if kind == "leave" and index == 3 and rank == 1:
+        sys.exit(0)
+    if kind == "barrier" and index == 3 and rank == 1:
+        dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "here", "there"),
+    [
+        ("norm", "rank 0  forward_backward at script.py", "rank 1  train_step at script.py"),
+        ("leave", "rank 0  train_step at script.py", "rank 1  the end of its script"),
+        ("barrier", "rank 0  train_step at script.py", "rank 1  barrier"),
+        ("extra", "rank 0  train_step at script.py", "rank 1  the end of its script"),
+    ],
+)
+def test_workers_that_come_to_different_things_are_told_at_once(kind, here, there, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(ASTRAY, encoding="utf-8")
+    done = run([*FSDP, "--nproc-per-node=2", str(path), kind], tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "workers that divide the state have to come to the same" in done.stderr
+    assert here in done.stderr and there in done.stderr
+
+
+def test_layers_are_not_divided_between_workers(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(ASTRAY, encoding="utf-8")
+    done = run([*OURS, "--strategy=tp=2", "--nproc-per-node=2", str(path), "x"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("or --strategy=fsdp, which divides the state between workers") == 1, done.stderr
