@@ -152,6 +152,11 @@ def abandon(code: int) -> None:
         _left_with = code
 
 
+def leaves_alone() -> bool:
+    """Whether this process leaves without waiting for the others."""
+    return _left_with is not None
+
+
 def share_gpus(environ: MutableMapping[str, str]) -> str:
     """Has XLA take GPU memory as it needs it, where torch is on the same GPU, unless the person has said otherwise.
 
