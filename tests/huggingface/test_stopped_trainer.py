@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from trainingcompiler import events
+from trainingcompiler.frameworks.huggingface import stopping
 
 SCRIPT = """
 import argparse, json, os, signal
@@ -113,6 +117,20 @@ def test_the_checkpoint_stays_where_the_best_one_would_replace_it(tmp_path):
 def test_the_last_step_is_the_end_anyway(tmp_path):
     done = run(tmp_path / "run", "--tell=SIGTERM", "--steps=6")
     assert done.returncode == 0 and checkpoints(tmp_path / "run") == [6], done.stderr[-3000:]
+
+
+def test_a_trainer_that_cannot_agree_with_others_trains_and_says_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen: list[events.Event] = []
+    withdraw = events.subscribe(seen.append)
+    with stopping.listening(SimpleNamespace(args=SimpleNamespace())):
+        pass
+    withdraw()
+    (note,) = seen
+    assert isinstance(note, events.Note)
+    assert note.text.startswith(
+        "SIGTERM and SIGUSR1 end this Trainer at once, without a checkpoint: WORLD_SIZE=2, and these workers were not "
+    )
 
 
 def test_transformers_own_way_is_left_to_it(tmp_path):
