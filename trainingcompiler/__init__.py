@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TrainingCompilerError,
         UsageError,
     )
+    from trainingcompiler.frameworks.pytorch.checkpoints import Checkpoints
     from trainingcompiler.job import REQUEUE
     from trainingcompiler.scaling import Scaled
     from trainingcompiler.stopping import StopSignal
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
+    "Checkpoints",
     "ConfigError",
     "FallbackError",
     "GradientNotKeptError",
@@ -58,6 +60,7 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HOMES = {
+    "Checkpoints": "frameworks.pytorch.checkpoints",
     "REQUEUE": "job",
     "StopSignal": "stopping",
     "TrainingCompilerConfig": "config",
