@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from test_ddp import OURS, SCRIPT, TOLERANCE, TORCHRUN, results, run
+import safetensors.torch
+import torch
+from test_ddp import OURS, SCRIPT, TOLERANCE, TORCHRUN, TRAINER, results, run
 
 FSDP = [*OURS, "--strategy=fsdp"]
 
@@ -150,3 +152,18 @@ def test_layers_are_not_divided_between_workers(tmp_path):
     done = run([*OURS, "--strategy=tp=2", "--nproc-per-node=2", str(path), "x"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("or --strategy=fsdp, which divides the state between workers") == 1, done.stderr
+
+
+def test_the_trainer(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(TRAINER.replace("n_embd=32", "n_embd=128"), encoding="utf-8")
+    plain = run([*TORCHRUN, "--nproc-per-node=2", str(path), "a", "plain"], tmp_path)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    parts = run([*FSDP, "--nproc-per-node=2", str(path), "b", "parts"], tmp_path)
+    assert parts.returncode == 0, parts.stderr[-3000:]
+    for expected, found in zip(results("plain", tmp_path, 2), results("parts", tmp_path, 2), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+    written = [safetensors.torch.load_file(tmp_path / run / "checkpoint-20" / "model.safetensors") for run in "ab"]
+    assert set(written[0]) == set(written[1])
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor, rtol=TOLERANCE, atol=1e-12)
