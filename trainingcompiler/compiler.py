@@ -131,7 +131,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
         _say_undivided(program, target)
         placed = shardings(program, mesh_of(devices, target.strategy), target.strategy)
     elif target.workers > 1:
-        placed = (*(tuple(map(_of_workers, specs)) for specs in (program.state, program.inputs)), ())
+        placed = tuple(map(_of_workers, program.state)), tuple(map(_of_workers, program.inputs)), ()
     store = cache.store() if program.digest is not None and target.described is None else None
     # Of several workers on a host, the first to come compiles, and the others load what it has made.
     with store.alone(program, target) if store and target.workers > 1 else contextlib.nullcontext():

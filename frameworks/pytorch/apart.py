@@ -96,7 +96,7 @@ def run_apart(
         run(node, values)
 
 
-def _parted(nodes: list[Node], common: Collection[int]) -> tuple[list[Node], list[Node]]:
+def _parted(nodes: list[Node], common: set[int]) -> tuple[list[Node], list[Node]]:
     """What each worker does apart, and the rest, which is common to all and which only that rest reads."""
     own, shared = [], []
     read: set[int] = set()
@@ -116,9 +116,11 @@ def _outputs(node: Node) -> list[tuple[int, Any]]:
 
 def _mean(node: Node, values: dict[int, Any], parts: dict[int, PartitionSpec]) -> None:
     """Averages; of a gradient that is divided, each worker is only sent its part."""
-    tensors, count = node.args
+    tensors: Any = node.args[0]
+    count: Any = node.args[1]
     whole = []
     for tensor, number in zip(tensors, node.outputs, strict=True):
+        assert number is not None
         spec = parts.get(number, PartitionSpec())
         if len(spec):
             share = values[tensor.id] / count
@@ -126,5 +128,5 @@ def _mean(node: Node, values: dict[int, Any], parts: dict[int, PartitionSpec]) -
         else:
             whole.append((values[tensor.id], number))
     if whole:
-        means = LOWERINGS[_MEAN]([array for array, _ in whole], count)
+        means: Any = LOWERINGS[_MEAN]([array for array, _ in whole], count)
         values.update(zip([number for _, number in whole], means, strict=True))

@@ -73,8 +73,12 @@ def _narrowed(barrier: Node, needed: set[int]) -> Node:
     kept = [place for place, output in enumerate(barrier.outputs) if output in needed]
     if len(kept) == len(barrier.outputs):
         return barrier
-    args, outputs, metas = (tuple(of[place] for place in kept) for of in (barrier.args, barrier.outputs, barrier.metas))
-    return replace(barrier, args=args, outputs=outputs, metas=metas)
+    return replace(
+        barrier,
+        args=tuple(barrier.args[place] for place in kept),
+        outputs=tuple(barrier.outputs[place] for place in kept),
+        metas=tuple(barrier.metas[place] for place in kept),
+    )
 
 
 def references(node: Node) -> list[int]:

@@ -37,8 +37,6 @@ class PlacedCell:
 
     __slots__ = ("__weakref__", "_array", "_is_ahead", "tensor")
 
-    is_divided = False  # between workers, so that one alone cannot fetch it; see `division`
-
     def __init__(self, tensor: torch.Tensor):
         self.tensor = weakref.ref(tensor)
         self._array: jax.Array | None = None  # the values, while they are away
@@ -53,6 +51,11 @@ class PlacedCell:
         cell._array, cell._is_ahead = array, True
         cell._leave(tensor)
         return cell, tensor
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `division`."""
+        return False
 
     def array(self, sharding: Any) -> jax.Array:
         """The array to pass to a step, placed as the step wants it."""
