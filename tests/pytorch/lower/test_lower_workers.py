@@ -8,7 +8,7 @@ from trainingcompiler.frameworks.pytorch.lower.workers import mean_over_workers
 from trainingcompiler.workers import AXIS
 
 WORKERS = 3
-SMALL, LARGE = (2, 5), (512, 256)
+SMALL, LARGE = (2, 5), (1024, 512)
 
 
 def means(tensors: list) -> list:
@@ -35,4 +35,4 @@ def test_only_small_tensors_are_copied_together():
     (copied,) = [equation.outvars[0].aval.shape for equation in equations if equation.primitive.name == "concatenate"]
     assert copied == (17,)
     sent = [equation for equation in equations if equation.primitive.name.startswith("psum")]
-    assert sorted(equation.invars[0].aval.size for equation in sent) == [17, 512 * 256, 512 * 256]
+    assert sorted(equation.invars[0].aval.size for equation in sent) == [17, 1024 * 512, 1024 * 512]
