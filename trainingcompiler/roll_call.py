@@ -62,14 +62,18 @@ class RollCall:
             atexit.register(self._leave)
         self._together(Errand.RUN, what)
 
-    def talk(self, what: str) -> None:
+    def talk(self, what: str, details: str = "") -> None:
         """Waits until all have come to the same function of `torch.distributed`, in which they would wait anyway.
+
+        Args:
+            what: The same for all.
+            details: What else those are told who have come for something else.
 
         Raises:
             TrainingCompilerError: As `run`.
         """
         if self._count:
-            self._together(Errand.TALK, what)
+            self._together(Errand.TALK, what, details=details)
 
     def fetch(self, numbers: Sequence[int], what: str) -> None:
         """Waits until all have come to something, and has them hand over arrays.
@@ -88,7 +92,7 @@ class RollCall:
         except TrainingCompilerError as error:  # what has failed elsewhere is told there; this script has ended well
             sys.stderr.write(f"trainingcompiler: {error}\n")
 
-    def _together(self, errand: Errand, what: str, numbers: Sequence[int] = ()) -> None:
+    def _together(self, errand: Errand, what: str, numbers: Sequence[int] = (), details: str = "") -> None:
         with self._turn:
             while True:
                 self._count += 1
@@ -98,7 +102,7 @@ class RollCall:
                     if errand is Errand.FETCH:
                         self._hand_over(numbers, numbers)
                     return
-                mine = {"errand": int(errand), "what": what, "numbers": list(numbers)}
+                mine = {"what": f"{what}: {details}" if details else what, "numbers": list(numbers)}
                 everyone = workers.share(f"roll call {self._count}", mine)
                 wanted = {number for other in everyone for number in other["numbers"]}
                 if not wanted:

@@ -96,6 +96,16 @@ def _awaited(client: Any, key: str, rank: int, what: str) -> str:
         ) from None
 
 
+def _by_rank(client: Any, folder: str) -> dict[str, str]:
+    return {key.rpartition("/")[2]: text for key, text in client.key_value_dir_get(folder)}
+
+
+def _rank() -> int:
+    worker = rendezvous.current()
+    assert worker is not None
+    return worker.rank
+
+
 def _client() -> Any:
     from jax._src import distributed  # JAX's own store of keys; there is no public name for it
 
@@ -117,6 +127,14 @@ class Agreement:
         self._doing = ""  # the program that this worker is in, with its line
         self._since = 0.0  # when it began; 0 outside
         self._watching = False
+        self._left: set[str] = set()  # why this worker has left steps to its framework
+        self._is_away = False  # since the last program that it ran
+
+    def leave(self, reason: str) -> None:
+        """Tells the others that the framework runs a step of this worker's, in which nobody of them may be."""
+        self._left.add(reason)
+        self._is_away = True
+        _client().key_value_set(f"trainingcompiler/left/{_rank()}", reason, allow_overwrite=True)
 
     def meet(self, name: str, where: str | None, inputs: list[str]) -> None:
         """Waits until every worker has come to the same new program.
@@ -161,6 +179,9 @@ class Agreement:
 
     @contextlib.contextmanager
     def _at(self, what: str, where: str | None) -> Iterator[None]:
+        if self._is_away:
+            self._is_away = False
+            _client().key_value_delete(f"trainingcompiler/left/{_rank()}")
         self._doing, self._since = f"{what} at {where}" if where else what, time.monotonic()
         if not self._watching:
             self._watching = True
@@ -171,8 +192,7 @@ class Agreement:
             self._since = 0.0
 
     def _watch(self) -> None:
-        worker, client = rendezvous.current(), _client()
-        assert worker is not None
+        rank, client = _rank(), _client()
         told = ""
         seen: dict[str, str] = {}
         seen_since = 0.0
@@ -182,9 +202,11 @@ class Agreement:
             if since and time.monotonic() - since > STUCK_S:
                 if told != doing:
                     told = doing
-                    client.key_value_set(f"trainingcompiler/stuck/{worker.rank}", doing, allow_overwrite=True)
-                others = dict(client.key_value_dir_get("trainingcompiler/stuck/"))
-                others = {key.rpartition("/")[2]: text for key, text in others.items()}
+                    client.key_value_set(f"trainingcompiler/stuck/{rank}", doing, allow_overwrite=True)
+                others = _by_rank(client, "trainingcompiler/stuck/")
+                for other, reason in _by_rank(client, "trainingcompiler/left/").items():
+                    if reason not in self._left:
+                        others[other] = f"has left the step to its framework: {reason}"
                 if others != seen:
                     seen, seen_since = others, time.monotonic()
                 # One may be at the end of a long step while another is in the next: that passes.
@@ -193,7 +215,7 @@ class Agreement:
                     _give_up(others)
             elif told:
                 told = ""
-                client.key_value_delete(f"trainingcompiler/stuck/{worker.rank}")
+                client.key_value_delete(f"trainingcompiler/stuck/{rank}")
 
 
 def _give_up(doing: dict[str, str]) -> None:
@@ -202,7 +224,7 @@ def _give_up(doing: dict[str, str]) -> None:
     sys.stderr.write(
         f"trainingcompiler: workers wait for each other in different programs, for {2 * STUCK_S:.0f} s:{lines}\n"
         "A part of the loop that only one rank takes may not run a step, read a gradient, or call a synchronized "
-        "layer, which all ranks do together.\n"
+        "layer, which all ranks do together; and what one rank cannot compile, all have to leave: --engine=eager.\n"
     )
     sys.stderr.flush()
     os._exit(1)

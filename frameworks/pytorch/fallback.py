@@ -2,6 +2,7 @@
 
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from trainingcompiler.config import TrainingCompilerConfig
@@ -16,12 +17,17 @@ _PASSES = 16  # as often may a passing reason come back (engines take turns) bef
 class Fallbacks:
     """What has been left to torch, and what has been said about it.
 
+    Args:
+        config: Whether the user wants any.
+        told: Is told of each before torch runs it, as `leave` is.
+
     Attributes:
         count: How many tapes or steps torch has run because they could not be compiled.
     """
 
-    def __init__(self, config: TrainingCompilerConfig):
+    def __init__(self, config: TrainingCompilerConfig, told: Callable[[CaptureError, list[Any]], None] | None = None):
         self.count = 0
+        self._told = told
         self._config = config
         self._left: dict[int, Any] = {}
         self._passed: Counter[str] = Counter()
@@ -42,6 +48,8 @@ class Fallbacks:
             FallbackError: The reason is no passing one, and the user wants no fallback.
         """
         self.count += 1
+        if self._told is not None:
+            self._told(error, items)
         self._passed[error.reason] += isinstance(error, PassingCaptureError)
         if 0 < self._passed[error.reason] <= _PASSES:
             if self._is_news(error):

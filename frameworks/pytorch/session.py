@@ -68,13 +68,13 @@ class Session:
         self.tape = Tape()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
-        self.fallbacks = Fallbacks(config)
+        self.workers = Workers(self) if self.programs.target.workers > 1 else None
+        self.fallbacks = Fallbacks(config, None if self.workers is None else self.workers.left_to_torch)
         self._guard = StateGuard(self._before_write, self.commit)
         self.backward_compiled = False  # whether the last backward ran as a program
         self.stepping = Stepping(self)
         self._called_since_backward: set[int] = set()
         self._speculation = Speculation(self.programs, self.calls)
-        self.workers = Workers(self) if self.programs.target.workers > 1 else None
 
     # -- what the loop does -------------------------------------------------------------------------------------
 

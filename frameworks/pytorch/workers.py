@@ -116,11 +116,13 @@ class Workers:
         self._session = session
         self._synchronized: dict[int, DistributedDataParallel] = {}  # called since the last backward
         self._called: tuple[nn.Module, Callable] | None = None
+        self._wrapped: set[int] = set()  # the wrappers that were called, and the modules inside, by identity
 
     def call(self, original: Callable, wrapper: DistributedDataParallel, args: tuple, kwargs: dict) -> Any:
         """Does what calling the wrapper does: the module inside is recorded, or torch runs the wrapper."""
         session = self._session
         module = wrapper.module
+        self._wrapped |= {id(wrapper), id(module)}
         reason = obstacle(wrapper)
         if reason is not None and not session.fallbacks.covers(wrapper):
             session.fallbacks.leave(CaptureError(reason, user_line()), [wrapper])
@@ -177,6 +179,16 @@ class Workers:
             with undeferred():
                 bring_back([*wrapper.modules_buffers])
                 wrapper._sync_buffers()
+
+    def left_to_torch(self, error: CaptureError, items: list[Any]) -> None:
+        """Tells the others, which may be waiting for this worker in a compiled step, that torch runs it here."""
+        programs = self._session.programs
+        if not torch.is_grad_enabled() or self._wrapped.isdisjoint(map(id, items)):
+            return
+        if programs.division is None:
+            programs.agreement.leave(error.reason)
+        else:
+            programs.division.roll_call.talk("PyTorch, to which it has left a step", error.reason)
 
     def come_to(self, what: str) -> None:
         """Waits until all workers have come to the same talk, where one of them may be looking at divided state."""

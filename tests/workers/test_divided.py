@@ -167,3 +167,45 @@ def test_the_trainer(tmp_path):
     assert set(written[0]) == set(written[1])
     for name, tensor in written[0].items():
         torch.testing.assert_close(written[1][name], tensor, rtol=TOLERANCE, atol=1e-12)
+
+
+LEAVES = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.looks = nn.Linear(128, 128), False
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x * 2 if self.looks and x.sum().item() > 0 else x
+
+
+model = DistributedDataParallel(Odd())
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+for step in range(6):
+    model.module.looks = step >= 3 and rank == 1
+    model(torch.randn(8, 128)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_a_step_that_one_rank_leaves_to_torch_is_told_to_those_who_wait_for_it(strategy, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(LEAVES, encoding="utf-8")
+    done = run([*OURS[:2], f"--strategy={strategy}", "--nproc-per-node=2", str(path)], tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "rank 0  run 3: train_step" in done.stderr or "rank 0  train_step at" in done.stderr, done.stderr[-3000:]
+    assert "rank 1  has left the step to its framework" in done.stderr or (
+        "rank 1  PyTorch, to which it has left a step: " in done.stderr
+    ), done.stderr[-3000:]
