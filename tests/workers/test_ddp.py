@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "ddp_script.py"
@@ -221,3 +222,58 @@ def test_the_trainers_own_distributed_path(tmp_path):
     assert "0 eager" not in compiled.stderr and " compiled" in compiled.stderr
     for expected, found in zip(results("plain", tmp_path, 2), results("compiled", tmp_path, 2), strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+ACCELERATED = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(accelerator.process_index)
+model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 4))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+generator = torch.Generator().manual_seed(1)
+data = TensorDataset(torch.randn(208, 64, generator=generator), torch.randint(0, 4, (208,), generator=generator))
+loader = DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(2))
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 26)
+model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+seen = []
+for x, y in loader:
+    with accelerator.accumulate(model):
+        output = model(x)
+        loss = nn.functional.cross_entropy(output, y)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    predictions, labels = accelerator.gather_for_metrics((output.argmax(1), y))
+    seen += [loss.item(), (predictions == labels).double().mean().item()]
+seen += [p.norm().item() for p in accelerator.unwrap_model(model).parameters()]
+with open(f"{sys.argv[1]}.{accelerator.process_index}.json", "w") as file:
+    json.dump(seen, file)
+if accelerator.is_main_process:
+    accelerator.save(accelerator.unwrap_model(model).state_dict(), f"{sys.argv[1]}.pt")
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+def test_accelerate(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(ACCELERATED, encoding="utf-8")
+    run([*TORCHRUN, "--nproc-per-node=2", str(path), "plain"], tmp_path)
+    expected = results("plain", tmp_path, 2)
+    for strategy in ("dp", "fsdp"):
+        done = run([*OURS, f"--strategy={strategy}", "--nproc-per-node=2", str(path), strategy], tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for one, other in zip(expected, results(strategy, tmp_path, 2), strict=True):
+            assert other == pytest.approx(one, rel=TOLERANCE)
+        whole, saved = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", strategy))
+        for name, tensor in whole.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=TOLERANCE, atol=1e-12)
