@@ -18,7 +18,7 @@ from trainingcompiler import workers
 from trainingcompiler.buffers import placed_array
 from trainingcompiler.errors import TrainingCompilerError
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
-from trainingcompiler.frameworks.pytorch.placed import PlacedCell
+from trainingcompiler.frameworks.pytorch.placed import PlacedCell, away, bring_back, cell_of
 from trainingcompiler.roll_call import RollCall
 
 
@@ -33,7 +33,7 @@ class Division:
         self.roll_call = RollCall(self._hand_over)
         self._common: dict[int, weakref.ref[nn.Parameter]] = {}  # by identity
         self._cells: dict[int, DividedCell] = {}
-        self._late: dict[int, jax.Array] = {}  # of tensors that are gone here, and perhaps not elsewhere
+        self._late: dict[int, DividedCell] = {}  # of tensors that are gone here, and perhaps not elsewhere
         self._count = 0
 
     def share(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -64,6 +64,17 @@ class Division:
         if cells:
             self.roll_call.fetch([cell.number for cell in cells], what)
 
+    def end(self) -> None:
+        """Gives torch everything back: all workers go on without compiled steps."""
+        self.bring_back(away(), "tc.disable()")
+
+    def bring_back(self, tensors: Iterable[torch.Tensor], what: str) -> None:
+        """Gives torch the values of tensors, those that are divided all at once."""
+        tensors = list(tensors)
+        cells = (cell_of(tensor) for tensor in tensors)
+        self.fetch([cell for cell in cells if isinstance(cell, DividedCell) and cell.is_divided], what)
+        bring_back(tensors)
+
     def cell(self, tensor: torch.Tensor) -> "DividedCell":
         """A cell for a tensor, which may come to be divided."""
         return DividedCell(tensor, self)
@@ -76,22 +87,19 @@ class Division:
         weakref.finalize(tensor, self._bury, cell).atexit = False
 
     def _bury(self, cell: "DividedCell") -> None:
-        del self._cells[cell.number]
-        part = cell.last_part()
-        if part is not None:
-            self._late[cell.number] = part
+        self._late[cell.number] = self._cells.pop(cell.number)
 
     def _hand_over(self, wanted: Sequence[int], own: Sequence[int]) -> None:
         for number in wanted:
-            cell = self._cells.get(number)
-            part = self._late.get(number) if cell is None else cell.part()
-            if part is None:
+            cell = self._cells.get(number) or self._late.get(number)
+            part = None if cell is None else cell.part()
+            if cell is None or part is None:
                 raise TrainingCompilerError(
                     "another worker looks at a tensor that this one does not have any more: look at it before, or keep "
                     "the model on all ranks"
                 )
             whole = workers.gathered(part)
-            if cell is not None and number in own:
+            if number in own:
                 cell.take(whole)
 
 
@@ -150,15 +158,10 @@ class DividedCell(PlacedCell):
         """Holds the whole of what it has held a part of."""
         self._array = whole
 
-    def part(self) -> jax.Array:
-        """This worker's part."""
-        part = self.last_part()
+    def part(self) -> jax.Array | None:
+        """This worker's part; None if the values were with a tensor that is gone."""
+        assert self._sharding is not None
+        if self._array is not None:
+            return placed_array(self._array, self._sharding)
         tensor = self.tensor()
-        if part is None:
-            assert tensor is not None
-            return placed_array(numpy_view(tensor), self._sharding)
-        return part
-
-    def last_part(self) -> jax.Array | None:
-        """This worker's part, where the values are not with torch."""
-        return None if self._array is None else placed_array(self._array, self._sharding)
+        return None if tensor is None else placed_array(numpy_view(tensor), self._sharding)

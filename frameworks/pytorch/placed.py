@@ -104,8 +104,18 @@ class PlacedCell:
 
 def array_of(tensor: torch.Tensor) -> jax.Array | None:
     """The values of a tensor, while they are away; the next step consumes the array."""
-    cell = _cells.get(id(tensor))
+    cell = cell_of(tensor)
     return None if cell is None else cell._array
+
+
+def cell_of(tensor: torch.Tensor) -> PlacedCell | None:
+    """The cell of a tensor whose values are away."""
+    return _cells.get(id(tensor))
+
+
+def away() -> list[torch.Tensor]:
+    """All tensors whose values are away."""
+    return [tensor for cell in list(_cells.values()) if (tensor := cell.tensor()) is not None]
 
 
 class Away:

@@ -355,6 +355,8 @@ class Session:
         self.commit()
         for slot in self.tape.live_slots():
             self.value(slot)
+        if self.programs.division is not None:
+            self.programs.division.end()
         self.deferring = False
 
     # -- running ------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ class Workers:
         if reason is not None or not session.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
             with undeferred():
+                self._give_back(module)
                 return original(wrapper, *session.real(args), **session.real(kwargs))
         if session.has_backward:
             session.commit()
@@ -137,7 +138,7 @@ class Workers:
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
-        outer, self._called = self._called, (module, _in_torch(wrapper, synchronizes))
+        outer, self._called = self._called, (module, self._in_torch(wrapper, synchronizes))
         try:
             result = session.call_module(original, module, args, kwargs)
         finally:
@@ -149,6 +150,22 @@ class Workers:
     def in_torch(self, function: Callable) -> Callable | None:
         """What torch has to run where `function` is called now: the wrapper, if it is called through one."""
         return self._called[1] if self._called is not None and self._called[0] is function else None
+
+    def _in_torch(self, wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
+        """The wrapper as a function that averages, or not, as it would have when it was called."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._give_back(wrapper.module)
+            with contextlib.nullcontext() if synchronizes else wrapper.no_sync():
+                return wrapper(*args, **kwargs)
+
+        return call
+
+    def _give_back(self, module: nn.Module) -> None:
+        """Lets the wrapper's own code, in C++, find the values of its tensors."""
+        division = self._session.programs.division
+        if division is not None:
+            division.bring_back([*module.parameters(), *module.buffers()], "PyTorch, which runs this step")
 
     def may_be_looked_at(self, tape: Tape, slot: Slot) -> bool:
         """Whether a value can, and has to, be computed apart from averaging that all workers do together.
@@ -199,16 +216,6 @@ class Workers:
 def _is_of_all(argument: Any) -> bool:
     is_group = isinstance(argument, dist.ProcessGroup)
     return not is_group or dist.get_world_size(argument) == world_size()
-
-
-def _in_torch(wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
-    """The wrapper as a function that averages, or not, as it would have when it was called."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if synchronizes else wrapper.no_sync():
-            return wrapper(*args, **kwargs)
-
-    return call
 
 
 def obstacle(wrapper: Any) -> str | None:

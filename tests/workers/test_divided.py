@@ -60,6 +60,10 @@ def main(name):
             print("weights", next(model.parameters()).norm().item())
         if step == 7:
             dist.barrier()
+        if step == 10 and "trainingcompiler" in sys.modules:
+            import trainingcompiler as tc
+
+            tc.disable()  # the last steps are torch's
         if step == 8:
             with torch.no_grad():
                 model.module[3].weight.mul_(0.5)  # by all of them
@@ -209,3 +213,53 @@ def test_a_step_that_one_rank_leaves_to_torch_is_told_to_those_who_wait_for_it(s
     assert "rank 1  has left the step to its framework" in done.stderr or (
         "rank 1  PyTorch, to which it has left a step: " in done.stderr
     ), done.stderr[-3000:]
+
+
+FALLS_BACK = """
+import json, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(rank)
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.looks = nn.Linear(128, 128), nn.BatchNorm1d(128), False
+
+    def forward(self, x):
+        x = self.norm(self.layer(x))
+        return x * 2 if self.looks and x.sum().item() > 100 else x
+
+
+model = DistributedDataParallel(Odd())
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)  # the bias before the norm has no gradient but noise
+generator = torch.Generator().manual_seed(rank)
+losses = []
+for step in range(10):
+    model.module.looks = step >= 4  # on all of them
+    loss = model(torch.randn(8, 128, generator=generator)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+if rank == 0:
+    losses += [t.double().norm().item() for t in model.state_dict().values()]
+    print("losses " + json.dumps(losses))
+"""
+
+
+def test_a_step_that_all_leave_to_torch_goes_on_with_the_whole_state(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(FALLS_BACK, encoding="utf-8")
+    plain = run([*TORCHRUN, "--nproc-per-node=2", str(path)], tmp_path)
+    parts = run([*OURS[:2], "--strategy=fsdp", "--nproc-per-node=2", str(path)], tmp_path)
+    assert parts.returncode == 0, parts.stderr[-3000:]
+    assert "4 compiled" in parts.stderr or "3 compiled" in parts.stderr, parts.stderr[-500:]
+    found, expected = (next(x for x in done.stdout.splitlines() if x.startswith("losses")) for done in (parts, plain))
+    assert json.loads(found[7:]) == pytest.approx(json.loads(expected[7:]), rel=TOLERANCE)
