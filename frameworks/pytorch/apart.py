@@ -15,6 +15,8 @@ from trainingcompiler import workers
 from trainingcompiler.frameworks.pytorch.capture import Lifted
 from trainingcompiler.frameworks.pytorch.graph import Node, Ref, references
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, checks
+from trainingcompiler.frameworks.pytorch.lower.operands import Array
+from trainingcompiler.targets import current as current_target
 
 _MEAN = "trainingcompiler.mean_over_workers.default"
 
@@ -123,10 +125,21 @@ def _mean(node: Node, values: dict[int, Any], parts: dict[int, PartitionSpec]) -
         assert number is not None
         spec = parts.get(number, PartitionSpec())
         if len(spec):
-            share = values[tensor.id] / count
-            values[number] = lax.psum_scatter(share, workers.AXIS, scatter_dimension=len(spec) - 1, tiled=True)
+            values[number] = _sum_of_part(values[tensor.id] / count, len(spec) - 1)
         else:
             whole.append((values[tensor.id], number))
     if whole:
         means: Any = LOWERINGS[_MEAN]([array for array, _ in whole], count)
         values.update(zip([number for _, number in whole], means, strict=True))
+
+
+def _sum_of_part(array: Array, dim: int) -> Array:
+    """This worker's part, along a dim, of the sum over workers."""
+    target = current_target()
+    if target is None or target.platform != "cpu":
+        return lax.psum_scatter(array, workers.AXIS, scatter_dimension=dim, tiled=True)
+    # Gloo takes 93 ms to reduce and scatter 8 x 4 MB between two workers, and 38 to exchange as much.
+    exchanged = lax.all_to_all(array, workers.AXIS, dim, dim, tiled=True)
+    count, shape = workers.own().mesh.size, array.shape
+    parts = lax.reshape(exchanged, (*shape[:dim], count, shape[dim] // count, *shape[dim + 1 :]))
+    return lax.reduce_sum(parts, (dim,))
