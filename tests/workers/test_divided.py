@@ -238,7 +238,7 @@ class Odd(nn.Module):
 
 
 model = DistributedDataParallel(Odd())
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)  # the bias before the norm has no gradient but noise
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)  # a bias before a norm: its gradient is noise
 generator = torch.Generator().manual_seed(rank)
 losses = []
 for step in range(10):
