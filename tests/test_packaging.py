@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"torch", "huggingface", "tensorflow", "cuda12", "cuda13", "ray", "dev"}
+EXTRAS = {"torch", "huggingface", "tensorflow", "cuda12", "cuda13", "ray", "checkpoints", "dev"}
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,12 @@ def _contradictions(line: CommandLine, resolved: ResolvedConfig) -> list[str]:
             "--nproc-per-node for one that is written for several (DistributedDataParallel, Accelerate); give one of "
             "them"
         )
+    if workers and "tp=" in strategy:
+        found.append(
+            f"{resolved.sources['strategy']}={strategy} divides layers between the devices of one process, and workers "
+            "have batches of their own: give --devices=all instead of --nproc-per-node, or --strategy=fsdp, which "
+            "divides the state between workers"
+        )
     if workers and "--batch-size" in line.given:
         found.append("--batch-size plans a script of one process; it does not go with --nproc-per-node")
     if resolved.sources["strategy"] != "default" and devices == 1 and not workers:
