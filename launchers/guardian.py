@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _ALL_IS_WELL = b"0\n"
 
@@ -55,4 +56,18 @@ def _guard(reading: int, folder: str) -> None:
     for group in told.split():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(int(group), signal.SIGKILL)
+    # And one that the launcher had just started, and not come to tell of.
+    for process in _started_with(folder):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started_with(folder: str) -> list[int]:
+    """Processes that were started with an environment that names the folder, as workers are; Linux shows it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in path.read_bytes():
+                found.append(int(path.parent.name))
+    return [process for process in found if process != os.getpid()]

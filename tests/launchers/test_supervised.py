@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -119,6 +120,27 @@ def test_nothing_survives_the_launchers_death(launch, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert wait_for(lambda: not alive(tmp_path))
     assert len(list((tmp_path / "pids").iterdir())) == 4
+
+
+UNTOLD = """
+import os, signal, subprocess, sys
+from trainingcompiler.launchers.guardian import guarding
+
+with guarding(sys.argv[1]):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={"FOLDER": sys.argv[1]})
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not show a process's environment")
+def test_a_worker_that_the_guardian_was_not_told_of_does_not_survive_either(tmp_path):
+    command = [sys.executable, "-c", UNTOLD, str(tmp_path / "own")]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "pids" / ran.stdout.strip()).touch()
+    assert wait_for(lambda: not alive(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
