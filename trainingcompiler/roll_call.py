@@ -24,8 +24,6 @@ from trainingcompiler import rendezvous, workers
 from trainingcompiler.buffers import placed_array
 from trainingcompiler.errors import TrainingCompilerError
 
-_AFTER_OTHERS_S = 3.0  # whoever has failed first is to be seen first: a broken connection is noticed at once
-
 
 class Errand(enum.IntEnum):
     """What a worker has come for: a program, a function of `torch.distributed`, arrays; or it leaves."""
@@ -120,7 +118,7 @@ class RollCall:
             with jax.enable_x64(True):
                 return np.asarray(_exchange()(values).addressable_data(0))
         except jax.errors.JaxRuntimeError as error:
-            time.sleep(_AFTER_OTHERS_S)
+            time.sleep(workers.AFTER_OTHERS_S)
             raise TrainingCompilerError(
                 f"a worker that the others wait for is gone: {str(error).splitlines()[0]}"
             ) from None

@@ -33,7 +33,7 @@ STUCK_S = 15.0
 """A step that has been running so long may be waiting for a worker that runs another one: they compare notes."""
 
 _WHOLE = PartitionSpec()
-_AFTER_OTHERS_S = 3.0  # whoever has failed first is to be seen first: a broken connection is noticed at once
+AFTER_OTHERS_S = 3.0  # whoever has failed first is to be seen first: a broken connection is noticed at once
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def share(key: str, value: Any) -> list[Any]:
     Raises:
         TrainingCompilerError: Somebody does not come.
     """
-    worker, client = rendezvous.current(), _client()
+    worker, client = rendezvous.current(), rendezvous.store()
     assert worker is not None
     client.key_value_set(f"trainingcompiler/{key}/{worker.rank}", json.dumps(value))
     found = []
@@ -106,12 +106,6 @@ def _rank() -> int:
     return worker.rank
 
 
-def _client() -> Any:
-    from jax._src import distributed  # JAX's own store of keys; there is no public name for it
-
-    return distributed.global_state.client
-
-
 _meetings = itertools.count(1)  # of the process: a second session must not take a key of the first
 
 
@@ -134,7 +128,7 @@ class Agreement:
         """Tells the others that the framework runs a step of this worker's, in which nobody of them may be."""
         self._left.add(reason)
         self._is_away = True
-        _client().key_value_set(f"trainingcompiler/left/{_rank()}", reason, allow_overwrite=True)
+        rendezvous.store().key_value_set(f"trainingcompiler/left/{_rank()}", reason, allow_overwrite=True)
 
     def meet(self, name: str, where: str | None, inputs: list[str]) -> None:
         """Waits until every worker has come to the same new program.
@@ -171,7 +165,7 @@ class Agreement:
             with self._at(name, where):
                 yield
         except jax.errors.JaxRuntimeError as error:
-            time.sleep(_AFTER_OTHERS_S)
+            time.sleep(AFTER_OTHERS_S)
             raise TrainingCompilerError(
                 f"a worker that was waited for in {name}{f' at {where}' if where else ''} is gone: "
                 f"{str(error).splitlines()[0]}"
@@ -181,7 +175,7 @@ class Agreement:
     def _at(self, what: str, where: str | None) -> Iterator[None]:
         if self._is_away:
             self._is_away = False
-            _client().key_value_delete(f"trainingcompiler/left/{_rank()}")
+            rendezvous.store().key_value_delete(f"trainingcompiler/left/{_rank()}")
         self._doing, self._since = f"{what} at {where}" if where else what, time.monotonic()
         if not self._watching:
             self._watching = True
@@ -192,7 +186,7 @@ class Agreement:
             self._since = 0.0
 
     def _watch(self) -> None:
-        rank, client = _rank(), _client()
+        rank, client = _rank(), rendezvous.store()
         told = ""
         seen: dict[str, str] = {}
         seen_since = 0.0

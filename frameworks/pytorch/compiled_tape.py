@@ -181,7 +181,10 @@ class CompiledTape:
             return None
         tensors = division.common([o for entry in entries for o in entry.optimizers])
         numbers = [*(value for _, value in captured.numbers), *captured.graph.constants]
-        return common_inputs(nodes, items, tensors, numbers)
+        found = common_inputs(nodes, items, tensors, numbers)
+        division.forget([i.tensor() for i in items if id(i.tensor()) in tensors and i.value not in found], self._where)
+        self._version = division.version
+        return found
 
     def _state_specs(self, items: list[Lifted], entries: list[Entry]) -> tuple[TensorSpec, ...]:
         stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
@@ -259,7 +262,9 @@ class CompiledTape:
         return self.program is None
 
     def bound(self) -> list[torch.Tensor] | None:
-        """The tensors that the program reads and writes; None if it was captured for others."""
+        """The tensors that the program reads and writes; None if it was captured for others, or for other workers."""
+        if self._common is not None and self.cache.division.version != self._version:
+            return None
         for reference in self._without_gradient:
             parameter = reference()
             if parameter is None or tensor_hooks.stored_gradient(parameter) is not None:

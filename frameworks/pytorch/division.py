@@ -17,6 +17,7 @@ from torch import nn
 from trainingcompiler import workers
 from trainingcompiler.buffers import placed_array
 from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell, away, bring_back, cell_of
 from trainingcompiler.roll_call import RollCall
@@ -27,6 +28,7 @@ class Division:
 
     Attributes:
         roll_call: By which workers come together.
+        version: Grows when a tensor turns out not to be the same on all workers.
     """
 
     def __init__(self) -> None:
@@ -35,11 +37,28 @@ class Division:
         self._cells: dict[int, DividedCell] = {}
         self._late: dict[int, DividedCell] = {}  # of tensors that are gone here, and perhaps not elsewhere
         self._count = 0
+        self.version = 0
+        self._own: set[int] = set()  # parameters that workers have changed alone, by identity
 
     def share(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes note of parameters that are the same on all workers."""
         for parameter in parameters:
-            self._common[id(parameter)] = weakref.ref(parameter)
+            if id(parameter) not in self._own:
+                self._common[id(parameter)] = weakref.ref(parameter)
+
+    def forget(self, parameters: Sequence[torch.Tensor], where: str | None) -> None:
+        """Leaves to each worker what it changes by gradients that the program has not averaged: copies may differ."""
+        lost = [id(parameter) for parameter in parameters if self._common.pop(id(parameter), None) is not None]
+        if not lost:
+            return
+        self._own.update(lost)
+        self.version += 1
+        at = f" at {where}" if where else ""
+        text = (
+            f"{len(lost)} parameters{at} are updated by gradients that this program does not average over the workers, "
+            "so each keeps them whole from now on, as without --strategy fsdp"
+        )
+        emit(Note(text=text))
 
     def common(self, optimizers: Iterable[torch.optim.Optimizer]) -> Collection[int]:
         """The tensors that are the same on all workers, by identity: such parameters, and what belongs to them."""

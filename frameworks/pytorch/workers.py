@@ -134,7 +134,7 @@ class Workers:
         if session.has_backward:
             session.commit()
         if session.programs.division is not None:
-            session.programs.division.share(wrapper.module.parameters())
+            session.programs.division.share(_averaged(wrapper))
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
@@ -183,9 +183,7 @@ class Workers:
         """Averages the gradients that wrappers are to average."""
         wrappers, self._synchronized = list(self._synchronized.values()), {}
         for wrapper in wrappers:
-            named = wrapper.module.named_parameters()
-            ignored = wrapper.parameters_to_ignore
-            parameters = [p for name, p in named if p.requires_grad and name not in ignored]
+            parameters = [parameter for parameter in _averaged(wrapper) if parameter.requires_grad]
             self._session.stepping.clip(average_gradients, (parameters,), {})
 
     def _share_buffers(self, wrapper: Any) -> None:
@@ -211,6 +209,11 @@ class Workers:
         """Waits until all workers have come to the same talk, where one of them may be looking at divided state."""
         if self._session.programs.division is not None:
             self._session.programs.division.roll_call.talk(what)
+
+
+def _averaged(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters that a wrapper keeps the same on all workers."""
+    return [p for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore]
 
 
 def _is_of_all(argument: Any) -> bool:

@@ -262,3 +262,46 @@ def test_a_step_that_all_leave_to_torch_goes_on_with_the_whole_state(tmp_path):
     assert "4 compiled" in parts.stderr or "3 compiled" in parts.stderr, parts.stderr[-500:]
     found, expected = (next(x for x in done.stdout.splitlines() if x.startswith("losses")) for done in (parts, plain))
     assert json.loads(found[7:]) == pytest.approx(json.loads(expected[7:]), rel=TOLERANCE)
+
+
+ALONE = """
+import json, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+generator = torch.Generator().manual_seed(rank)
+losses = []
+for step in range(12):
+    x = torch.randn(8, 64, generator=generator)
+    if step in (4, 5):  # each worker by itself: their copies differ from here on
+        with model.no_sync():
+            loss = model(x).square().mean()
+            loss.backward()
+    else:
+        loss = model(x).square().mean()
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+losses += [p.norm().item() for p in model.parameters()]
+with open(f"{sys.argv[1]}.{rank}.json", "w") as file:
+    json.dump(losses, file)
+"""
+
+
+def test_what_workers_change_alone_is_not_divided_any_more(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(ALONE, encoding="utf-8")
+    run([*TORCHRUN, "--nproc-per-node=2", str(path), "plain"], tmp_path)
+    parts = run([*FSDP, "--nproc-per-node=2", str(path), "parts"], tmp_path)
+    assert parts.returncode == 0, parts.stderr[-3000:]
+    assert "are updated by gradients that this program does not average over the workers" in parts.stderr
+    for expected, found in zip(results("plain", tmp_path, 2), results("parts", tmp_path, 2), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
