@@ -13,7 +13,6 @@ benchmarks/README.md says what each column means.
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,7 @@ from pathlib import Path
 import report
 from engines import ENGINES
 from models import ENTRIES
-
-from trainingcompiler import pages
+from surroundings import environment, touch_memory
 
 HERE = Path(__file__).resolve().parent
 QUICK_MODELS = ("mlp", "vae", "gpt2")
@@ -42,14 +40,10 @@ class Worker:
 
     def __init__(self, model: str, engine: str, caches: Path, narrow: bool = False):
         command = [sys.executable, str(HERE / "worker.py"), model, engine, "--cache", str(caches / "executables")]
-        environment = {
-            **os.environ,
-            **pages.variables(os.environ),  # as the launcher does; every engine gets them
-            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "XDG_CACHE_HOME": str(caches / "home"),
-        }
+        variables = environment(TORCHINDUCTOR_CACHE_DIR=str(caches / "inductor"), XDG_CACHE_HOME=str(caches / "home"))
+        touch_memory()
         self.process = subprocess.Popen(
-            command + ["--narrow"] * narrow, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command + ["--narrow"] * narrow, env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.first = self._answer()
 

@@ -124,13 +124,15 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
         ConfigError: As for `enable`.
     """
     from trainingcompiler import adapters, console, events
+    from trainingcompiler.garbage import collector_at_rest
 
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         return train_step
-    return importlib.import_module(adapters.for_step(train_step)).compile(train_step, config)
+    with collector_at_rest():
+        return importlib.import_module(adapters.for_step(train_step)).compile(train_step, config)
 
 
 def recommendation() -> Scaled | None:
@@ -164,8 +166,11 @@ def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerC
 
 
 def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
+    from trainingcompiler.garbage import collector_at_rest
+
     if module_name not in sys.modules:
-        importlib.import_module(module_name)  # it is enabled at the end of that
+        with collector_at_rest():
+            importlib.import_module(module_name)  # it is enabled at the end of that
     elif hasattr(sys.modules[module_name], "enable"):  # or it is being imported right now, and imports its framework
         sys.modules[module_name].enable(config)
 

@@ -22,6 +22,7 @@ import jax
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
+from trainingcompiler.ahead import LIST
 from trainingcompiler.config import default_cache_dir
 from trainingcompiler.errors import ConfigError
 from trainingcompiler.events import CacheDamaged, Note, emit
@@ -30,6 +31,7 @@ from trainingcompiler.store import ENTRY, UNFINISHED, ExecutableStore
 _ENTRY, _USED = "-cache", "-atime"  # the suffixes of JAX's files: an executable, and when it was last used
 _FOLDER = "executables-jax-"
 _JAXS_SHARE = 10  # one part in ten is for what is compiled without a digest: helpers of a few KB each
+_UNUSED_S = 30 * 24 * 3600.0  # what a script begins with is forgotten after a month without a run
 _COMPLAINT = re.compile(
     r"Error (?P<verb>reading|writing) persistent compilation cache entry for '(?P<program>.*?)': "
     r"(?P<error>(?P<kind>\w+):.*)",
@@ -246,10 +248,11 @@ def _repair(folder: Path) -> None:
         if not stamped and time.time() - entry.stat().st_mtime > young_s:
             _remove(entry)
             emit(CacheDamaged(path=str(entry), error="it was not written to its end"))
-    for part in folder.glob(f"*{UNFINISHED}"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
-            if time.time() - part.stat().st_mtime > writing_s:
-                part.unlink()
+    for suffix, age_s in ((UNFINISHED, writing_s), (LIST, _UNUSED_S)):
+        for file in folder.glob(f"*{suffix}"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+                if time.time() - file.stat().st_mtime > age_s:
+                    file.unlink()
 
 
 def _is_made_here(folder: str) -> bool:

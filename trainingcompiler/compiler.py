@@ -19,6 +19,7 @@ from trainingcompiler.buffers import placed_arrays
 from trainingcompiler.cache import watching
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.events import Note, emit, phase
+from trainingcompiler.garbage import collector_at_rest
 from trainingcompiler.memory import check as memory_check
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.sharding import mesh_of, shardings, undivided_rows, with_batch_found
@@ -172,7 +173,8 @@ def _kept(program: StepProgram, target: Target, store: ExecutableStore) -> tuple
         kept = store.load(program, target)
         load_time_s = time.perf_counter() - start_s
         if kept is not None:
-            running.detail += f", cache hit, saved {max(0.0, kept.making_time_s - load_time_s):.1f} s"
+            ready = ", loaded ahead" if kept.was_ready else ""
+            running.detail += f", cache hit{ready}, saved {max(0.0, kept.making_time_s - load_time_s):.1f} s"
     if kept is None:
         return None
     statistics().cache_hits += 1
@@ -192,7 +194,7 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     if target.workers > 1 and not program.tells_apart:
         function = functools.wraps(function)(workers.each(function))
     with jax.enable_x64(True):
-        with phase("lower", program.name), compiling_for(target):
+        with phase("lower", program.name), compiling_for(target), collector_at_rest():
             lowered = jax.jit(function, donate_argnums=0, keep_unused=True, **where).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )

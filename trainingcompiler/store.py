@@ -13,7 +13,7 @@ import platform
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 import jaxlib
 from jax.experimental import serialize_executable
 
+from trainingcompiler.ahead import Ahead
 from trainingcompiler.events import CacheDamaged, Note, emit
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.targets import Target
@@ -36,23 +37,44 @@ _INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", 
 
 @dataclass(frozen=True, slots=True)
 class KeptExecutable:
-    """What a store has of a program: the loaded executable, and the seconds it once took to lower and compile."""
+    """What a store has of a program.
+
+    Attributes:
+        compiled: The loaded executable.
+        making_time_s: The seconds it once took to lower and compile.
+        was_ready: Whether it was loaded, or being loaded, before anybody asked for it.
+    """
 
     compiled: Any
     making_time_s: float
+    was_ready: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class ExecutableStore:
     """A folder of executables.
 
     Attributes:
         folder: It exists, and belongs to the user alone.
         size_limit_bytes: Bound on all entries together; the least recently used go first.
+        ahead: What the script begins with, as far as `begin` has been called.
     """
 
     folder: Path
     size_limit_bytes: int
+    ahead: Ahead | None = None
+
+    def begin(self, target: Target) -> None:
+        """Begins to load, in a thread of its own, what the last run of this script began with.
+
+        Args:
+            target: What this run compiles for. Nothing is loaded ahead for described GPUs, or for one of several
+                workers: which of these loads, and when, they settle among themselves.
+        """
+        if target.described is None and target.workers == 1:
+            surroundings = [_of_target(target), *_surroundings(), *_options()]
+            self.ahead = Ahead(self.folder, surroundings, lambda path: self._read(path, target))
+            self.ahead.begin()
 
     def has(self, program: StepProgram, target: Target) -> bool:
         """Whether there is an entry for the program, sound or not."""
@@ -64,28 +86,30 @@ class ExecutableStore:
         An entry that cannot be understood is removed, and said.
         """
         path = self._path(program, target)
+        ready = self.ahead.take(path) if self.ahead else None
         try:
-            data = path.read_bytes()
+            kept = replace(ready, was_ready=True) if ready else self._read(path, target)
             os.utime(path)
         except OSError:
-            return None
-        try:
-            executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(data))
-            devices = jax.devices() if target.workers > 1 else target.devices() or jax.local_devices()[:1]
-            loaded = serialize_executable.deserialize_and_load(executable, inputs, outputs, execution_devices=devices)
-            return KeptExecutable(loaded, making_time_s)
+            kept = ready
         except Exception as error:  # whatever damage looks like
             path.unlink(missing_ok=True)
             emit(CacheDamaged(path=str(path), error=f"{type(error).__name__}: {error}".split("\n")[0]))
             return None
+        if self.ahead and kept:
+            self.ahead.used(path)
+        return kept
 
     def save(self, program: StepProgram, target: Target, compiled: Any, making_time_s: float) -> None:
         """Keeps an executable. A failure is said, once for all programs, and is no error: the run can go on."""
+        path = self._path(program, target)
         executable, *structures = serialize_executable.serialize(compiled)
         data = zlib.compress(pickle.dumps((executable, structures, making_time_s)), level=1)
         try:
-            self._write(self._path(program, target), data)
+            self._write(path, data)
             self._forget_beyond_limit()
+            if self.ahead:
+                self.ahead.used(path)
         except OSError as error:
             reason = str(self.folder), error.errno
             if reason not in _told:
@@ -111,6 +135,12 @@ class ExecutableStore:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
             path.unlink(missing_ok=True)  # whoever waits for it holds the file that is gone, and finds the entry
+
+    def _read(self, path: Path, target: Target) -> KeptExecutable:
+        executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(path.read_bytes()))
+        devices = jax.devices() if target.workers > 1 else target.devices() or jax.local_devices()[:1]
+        loaded = serialize_executable.deserialize_and_load(executable, inputs, outputs, execution_devices=devices)
+        return KeptExecutable(loaded, making_time_s)
 
     def _path(self, program: StepProgram, target: Target) -> Path:
         return self.folder / f"{program.name}-{key_of(program, target)}{ENTRY}"
@@ -151,7 +181,7 @@ def key_of(program: StepProgram, target: Target) -> str:
     """What an executable of a program is found by; it must have a digest."""
     parts = [
         program.digest,
-        f"{target.device_count} devices, {target.strategy}, {target.workers} workers",
+        _of_target(target),
         program.is_deterministic,
         program.recomputes,
         *map(_described, (program.state, program.inputs, program.outputs)),
@@ -159,6 +189,10 @@ def key_of(program: StepProgram, target: Target) -> str:
         *_options(),
     ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
+
+
+def _of_target(target: Target) -> str:
+    return f"{target.device_count} devices, {target.strategy}, {target.workers} workers"
 
 
 def _described(specs: Iterable[TensorSpec]) -> list[tuple]:

@@ -102,6 +102,8 @@ def _prepare(config: TrainingCompilerConfig) -> None:
         "jax": jax.__version__,
     }
     compiled = config.engine != "eager"
+    if compiled and planner.current is None and (store := cache.store()) is not None:
+        store.begin(target)
     reason = "" if compiled else "--engine=eager says so"
     emit(Started(versions=versions, device=target.description, compiled=compiled, reason=reason))
 

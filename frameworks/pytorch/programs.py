@@ -17,6 +17,7 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell
 from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
+from trainingcompiler.garbage import collector_at_rest
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -100,7 +101,7 @@ class ProgramCache:
         ):
             name = "evaluation"
         start_s = time.perf_counter()
-        with phase("capture", f"{name} at {where}" if where else name) as running:
+        with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
             unknown = entries[-1].outputs is None
             try:
                 captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants)

@@ -1,25 +1,21 @@
-"""The session: decides what is deferred, keeps the tape, and runs it.
+"""The session: decides what is deferred, and records it.
 
 This is where an unmodified loop meets the compiled step. The loop calls; the session records (`call`, `call_module`),
-and computes when the tape ends (`commit`) or somebody looks (`value`).
+and has the tape run when it ends (`commit`) or somebody looks (`value`).
 """
 
 import contextlib
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.cures import with_cures
-from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch.calls import CallBook, detached
-from trainingcompiler.frameworks.pytorch.compiled_tape import Purpose
+from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.deferred import (
     METADATA,
     METADATA_METHODS,
@@ -29,52 +25,39 @@ from trainingcompiler.frameworks.pytorch.deferred import (
     is_in_place,
 )
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
-from trainingcompiler.frameworks.pytorch.guard import StateGuard, versions
-from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
-from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.planned import RecordedStep, pretend
+from trainingcompiler.frameworks.pytorch.guard import versions
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
-from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
-from trainingcompiler.frameworks.pytorch.speculation import Speculation
+from trainingcompiler.frameworks.pytorch.running import TapeRunner
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, run_in_torch
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined, obstacle
 from trainingcompiler.statistics import current as statistics
-from trainingcompiler.targets import Target
 
 _OPAQUE = frozenset({"register_hook", "retain_grad", "__set__", "grad"})
 _LONGEST_TAPE = 512  # entries; a list of results that nobody looks at must not grow one without end
 
 
-class Session:
+class Session(TapeRunner):
     """Everything that is known about the training loops of this process.
 
     Attributes:
         config: What the user asked for.
-        deferring: Whether calls are recorded at this moment; the engine turns it on and off between steps.
+        stepping: What ends a step.
     """
 
     def __init__(self, config: TrainingCompilerConfig):
+        super().__init__(config)
         self.config = config
-        self.deferring = False
-        self.calls = CallBook()
-        self.book = OptimizerBook(config.keep_gradients)
-        self.programs = ProgramCache(self.book, Target.of(config))
-        self.tape = Tape()
+        if self.programs.target.workers > 1:
+            self.workers = Workers(self)
+            self.fallbacks = Fallbacks(config, self.workers.left_to_torch)
+        self.stepping = Stepping(self)
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
-        self.workers = Workers(self) if self.programs.target.workers > 1 else None
-        self.fallbacks = Fallbacks(config, None if self.workers is None else self.workers.left_to_torch)
-        self._guard = StateGuard(self._before_write, self.commit)
-        self.backward_compiled = False  # whether the last backward ran as a program
-        self.stepping = Stepping(self)
-        self._called_since_backward: set[int] = set()
-        self._speculation = Speculation(self.programs, self.calls)
 
     # -- what the loop does -------------------------------------------------------------------------------------
 
@@ -162,21 +145,6 @@ class Session:
         if not self.is_unwatched():
             self.commit()
 
-    def value(self, slot: Slot) -> torch.Tensor:
-        """The real tensor of a slot, computed now if it has not been."""
-        if slot.value is not None:
-            return slot.value
-        producers = self.tape.producers()
-        if slot not in producers:
-            raise AssertionError("a deferred tensor lost its tape")
-        apart = self.workers is not None and self.workers.may_be_looked_at(self.tape, slot)
-        if producers[slot] < self.tape.committable() and not apart:
-            self.commit()
-        else:
-            self._peek(slot, apart)
-        assert slot.value is not None
-        return slot.value
-
     # -- recording ----------------------------------------------------------------------------------------------
 
     def record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
@@ -215,10 +183,6 @@ class Session:
         if entry.prints and not self._guard.is_up:
             entry.versions = versions(entry.prints[0].parameters)
         return entry
-
-    def _guard_state(self, entry: Entry) -> None:
-        for fingerprint in entry.prints:
-            self._guard.watch(fingerprint.tensors)
 
     def _results(self, entry: Entry, planned: Plan, args: tuple, kwargs: dict) -> Any:
         if planned.random:
@@ -349,55 +313,7 @@ class Session:
         self._called_since_backward = set()
         return True
 
-    def finish(self) -> None:
-        """Computes everything that has been asked for, gradients of a step that was aborted half-way included."""
-        self._guard.rest()
-        self.commit()
-        for slot in self.tape.live_slots():
-            self.value(slot)
-        if self.programs.division is not None:
-            self.programs.division.end()
-        self.deferring = False
-
-    # -- running ------------------------------------------------------------------------------------------------
-
-    def commit(self) -> None:
-        """Runs the entries that no live value needs a gradient through, for good."""
-        count = self.tape.committable()
-        if count == 0:
-            return
-        entries, rest = self.tape.entries[:count], self.tape.entries[count:]
-        live = [slot for entry in entries for slot in entry.outputs if slot.live]
-        needed = {slot for entry in rest for slot in entry.slots()}
-        exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot in set(live)]
-        self._guard.rest()
-        self._check_parameters(entries)
-        self._check_gradients(entries)
-        if planner.current is not None and self._planned(entries, planner.current):
-            return self._committed(entries, rest)
-        try:
-            with undeferred():
-                self.programs.run(entries, exports, Purpose.COMMIT)
-        except NotEnoughMemoryError as error:
-            self._give_up(error, entries)
-        except (CaptureError, NumberUsed) as error:
-            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
-                return self.commit()
-            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
-            return None
-        self._committed(entries, rest)
-        return None
-
-    def _planned(self, entries: list[Entry], waiting: planner.Planner) -> bool:
-        """Hands a step over to who plans it, and passes over a batch that only adds to gradients."""
-        backwards = [entry.where for entry in entries if entry.function is torch.Tensor.backward]
-        waiting.backwards.update(backwards)
-        if any(entry.optimizers for entry in entries):
-            waiting.take(RecordedStep(self.programs, entries))
-        if backwards:
-            with undeferred():
-                pretend(entries)
-        return bool(backwards)
+    # -- computing ----------------------------------------------------------------------------------------------
 
     def _bound_tape(self) -> bool:
         """Runs a tape in torch that has grown too long; returns whether it has."""
@@ -407,106 +323,10 @@ class Session:
         self.run_eagerly(PassingCaptureError(reason=reason, where=user_line()))
         return True
 
-    def _before_write(self) -> None:
-        """Computes what has read the state that is about to be written to."""
-        if self.tape.committable() == len(self.tape.entries):
-            self.commit()
-        else:
-            reason = "the model's state is changed between a call and its backward()"
-            self.run_eagerly(PassingCaptureError(reason=reason, where=user_line()))
-
     def _sweep(self) -> None:
         """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
         if self.tape and not self.has_backward and not self.tape.live_slots():
             self.commit()
-
-    def _committed(self, entries: list[Entry], rest: list[Entry]) -> None:
-        self.backward_compiled |= self.has_backward
-        for entry in entries:
-            for slot in entry.outputs or ():
-                slot.committed = True
-        self._guard.rest()
-        for entry in rest:
-            detached(entry)
-            self._guard_state(entry)
-        self.tape.entries = rest
-        self.tape.mutated = False
-        self._called_since_backward = set()
-        self._speculation.forget()
-
-    def _check_parameters(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            if entry.versions and entry.versions != versions(entry.prints[0].parameters):
-                self.tape.entries.clear()
-                raise RuntimeError(
-                    f"A parameter of {type(entry.function).__name__} was modified in place after the call at "
-                    f"{entry.where} and before its backward(), which needs the value that the call saw. Modify it "
-                    "before the call, or after optimizer.step()."
-                )
-
-    def _check_gradients(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            for optimizer in entry.optimizers:
-                self.book.check_unconsumed(parameters_of(optimizer))
-
-    def _peek(self, slot: Slot, apart: bool = False) -> None:
-        """Computes values without ending the tape: nothing is committed, the entries will be replayed.
-
-        Args:
-            slot: The value that is looked at.
-            apart: Whether to compute no other one.
-        """
-        # A worker that looks must not average gradients which the others do not come to average.
-        if self.workers is None and self._speculation.look(self.tape, slot):
-            return None
-        slots = [] if apart else [other for other in self.tape.live_slots() if other.value is None]
-        if slot not in slots:
-            slots.append(slot)
-        entries = self.tape.slice_for(slots)
-        try:
-            with undeferred():
-                self.programs.run(entries, slots, Purpose.PEEK)
-        except NotEnoughMemoryError as error:
-            self._give_up(error, entries)
-        except (CaptureError, NumberUsed) as error:
-            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
-                return self._peek(slot, apart)
-            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
-        return None
-
-    def _give_up(self, error: NotEnoughMemoryError, entries: list[Entry]) -> NoReturn:
-        self.tape.entries.clear()
-        with undeferred():
-            raise with_cures(error, RecordedStep(self.programs, entries), self.programs.target) from None
-
-    def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
-        """Runs the tape in torch, with its gradient history, and leaves what is on it to torch from now on.
-
-        Args:
-            error: Why. A `PassingCaptureError` is a reason for one step only.
-            culprit: A module or optimizer, not on the tape, that is left to torch too.
-
-        Raises:
-            FallbackError: The user wants no fallback.
-        """
-        items = [item for entry in self.tape.entries for item in (entry.function, *entry.optimizers)]
-        if error.culprit is not None:
-            items = [error.culprit]
-        items = [item for item in (*items, culprit) if isinstance(item, nn.Module | torch.optim.Optimizer)]
-        try:
-            self.fallbacks.leave(error, items)
-        except FallbackError:
-            self.tape.entries.clear()
-            raise
-        self._check_gradients(self.tape.entries)
-        self._guard.rest()
-        entries, self.tape = self.tape.entries, Tape()
-        self._called_since_backward = set()
-        self.backward_compiled = False
-        self._speculation.forget()
-        with undeferred():
-            for entry in entries:
-                run_in_torch(entry)
 
     def _run_at_once(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call that needs no gradient: one program, run now."""
@@ -545,31 +365,11 @@ class Session:
             for leaf in flatten((args, kwargs))[0]
         )
 
-    @property
-    def has_backward(self) -> bool:
-        """Whether a backward is on the tape, so that only the tape knows the gradients."""
-        return bool(self._called_since_backward)
-
     def real(self, value: Any) -> Any:
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
-
-    def _make_constant(self, entries: list[Entry], error: NumberUsed) -> bool:
-        source: Any = error.source
-        if source is None:
-            return False
-        if source.optimizer is not None:
-            return self.book.fix_number(source.optimizer(), source.position)
-        self.calls.fix_number(entries[source.entry], source)
-        return True
 
 
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, Slot):
         return tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
     return None
-
-
-def _unusable(error: NumberUsed) -> CaptureError:
-    unusable = CaptureError("the step decides by the value of a number that is computed in it", user_line())
-    unusable.__cause__ = error  # shown by --debug
-    return unusable

@@ -37,10 +37,13 @@ def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     hooks.install()
     compiled = config.engine != "tensorflow"
+    target = Target.of(config)
+    if compiled and (store := cache.store()) is not None:
+        store.begin(target)
     emit(
         Started(
             versions={"tensorflow": tf.__version__, **versions, "jax": jax.__version__},
-            device=Target.of(config).description,
+            device=target.description,
             compiled=compiled,
             reason="" if compiled else "--engine=tensorflow says so",
         )

@@ -15,6 +15,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import phase
 from trainingcompiler.frameworks.tensorflow import bridge, state
 from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
+from trainingcompiler.garbage import collector_at_rest
 from trainingcompiler.program import TensorSpec
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
@@ -64,7 +65,7 @@ class TracedStep:
         self._results: list[Any] = []
         traced = tf.function(self._flat, jit_compile=True, autograph=autograph)
         specs = [_spec(index, leaf) for index, leaf in enumerate(leaves) if is_input(leaf)]
-        with phase("capture", name) as running:
+        with phase("capture", name) as running, collector_at_rest():
             self.bridged = bridge.export(traced, specs, name)
             running.detail += f", {len(self.bridged.concrete.graph.get_operations()):,} operations"
         self._state = [state.cell_of(variable) for variable in self.bridged.state]

@@ -1,13 +1,18 @@
 """Executables kept by the digests of their programs: a second start neither lowers nor compiles."""
 
+import dataclasses
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from trainingcompiler import cache, compiler, events, store
+from trainingcompiler.ahead import LIST
+from trainingcompiler.gpus import gpu
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.targets import Target
 
@@ -159,3 +164,76 @@ def test_code_is_part_of_its_digest(tmp_path):
     store.digest_of_code.cache_clear()
     (tmp_path / "a.py").write_text("x = 2\n")
     assert store.digest_of_code(tmp_path) != first
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(tmp_path / "train.py")))
+
+
+def start(tmp_path):
+    """As a process does, when it has found its framework."""
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    cache.store().begin(Target.local())
+
+
+@pytest.mark.usefixtures("script")
+def test_a_second_start_finds_its_programs_loaded(tmp_path, seen):
+    start(tmp_path)
+    for digest in ("one", "two"):
+        compiler.compile(program(digest))
+    seen.clear()
+    start(tmp_path)
+    cache.store().ahead._loading[entries(tmp_path)[0].name].result()
+    loaded = [compiler.compile(program(digest)) for digest in ("one", "two")]
+    assert [run(executable) for executable in loaded] == [[2.0, 1.0]] * 2
+    assert [event.detail for event in seen if isinstance(event, events.PhaseEnded)] == [
+        "kept_program, cache hit, loaded ahead, saved 0.0 s"
+    ] * 2
+    seen.clear()
+    assert run(compiler.compile(program())) == [2.0, 1.0]  # a second time: it was taken
+    assert "loaded ahead" not in seen[-1].detail
+
+
+@pytest.mark.usefixtures("script")
+def test_a_damaged_entry_is_said_by_who_asks_for_it(tmp_path, seen):
+    start(tmp_path)
+    compiler.compile(program())
+    (entry,) = entries(tmp_path)
+    entry.write_bytes(b"garbage")
+    seen.clear()
+    start(tmp_path)
+    assert run(compiler.compile(program())) == [2.0, 1.0]
+    assert [event.path for event in seen if isinstance(event, events.CacheDamaged)] == [str(entry)]
+
+
+@pytest.mark.usefixtures("script")
+def test_an_entry_removed_after_it_was_loaded_still_runs(tmp_path):
+    start(tmp_path)
+    compiler.compile(program())
+    start(tmp_path)
+    (entry,) = entries(tmp_path)
+    cache.store().ahead._loading[entry.name].result()
+    cache.store().ahead.end()
+    executable = cache.store().load(program(), Target.local())
+    entry.unlink()
+    assert executable.was_ready
+
+
+@pytest.mark.usefixtures("script")
+def test_nothing_is_loaded_ahead_for_what_cannot_run_here(tmp_path):
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    others = {"workers": 2}, {"described": gpu("h100")}
+    for target in (dataclasses.replace(Target.local(), **other) for other in others):
+        cache.store().begin(target)
+        assert cache.store().ahead is None
+
+
+def test_what_no_script_has_begun_with_for_a_month_is_forgotten(tmp_path):
+    folder = cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    old, young = (tmp_path / folder / f"{name}{LIST}" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_text("entry\n")
+    os.utime(old, (time.time() - 31 * 24 * 3600,) * 2)
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    assert not old.exists() and young.exists()

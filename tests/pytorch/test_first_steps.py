@@ -1,5 +1,7 @@
 """The first step of an optimizer is compiled where the state that it makes is known beforehand."""
 
+import copy
+
 import pytest
 import torch
 from parity import assert_same_training, train
@@ -177,3 +179,31 @@ def test_a_first_forward_that_sets_something_up(model):
 
     run = assert_same_training(made(model, torch.optim.AdamW, lr=0.01), loop, batches(), max_compiles=1)
     assert run.statistics.eager_steps == 1
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        torch.ones(3, 5),
+        torch.ones(()),
+        torch.ones(0, 4),
+        torch.ones(7, dtype=torch.bfloat16),
+        torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.ones(6, 5).t(),
+    ],
+    ids=["matrix", "scalar", "empty", "bfloat16", "channels last", "transposed"],
+)
+def test_zeros_made_ahead_are_tensors_like_any_others(parameter, tmp_path):
+    parameter = nn.Parameter(parameter)
+    optimizer = torch.optim.AdamW([parameter])
+    make_state(optimizer, lambda _: True)
+    first, second = (optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq"))
+    for state in (first, second):
+        wanted = torch.zeros_like(parameter)
+        assert (state.shape, state.stride(), state.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert not state.requires_grad and not state._is_view() and torch.equal(state, wanted)
+    first.add_(1.0)
+    assert not second.any()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt")["state"][0]
+    assert torch.equal(loaded["exp_avg"], first) and torch.equal(copy.deepcopy(first), first)
