@@ -7,13 +7,15 @@ from torch import nn
 from trainingcompiler import workers
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import Recompiled, emit, phase
-from trainingcompiler.frameworks.pytorch.capture import capture
+from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Held, Purpose
 from trainingcompiler.frameworks.pytorch.division import Division
 from trainingcompiler.frameworks.pytorch.layers import Layers
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.moving import Mover
 from trainingcompiler.frameworks.pytorch.naming import leaf_name
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell
 from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
@@ -101,23 +103,31 @@ class ProgramCache:
         ):
             name = "evaluation"
         start_s = time.perf_counter()
-        with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
+        with Mover(self.cells if self.target.device_count == self.target.workers == 1 else None) as mover:
+            if purpose is Purpose.COMMIT:
+                stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
+                mover.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
             unknown = entries[-1].outputs is None
+            captured = self._captured(entries, name, where)
+            if unknown:
+                exports = entries[-1].outputs or []
+            compiled = CompiledTape(self, name, entries, captured, exports, purpose)
+            compiled.compile(mover)
+        self._explain(entries, where, time.perf_counter() - start_s)
+        statistics().compiles += not compiled.is_empty
+        statistics().compile_time_s += time.perf_counter() - start_s
+        return compiled
+
+    def _captured(self, entries: list[Entry], name: str, where: str | None) -> CapturedStep:
+        with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
             try:
                 captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants)
             except (CaptureError, NumberUsed):
                 raise
             except Exception as error:  # an error of the script's, most likely: torch will say which
                 raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], where) from error
-            if unknown:
-                exports = entries[-1].outputs or []
             running.detail += f"  {len(captured.graph.nodes):,} ops"
-        compiled = CompiledTape(self, name, entries, captured, exports, purpose)
-        compiled.compile()
-        self._explain(entries, where, time.perf_counter() - start_s)
-        statistics().compiles += not compiled.is_empty
-        statistics().compile_time_s += time.perf_counter() - start_s
-        return compiled
+        return captured
 
     def _explain(self, entries: list[Entry], where: str | None, compile_time_s: float) -> None:
         shapes = tuple(

@@ -37,6 +37,26 @@ class _Buffer:
         self.array = array
 
 
+class _Copy:
+    """The values that a tensor has had.
+
+    Attributes:
+        values: In memory that XLA owns.
+        was_shared: Whether others saw the tensor's memory.
+    """
+
+    __slots__ = ("_pointer", "_version", "values", "was_shared")
+
+    def __init__(self, tensor: torch.Tensor):
+        self._pointer, self._version = tensor.data_ptr(), tensor._version
+        self.was_shared = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
+        self.values = owned_array(numpy_view(tensor.contiguous()))
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies where it lay, and nothing has been written to it since."""
+        return (self._pointer, self._version) == (tensor.data_ptr(), tensor._version)
+
+
 class Cell:
     """One tensor that the compiled step reads or writes.
 
@@ -47,12 +67,13 @@ class Cell:
         tensor: A weak reference to the torch tensor.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "_pointer", "tensor")
+    __slots__ = ("__weakref__", "_buffer", "_copy", "_pointer", "tensor")
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = weakref.ref(tensor)
         self._buffer: _Buffer | None = None
         self._pointer = -1
+        self._copy: _Copy | None = None
 
     @classmethod
     def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["Cell", torch.Tensor]:
@@ -72,15 +93,27 @@ class Cell:
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._buffer is None or tensor.data_ptr() != self._pointer:
             self._buffer = None
-            stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
-            values = owned_array(numpy_view(tensor.contiguous()))
+            copy, self._copy = self._copy, None
+            if copy is None or not copy.is_of(tensor):
+                copy = _Copy(tensor)
+            values = copy.values
             if sharding is not None:
                 values = placed_array(values, sharding)
-            if stays:
+            if copy.was_shared:
                 return values
             self._move(tensor, _Buffer(values))
         assert self._buffer is not None
         return self._buffer.array
+
+    def copy(self) -> None:
+        """Copies the values for the next `array`, which takes them if the tensor has not been written to."""
+        tensor = self.tensor()
+        if tensor is not None and (self._buffer is None or tensor.data_ptr() != self._pointer):
+            self._copy = _Copy(tensor)
+
+    def forget_copy(self) -> None:
+        """Drops a copy that no `array` has taken."""
+        self._copy = None
 
     def update(self, array: jax.Array) -> None:
         """Takes over what the step has made of the array."""
