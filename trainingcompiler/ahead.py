@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,7 @@ class Ahead:
         paths = [path for path in self._listed() if path.is_file()]
         if paths:
             executor = ThreadPoolExecutor(1, "trainingcompiler loading")
-            self._loading = {path.name: executor.submit(self._load, path) for path in paths}
+            self._loading = {path.name: executor.submit(self._load_unless_over, path) for path in paths}
             executor.shutdown(wait=False)
             _before_forks(self)
 
@@ -59,6 +60,10 @@ class Ahead:
         except (OSError, UnicodeDecodeError):
             return []
         return [self._list.parent / name for name in names[:_MOST] if Path(name).name == name]
+
+    def _load_unless_over(self, path: Path) -> Any:
+        # A script that ends at once (`--help`) has to wait for what is being loaded, and for nothing more.
+        return self._load(path) if threading.main_thread().is_alive() else None
 
     def take(self, path: Path) -> Any:
         """What has been loaded of an entry, waiting for it where it is being loaded; None if nothing has been."""

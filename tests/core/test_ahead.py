@@ -1,6 +1,7 @@
 """What a script began with is loaded before it asks for it; whatever goes wrong there, it is loaded when it asks."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -153,3 +154,29 @@ def test_a_fork_waits_for_what_is_being_loaded(tmp_path):
         os._exit(0 if loaded == ["one"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert second.take(one) == "one" and second.take(two) is None
+
+
+def test_a_script_that_ends_at_once_waits_for_one_entry_only(tmp_path):
+    """As `--help` does, which comes after the imports."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import threading\n"
+        "from pathlib import Path\n"
+        "from trainingcompiler.ahead import Ahead\n"
+        "begun = threading.Event()\n"
+        "def load(path):\n"
+        "    begun.set()\n"
+        "    threading.main_thread().join()\n"
+        "    path.with_name(path.name + ' loaded').touch()\n"
+        f"ahead = Ahead(Path({str(tmp_path)!r}), (), load)\n"
+        "ahead.begin()\n"
+        "if ahead._listed():\n"
+        "    begun.wait()\n"
+        "for name in ('one', 'two', 'three'):\n"
+        f"    ahead.used(Path({str(tmp_path)!r}) / name)\n"
+    )
+    for name in ("one", "two", "three"):
+        entry(tmp_path, name)
+    for _ in range(2):
+        subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+    assert [path.name for path in tmp_path.glob("* loaded")] == ["one loaded"]
