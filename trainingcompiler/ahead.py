@@ -10,8 +10,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ class Ahead:
         """Begins to load what the last run used first."""
         paths = [path for path in self._listed() if path.is_file()]
         if paths:
-            executor = ThreadPoolExecutor(1, "trainingcompiler loading")
-            self._loading = {path.name: executor.submit(self._load_unless_over, path) for path in paths}
-            executor.shutdown(wait=False)
+            self._loading = {path.name: Future() for path in paths}
+            futures = dict(zip(paths, self._loading.values(), strict=True))
+            threading.Thread(target=self._load_all, args=(futures,), name="trainingcompiler loading").start()
             _before_forks(self)
 
     def _listed(self) -> list[Path]:
@@ -61,9 +61,15 @@ class Ahead:
             return []
         return [self._list.parent / name for name in names[:_MOST] if Path(name).name == name]
 
-    def _load_unless_over(self, path: Path) -> Any:
-        # A script that ends at once (`--help`) has to wait for what is being loaded, and for nothing more.
-        return self._load(path) if threading.main_thread().is_alive() else None
+    def _load_all(self, futures: Mapping[Path, Future]) -> None:
+        for path, future in futures.items():
+            if not threading.main_thread().is_alive():
+                return  # a script that ends at once (`--help`) has waited for one entry, which is enough
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._load(path))
+                except Exception as error:
+                    future.set_exception(error)
 
     def take(self, path: Path) -> Any:
         """What has been loaded of an entry, waiting for it where it is being loaded; None if nothing has been."""
