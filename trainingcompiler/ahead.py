@@ -5,6 +5,7 @@ its framework, makes its model and reads its data, which takes seconds; loading 
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -49,7 +50,8 @@ class Ahead:
             self._loading = {path.name: Future() for path in paths}
             futures = dict(zip(paths, self._loading.values(), strict=True))
             threading.Thread(target=self._load_all, args=(futures,), name="trainingcompiler loading").start()
-            _before_forks(self)
+            _begun.add(self)
+            _watch_forks()
 
     def _listed(self) -> list[Path]:
         if self._list is None:
@@ -92,17 +94,14 @@ class Ahead:
             future.exception()
 
 
-_begun: weakref.WeakSet[Ahead] | None = None
+_begun: weakref.WeakSet[Ahead] = weakref.WeakSet()
 
 
-def _before_forks(ahead: Ahead) -> None:
-    global _begun
-    if _begun is None:  # what is registered stays for the life of the process
-        _begun = weakref.WeakSet()
-        os.register_at_fork(before=_end_all)
-    _begun.add(ahead)
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(before=_end_all)  # for the life of the process
 
 
 def _end_all() -> None:
-    for ahead in _begun or ():
+    for ahead in _begun:
         ahead.end()

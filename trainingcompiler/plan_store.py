@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainingcompiler.config import TrainingCompilerConfig, default_cache_dir
+from trainingcompiler.files import write_json
 from trainingcompiler.plan_report import from_json
 from trainingcompiler.planning import PlannedBatch
 from trainingcompiler.program import StepProgram
@@ -40,9 +40,7 @@ class PlanStore:
         if path is None:
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(dataclasses.asdict(batch)), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, dataclasses.asdict(batch))
 
     def _path(self, program: StepProgram, target: Target) -> Path | None:
         if self.folder is None or program.digest is None:

@@ -89,14 +89,15 @@ class ExecutableStore:
         ready = self.ahead.take(path) if self.ahead else None
         try:
             kept = replace(ready, was_ready=True) if ready else self._read(path, target)
-            os.utime(path)
         except OSError:
-            kept = ready
+            return None
         except Exception as error:  # whatever damage looks like
             path.unlink(missing_ok=True)
             emit(CacheDamaged(path=str(path), error=f"{type(error).__name__}: {error}".split("\n")[0]))
             return None
-        if self.ahead and kept:
+        with contextlib.suppress(OSError):  # of somebody else's, or removed by another process meanwhile
+            os.utime(path)
+        if self.ahead:
             self.ahead.used(path)
         return kept
 

@@ -36,7 +36,10 @@ class Mover:
         self._moves: list[Future] = []
 
     def copy(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Begins to copy values, for those of the tensors that are going to be moved, and not written to before."""
+        """Begins to copy values, for those of the tensors that are going to be moved, and not written to before.
+
+        Until then they exist twice: before the step's temporaries do, which for a GPT take more than its parameters.
+        """
         for tensor in tensors if self._cells is not None else ():
             cell = self._cells.cell(tensor)
             self._copies[cell] = self._pool.submit(cell.copy)

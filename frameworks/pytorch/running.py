@@ -70,13 +70,8 @@ class TapeRunner:
         try:
             with undeferred():
                 self.programs.run(entries, exports, Purpose.COMMIT)
-        except NotEnoughMemoryError as error:
-            self._give_up(error, entries)
-        except (CaptureError, NumberUsed) as error:
-            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
-                return self.commit()
-            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
-            return None
+        except (CaptureError, NotEnoughMemoryError, NumberUsed) as error:
+            return self.commit() if self._tries_again(error, entries) else None
         self._committed(entries, rest)
         return None
 
@@ -156,12 +151,8 @@ class TapeRunner:
         try:
             with undeferred():
                 self.programs.run(entries, slots, Purpose.PEEK)
-        except NotEnoughMemoryError as error:
-            self._give_up(error, entries)
-        except (CaptureError, NumberUsed) as error:
-            if isinstance(error, NumberUsed) and self._make_constant(entries, error):
-                return self._peek(slot, apart)
-            self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
+        except (CaptureError, NotEnoughMemoryError, NumberUsed) as error:
+            return self._peek(slot, apart) if self._tries_again(error, entries) else None
         return None
 
     def _planned(self, entries: list[Entry], waiting: planner.Planner) -> bool:
@@ -212,6 +203,20 @@ class TapeRunner:
             for optimizer in entry.optimizers:
                 self.book.check_unconsumed(parameters_of(optimizer))
 
+    def _tries_again(self, error: Exception, entries: list[Entry]) -> bool:
+        """Answers why entries are no program: true if they may be one now, and else torch has run the tape.
+
+        Raises:
+            NotEnoughMemoryError: `error` is one; what would need less is said with it.
+            FallbackError: The user wants no fallback.
+        """
+        if isinstance(error, NotEnoughMemoryError):
+            self._give_up(error, entries)
+        if isinstance(error, NumberUsed) and self._make_constant(entries, error):
+            return True
+        self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
+        return False
+
     def _give_up(self, error: NotEnoughMemoryError, entries: list[Entry]) -> NoReturn:
         self.tape.entries.clear()
         with undeferred():
@@ -231,7 +236,7 @@ class TapeRunner:
             self._guard.watch(fingerprint.tensors)
 
 
-def _unusable(error: NumberUsed) -> CaptureError:
+def _unusable(error: Exception) -> CaptureError:
     unusable = CaptureError("the step decides by the value of a number that is computed in it", user_line())
     unusable.__cause__ = error  # shown by --debug
     return unusable

@@ -238,3 +238,16 @@ def test_what_no_script_has_begun_with_for_a_month_is_forgotten(tmp_path):
     os.utime(old, (time.time() - 31 * 24 * 3600,) * 2)
     cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
     assert not old.exists() and young.exists()
+
+
+def test_an_entry_whose_time_cannot_be_changed_is_loaded(tmp_path, seen, monkeypatch):
+    """In a folder that belongs to somebody else."""
+    cache.enable_persistent_cache(str(tmp_path), LIMIT_BYTES)
+    compiler.compile(program())
+    seen.clear()
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(store.os, "utime", refused)
+    assert run(compiler.compile(program())) == [2.0, 1.0] and phases(seen) == ["load"]
