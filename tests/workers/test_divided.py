@@ -84,6 +84,7 @@ def main(name):
 
 
 main(sys.argv[1])
+dist.destroy_process_group()  # or gloo's threads may still run when the process ends, which then aborts, in torch alone
 """
 
 
