@@ -130,6 +130,34 @@ def test_ddp_trains_one_model(folder):
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)  # float32, in another order
 
 
+TURN = """
+import os
+import pathlib
+import sys
+import threading
+wanted = threading.Lock()
+wanted.acquire()
+
+
+def take_a_turn():
+    with wanted:
+        pathlib.Path(f"turn-{os.environ['RANK']}").touch()
+
+
+threading.Thread(target=take_a_turn, daemon=True).start()
+sys.setswitchinterval(1000)  # the main thread keeps the interpreter to its end
+wanted.release()
+"""
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python lets such threads hang from 3.14 on")
+def test_threads_that_wait_for_the_interpreter_get_it_before_python_ends(folder):
+    (folder / "train.py").write_text(TURN)
+    ((code, _, err),) = ends([start(folder, *WORKER[:2], "--nproc-per-node=2", "--no-compile", "train.py")])
+    assert code == 0, err
+    assert {path.name for path in folder.glob("turn-*")} == {"turn-0", "turn-1"}
+
+
 def test_a_worker_that_fails_does_not_wait_for_the_others(folder):
     (folder / "train.py").write_text(
         "import time\nfrom trainingcompiler import rendezvous\n"
