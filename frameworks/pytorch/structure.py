@@ -94,8 +94,8 @@ def unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
         return slice(*items)
     if kind is dict:
         return dict(zip(structure.keys, items, strict=True))
-    if issubclass(kind, tuple):
-        return kind(*items)
+    if issubclass(kind, tuple):  # a named tuple is made of its items; others, `torch.return_types.topk`, of a sequence
+        return kind._make(items) if hasattr(kind, "_make") else kind(items)
     rebuilt = copy.copy(structure.template)
     if isinstance(rebuilt, dict):
         for key, item in zip(structure.keys, items, strict=True):

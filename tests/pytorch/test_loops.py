@@ -153,11 +153,14 @@ def test_metrics_of_the_outputs_before_backward():
         for x, y in data:
             outputs = model(x)
             accuracy = (outputs.argmax(dim=1) == y).to(outputs.dtype).mean()
+            values, predicted = outputs.max(1)
+            best = outputs.topk(2, dim=1).indices.t().eq(y).reshape(-1).float().sum(0)
             loss = F.cross_entropy(outputs, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            seen += [loss.detach().cpu().numpy().item(), accuracy.item()]
+            seen += [loss.detach().cpu().numpy().item(), accuracy.item(), values.sum().item(), best.item()]
+            seen += [(predicted == y).sum().item(), outputs.median(1).values.mean().item()]
         return seen
 
     assert_same_training(sgd(), loop, batches(), max_compiles=1)
