@@ -33,6 +33,11 @@ class Fallbacks:
         self._passed: Counter[str] = Counter()
         self._said: set[tuple] = set()
 
+    @property
+    def has_left(self) -> bool:
+        """Whether anything has been left to torch for good."""
+        return bool(self._left)
+
     def covers(self, item: Any) -> bool:
         """Whether a module or an optimizer has been left to torch for good."""
         return id(item) in self._left

@@ -27,6 +27,8 @@ class Hooks:
         self._hook_optimizers()
         self._hook_clipping()
         self._hook_scaler()
+        self._replace(torch, "compile", self.session.torch_compile.hooked(torch.compile))
+        self.session.torch_compile.begin()
         if self.session.workers is not None:
             self._hook_workers()
         self.session.calls.modules.start()
@@ -36,6 +38,7 @@ class Hooks:
         """Leaves torch as it was."""
         tensor_hooks.unwatch_gradients(self.session)
         self.session.calls.modules.stop()
+        self.session.torch_compile.end()
         for owner, name, original in reversed(self._replaced):
             setattr(owner, name, original)
         self._replaced.clear()

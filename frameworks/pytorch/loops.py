@@ -96,13 +96,20 @@ class OptimizerBook:
 
         A first forward may set things up that later ones find: caches, lazy layers, BERT's `config.problem_type`.
         """
-        self._update_owners()
-        owners = [self.owner(parameter) for parameter in watch.fingerprint(module).parameters]
-        fresh = [self.habits(owner) for owner in owners if owner is not None and not self.habits(owner).steps]
+        fresh = self._fresh(module, watch)
         for habits in fresh:
             habits.begins_in_torch = True
             self._changes += 1
         return bool(fresh)
+
+    def begins(self, module: nn.Module, watch: ModuleWatch) -> bool:
+        """Whether optimizers of the module have not stepped yet."""
+        return bool(self._fresh(module, watch))
+
+    def _fresh(self, module: nn.Module, watch: ModuleWatch) -> list[_Habits]:
+        self._update_owners()
+        owners = [self.owner(parameter) for parameter in watch.fingerprint(module).parameters]
+        return [self.habits(owner) for owner in owners if owner is not None and not self.habits(owner).steps]
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that updates a parameter."""

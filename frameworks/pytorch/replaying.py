@@ -4,6 +4,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+import torch
+
 
 class _Depth(threading.local):
     value = 0
@@ -13,8 +15,8 @@ _depth = _Depth()
 
 
 def is_replaying() -> bool:
-    """Whether `undeferred` is entered in this thread."""
-    return _depth.value > 0
+    """Whether `undeferred` is entered in this thread, or `torch.compile` reads the code that asks."""
+    return torch.compiler.is_dynamo_compiling() or _depth.value > 0
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.torch_compile import TorchCompile, as_written
 from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined, obstacle
 from trainingcompiler.statistics import current as statistics
 
@@ -47,6 +48,7 @@ class Session(TapeRunner):
     Attributes:
         config: What the user asked for.
         stepping: What ends a step.
+        torch_compile: What becomes of `torch.compile`.
     """
 
     def __init__(self, config: TrainingCompilerConfig):
@@ -56,6 +58,7 @@ class Session(TapeRunner):
             self.workers = Workers(self)
             self.fallbacks = Fallbacks(config, self.workers.left_to_torch)
         self.stepping = Stepping(self)
+        self.torch_compile = TorchCompile(self)
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
 
@@ -65,6 +68,7 @@ class Session(TapeRunner):
         """Does what calling a module does: records the call if it belongs to training, or runs it."""
         if self.is_unwatched():
             return original(module, *args, **kwargs)
+        in_torch, module = module, as_written(module)
         if isinstance(module, DistributedDataParallel):
             if self.workers is not None:
                 return self.workers.call(original, module, args, kwargs)
@@ -72,11 +76,11 @@ class Session(TapeRunner):
                 if not self.fallbacks.covers(module):
                     self.fallbacks.leave(not_joined(), [module, module.module])
             elif obstacle(module) is None:
-                module = module.module  # of one process: there is nothing to average
+                module = in_torch = as_written(module.module)  # of one process: there is nothing to average
         if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
-            with undeferred():
-                return original(module, *self.real(args), **self.real(kwargs))
+            with undeferred(), self.torch_compile.in_torch(module):
+                return original(in_torch, *self.real(args), **self.real(kwargs))
         self._sweep()
         self._bound_tape()
         if not torch.is_grad_enabled() and not self.tape:
@@ -337,9 +341,16 @@ class Session(TapeRunner):
     # -- questions ----------------------------------------------------------------------------------------------
 
     def is_unwatched(self) -> bool:
+        if is_replaying():  # first: Dynamo reads no further
+            return True
         # Inside torch's own backward, checkpointed blocks call their modules again.
-        in_backward = torch._C._current_graph_task_id() != -1
-        return is_replaying() or in_backward or not self.is_own_thread
+        return torch._C._current_graph_task_id() != -1 or not self.is_own_thread
+
+    def reads_inside(self, leaves: list[Any]) -> bool:
+        """Whether a compound function, called with these, is to be recorded by what it calls, and not run as one."""
+        if any(isinstance(leaf, DeferredTensor) for leaf in leaves):
+            return True
+        return self.deferring and not self.fallbacks.has_left and not self.is_unwatched()
 
     @property
     def is_own_thread(self) -> bool:

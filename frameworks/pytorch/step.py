@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.torch_compile import left_out
 from trainingcompiler.frameworks.pytorch.workers import averages_unseen
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
@@ -90,7 +92,8 @@ class CompiledStep:
         of_modules = register_module_forward_pre_hook(note_module)
         of_steps = register_optimizer_step_post_hook(note_step)
         try:
-            with undeferred():
+            with undeferred(), left_out(), warnings.catch_warnings():  # Dynamo would see, and compile, our two hooks
+                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")  # ours
                 result = self._function(*args, **kwargs)
         finally:
             of_modules.remove()

@@ -65,6 +65,14 @@ def unwatch_gradients(watcher: GradientWatcher) -> None:
         _install(_STORED, _module_zero_grad, _optimizer_zero_grad)
 
 
+def skipped_by_dynamo() -> None:
+    """Keeps `torch.compile` out of what stands in for `tensor.grad`, which it would call there, without end."""
+    from torch._dynamo.decorators import skip  # 2 s to import, and there already once `torch.compile` was called
+
+    for function in (_read, _write, stored_gradient, store_gradient):
+        skip(function)
+
+
 def _install(gradient: Any, module_zero_grad: Any, optimizer_zero_grad: Any) -> None:
     owners: Any = torch.Tensor, nn.Module, torch.optim.Optimizer
     owners[0].grad, owners[1].zero_grad, owners[2].zero_grad = gradient, module_zero_grad, optimizer_zero_grad

@@ -25,6 +25,7 @@ from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.generators import TracedGenerator
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
 from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
+from trainingcompiler.frameworks.pytorch.torch_compile import left_out
 
 _FUSED_OPTIMIZERS = {
     torch._fused_adam_: ("aten._fused_adam.default", 5),
@@ -69,6 +70,7 @@ class Twins(TorchFunctionMode):
         """Enters the modes under which torch code is recorded."""
         with (
             _without_mkldnn(),
+            left_out(),
             torch.autograd.set_multithreading_enabled(False),
             guarded_math(),
             self._generator.installed(),

@@ -25,6 +25,7 @@ from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Slot, Tape
+from trainingcompiler.frameworks.pytorch.torch_compile import as_written
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
@@ -131,14 +132,14 @@ class Workers:
     def call(self, original: Callable, wrapper: DistributedDataParallel, args: tuple, kwargs: dict) -> Any:
         """Does what calling the wrapper does: the module inside is recorded, or torch runs the wrapper."""
         session = self._session
-        module = wrapper.module
+        module = as_written(wrapper.module)
         self._wrapped |= {id(wrapper), id(module)}
         reason = obstacle(wrapper)
         if reason is not None and not session.fallbacks.covers(wrapper):
             session.fallbacks.leave(CaptureError(reason, user_line()), [wrapper])
         if reason is not None or not session.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
-            with undeferred():
+            with undeferred(), session.torch_compile.in_torch(module):
                 self._give_back(module)
                 return original(wrapper, *session.real(args), **session.real(kwargs))
         if session.has_backward:

@@ -129,6 +129,57 @@ dist.destroy_process_group()
 """
 
 
+BOTH_WAYS = """
+import json, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+dist.init_process_group("gloo")
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+if sys.argv[2] == "inside":
+    model = DistributedDataParallel(torch.compile(Net(), backend="eager"))
+else:
+    model = torch.compile(DistributedDataParallel(Net()), backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+generator = torch.Generator().manual_seed(dist.get_rank())
+losses = []
+for _ in range(20):
+    optimizer.zero_grad()
+    loss = model(torch.randn(8, 8, generator=generator)).square().mean()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+with open(f"{sys.argv[1]}.{dist.get_rank()}.json", "w") as file:
+    json.dump(losses + [p.norm().item() for p in model.parameters()], file)
+"""
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_torch_compile_and_ddp(place, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(BOTH_WAYS, encoding="utf-8")
+    plain = run([*TORCHRUN, "--nproc-per-node=2", PLAIN, str(path), "plain", place], tmp_path)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    compiled = run([*OURS, "--nproc-per-node=2", str(path), "compiled", place], tmp_path)
+    assert compiled.returncode == 0, compiled.stderr[-3000:]
+    assert "20 steps (" in compiled.stderr or "20 steps, " in compiled.stderr
+    assert "19 compiled" in compiled.stderr or "eager" not in compiled.stderr
+    for expected, found in zip(results("plain", tmp_path, 2), results("compiled", tmp_path, 2), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_a_function_given_to_compile_averages_in_torch(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(COMPILED, encoding="utf-8")

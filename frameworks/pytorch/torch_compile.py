@@ -1,0 +1,108 @@
+"""Scripts that use `torch.compile`: a recorded step reads what they gave to it, as it was written.
+
+Where torch runs a step, `torch.compile`'s own code runs, as it does without us. That is also what `--engine=auto` then
+compares compiled steps with.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trainingcompiler.events import Note, emit
+from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.replaying import is_replaying
+from trainingcompiler.frameworks.pytorch.structure import flatten
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session import Session
+
+
+def as_written(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` was given, for one that it has returned; or the module itself."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None or not isinstance(module, dynamo.OptimizedModule):
+        return module
+    has_hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return module if has_hooks else as_written(module._orig_mod)
+
+
+def left_out() -> AbstractContextManager:
+    """Inside, whatever was given to `torch.compile` runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # 2 s to import, and nothing has been compiled without it
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+class TorchCompile:
+    """What becomes of `torch.compile` while a session is hooked into torch.
+
+    Args:
+        session: Whose.
+    """
+
+    def __init__(self, session: "Session"):
+        self._session = session
+        self._older: Any = None
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """Has functions that were compiled before run as they were written: nobody is asked when they are called."""
+        if "torch._dynamo" in sys.modules:
+            self._older = left_out()
+
+    def end(self) -> None:
+        """Leaves all as it was."""
+        if self._older is not None:
+            self._older.__exit__(None, None, None)
+            self._older = None
+
+    def in_torch(self, module: nn.Module) -> AbstractContextManager:
+        """For a call of a module that torch runs.
+
+        Inside, all runs as it was compiled, unless this is a first step, behind which compiled ones follow: to make
+        Inductor's code for it alone would take longer than all else.
+        """
+        session = self._session
+        begins = session.deferring and session.book.begins(module, session.calls.modules)
+        return left_out() if begins else self._in_force()
+
+    def _in_force(self) -> AbstractContextManager:
+        return contextlib.nullcontext() if self._older is None else torch.compiler.set_stance("default")
+
+    def hooked(self, original: Callable) -> Callable:
+        """`torch.compile`, whose functions run as they were written where the session records what they call."""
+
+        @functools.wraps(original)
+        def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+            compiled = original(model, *args, **kwargs)
+            if model is None:  # a decorator, which calls `torch.compile` again
+                return compiled
+            tensor_hooks.skipped_by_dynamo()
+            self._tell(getattr(model, "__name__", type(model).__name__))
+            return compiled if isinstance(model, nn.Module) else self._unless_recorded(model, compiled)
+
+        return compile
+
+    def _unless_recorded(self, function: Callable, compiled: Callable) -> Callable:
+        @functools.wraps(compiled)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling() or self._session.reads_inside(flatten((args, kwargs))[0]):
+                return function(*args, **kwargs)
+            if self._older is None or is_replaying():
+                return compiled(*args, **kwargs)
+            with self._in_force():
+                return compiled(*args, **kwargs)
+
+        return call
+
+    def _tell(self, name: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            text = f"torch.compile({name}) is left out of compiled steps, which read {name} as it is written"
+            emit(Note(text=f"{text}; steps that PyTorch runs have it"))
