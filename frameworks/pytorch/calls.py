@@ -124,7 +124,9 @@ def encode(leaf: Any) -> Any:
     if leaf.requires_grad or isinstance(leaf, nn.Parameter):
         return leaf  # state: by identity
     if leaf.device.type != "cpu" or leaf.layout is not torch.strided or type(leaf) is not torch.Tensor:
-        raise CaptureError(reason=f"a {type(leaf).__name__} on {leaf.device} is passed to the model", where=user_line())
+        layout = "" if leaf.layout is torch.strided else f" with the layout {leaf.layout}"
+        reason = f"a {type(leaf).__name__} on {leaf.device}{layout} is passed to the model"
+        raise CaptureError(reason=reason, where=user_line())
     return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
 
 

@@ -38,6 +38,11 @@ class Fallbacks:
         """Whether anything has been left to torch for good."""
         return bool(self._left)
 
+    @property
+    def has_spoken(self) -> bool:
+        """Whether anything has been said of what torch runs."""
+        return bool(self._said)
+
     def covers(self, item: Any) -> bool:
         """Whether a module or an optimizer has been left to torch for good."""
         return id(item) in self._left

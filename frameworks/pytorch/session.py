@@ -6,6 +6,7 @@ and has the tape run when it ends (`commit`) or somebody looks (`value`).
 
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.deferred import (
@@ -24,6 +26,7 @@ from trainingcompiler.frameworks.pytorch.deferred import (
     functional_name,
     is_in_place,
 )
+from trainingcompiler.frameworks.pytorch.evaluations import Evaluations, key_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.guard import versions
 from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, plan
@@ -59,6 +62,7 @@ class Session(TapeRunner):
             self.fallbacks = Fallbacks(config, self.workers.left_to_torch)
         self.stepping = Stepping(self)
         self.torch_compile = TorchCompile(self)
+        self._evaluations = Evaluations()
         self._thread = threading.get_ident()
         self._plans: dict[tuple, Plan] = {}
 
@@ -79,12 +83,11 @@ class Session(TapeRunner):
                 module = in_torch = as_written(module.module)  # of one process: there is nothing to average
         if not self.is_deferrable(module, args, kwargs):
             self.backward_compiled &= not torch.is_grad_enabled()
-            with undeferred(), self.torch_compile.in_torch(module):
-                return original(in_torch, *self.real(args), **self.real(kwargs))
+            return self._run_in_torch(original, in_torch, module, args, kwargs)
         self._sweep()
         self._bound_tape()
         if not torch.is_grad_enabled() and not self.tape:
-            return self._run_at_once(module, args, kwargs)
+            return self._run_at_once(original, in_torch, module, args, kwargs)
         if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
             self.commit()
         return self.record(module, args, kwargs)
@@ -332,11 +335,32 @@ class Session(TapeRunner):
         if self.tape and not self.has_backward and not self.tape.live_slots():
             self.commit()
 
-    def _run_at_once(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """A call that needs no gradient: one program, run now."""
+    def _run_in_torch(self, original: Callable, in_torch: nn.Module, module: nn.Module, args: tuple, kwargs: dict):
+        with undeferred(), self.torch_compile.in_torch(module):
+            return original(in_torch, *self.real(args), **self.real(kwargs))
+
+    def _run_at_once(self, original: Callable, in_torch: nn.Module, module: nn.Module, args: tuple, kwargs: dict):
+        """A call that needs no gradient: one program, run now; or torch, while it is not worth a program."""
+        key = key_of(module, *flatten((args, kwargs)))
+        waits = self._may_wait and self._evaluations.waits(module, key)
+        compiles = statistics().compiles
+        start_s = time.perf_counter()
+        if waits:
+            result = self._run_in_torch(original, in_torch, module, args, kwargs)
+            self._evaluations.waited(module, key, time.perf_counter() - start_s)
+            return result
         result = self.record(module, args, kwargs)
+        is_random = any(entry.seed is not None for entry in self.tape.entries)
         self.commit()
+        if statistics().compiles > compiles:
+            self._evaluations.compiled(module, key, time.perf_counter() - start_s, is_random)
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, result)
+
+    @property
+    def _may_wait(self) -> bool:
+        # Workers and devices have to do the same, whoever is faster.
+        target = self.programs.target
+        return target.device_count == target.workers == 1 and planner.current is None
 
     # -- questions ----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from trainingcompiler import planner
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import loss_scaling
+from trainingcompiler.frameworks.pytorch import loss_scaling, tensor_hooks
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
 from trainingcompiler.frameworks.pytorch.recorder import user_line
@@ -68,6 +68,8 @@ class Stepping:
             session.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
         elif session.deferring and closure is not None:
             session.fallbacks.say(CaptureError(reason=reason, where=user_line()))
+        else:
+            self._tell_of_unseen(optimizer)
         session.book.check_unconsumed(parameters_of(optimizer))
         if self._overflow is not None and self._overflow.item():
             return None
@@ -115,6 +117,19 @@ class Stepping:
         if self._overflow is None:
             return original, (optimizer,)
         return loss_scaling.step_unless, (original, optimizer, self._overflow)
+
+    def _tell_of_unseen(self, optimizer: torch.optim.Optimizer) -> None:
+        """Says why nothing is compiled of a loop that calls no module, if nothing else has been said."""
+        session = self._session
+        begins = session.book.habits(optimizer).steps < 2
+        if not session.deferring or begins or session.backward_compiled or session.fallbacks.has_spoken:
+            return
+        if any(tensor_hooks.stored_gradient(parameter) is not None for parameter in parameters_of(optimizer)):
+            reason = (
+                f"its gradients do not come from a module that {type(optimizer).__name__} trains and the loop calls: "
+                "model(x) is seen; model.forward(x), and operators on the parameters themselves, are not"
+            )
+            session.fallbacks.say(CaptureError(reason, user_line()))
 
     def _reason_to_step_eagerly(self, optimizer: torch.optim.Optimizer, closure: Any) -> str | None:
         session = self._session

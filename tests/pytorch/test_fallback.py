@@ -300,3 +300,57 @@ def test_an_exception_that_ends_the_script_is_torchs_own():
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train(sgd(), loop, batches(), compiled=True)
+
+
+def with_forward(objects, data):
+    """The loop calls `model.forward`, and torch knows nothing of a call of the model."""
+    losses = []
+    for x, y in data:
+        objects["optimizer"].zero_grad()
+        loss = F.cross_entropy(objects["model"].forward(x), y)
+        loss.backward()
+        objects["optimizer"].step()
+        losses.append(loss.item())
+    return losses
+
+
+class Weights(nn.Module):
+    """Parameters that the loop multiplies with by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+def test_a_loop_that_calls_no_module_is_told_so():
+    make = made(Weights, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, with_forward, batches(), may_fall_back=True)
+    (fallback,) = run.fallbacks()
+    assert "model(x) is seen; model.forward(x), and operators on the parameters themselves, are not" in fallback.reason
+    assert fallback.where.startswith("test_fallback.py:")
+    with pytest.raises(FallbackError, match="do not come from a module that SGD trains"):
+        train(make, with_forward, batches(), compiled=True, fallback="error")
+
+
+def test_a_loop_that_calls_forward_of_layers_is_seen_by_them():
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), with_forward, batches(), max_compiles=1)
+
+
+def test_a_step_without_gradients_is_no_reason_to_speak():
+    def loop(objects, data):
+        for _ in data:
+            objects["optimizer"].step()
+        return []
+
+    assert not train(sgd(), loop, batches(), compiled=True, fallback="error").fallbacks()
+
+
+def test_a_sparse_input_is_named():
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], [(x.to_sparse(), y) for x, y in data])
+
+    run = assert_same_training(made(Weights, torch.optim.SGD, lr=0.1), loop, batches(), may_fall_back=True)
+    assert "with the layout torch.sparse_coo is passed to the model" in run.fallbacks()[0].reason
