@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch import recurrent, tensor_hooks
 from trainingcompiler.frameworks.pytorch.generators import TracedGenerator
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
 from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
@@ -171,6 +171,8 @@ class Twins(TorchFunctionMode):
             if func in _BACKWARDS:
                 with self:  # Python runs inside: checkpointed blocks, custom functions
                     return _backward(*args, **kwargs)
+            if recurrent.is_taken(func, args):
+                return recurrent.run(func, args)
             return self._real(func(*args, **kwargs))
         except DynamicOutputShapeException as error:
             raise CaptureError(

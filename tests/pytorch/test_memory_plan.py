@@ -15,11 +15,8 @@ LEAST_BYTES = 150 * 2**20  # so that threads' stacks, code and bookkeeping, a fe
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a moment is Linux's to tell")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_takes_what_its_plan_says(name):
-    for _ in range(3):  # two products that meet on two threads pack 40 MB at once, at times, and that comes on top
-        done = subprocess.run([sys.executable, str(SCRIPT), name], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout.splitlines()[-1])
-        if found["grown"] <= found["planned"] * 1.15:
-            break
+    done = subprocess.run([sys.executable, str(SCRIPT), name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["planned"] > LEAST_BYTES
     assert found["grown"] == pytest.approx(found["planned"], rel=0.15), found  # libraries' own buffers come on top
