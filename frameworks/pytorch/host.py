@@ -78,11 +78,12 @@ def places_of(root: nn.Module) -> list[Place]:
     """Every place that the forwards under `root` may read, each once.
 
     An attribute whose name no code of the modules mentions is left out: a counter for the loop's own use is none of
-    the forward's business.
+    the forward's business. So is a list that only the user's `__init__` mentions, as agents keep for an episode.
     """
     kinds = list({type(module): None for module in root.modules()})
     reads = [_reads(kind) for kind in kinds]
     names = frozenset().union(*(read.names for read in reads))
+    made = frozenset().union(*(read.made for read in reads))
     any_name = any(read.any_name for read in reads)
     found: dict[tuple, Place] = {}
     objects: set[int] = set()
@@ -102,8 +103,8 @@ def places_of(root: nn.Module) -> list[Place]:
                 found[inner.key] = inner
 
     for module in root.modules():
-        for name in attributes_of(module):
-            if any_name or name in names:
+        for name, value in attributes_of(module).items():
+            if any_name or name in names or (name in made and not is_mutable(value)):
                 add(Place(module.__dict__, name, f"{type(module).__name__}.{name}"))
     for kind, read in zip(kinds, reads, strict=True):
         for place in read.places:
@@ -147,11 +148,13 @@ class _Reads:
 
     Attributes:
         names: Every name in it.
+        made: Names that only a constructor of the user's mentions, outside of the functions that it defines.
         any_name: Whether it asks for attributes by names that it computes.
         places: Globals and closed-over names that are no functions, modules or classes.
     """
 
     names: frozenset[str]
+    made: frozenset[str]
     any_name: bool
     places: tuple[Place, ...]
 
@@ -164,6 +167,7 @@ def _reads(item: Any) -> _Reads:
 @functools.cache
 def _reads_once(item: Any) -> _Reads:
     names: set[str] = set()
+    made: set[str] = set()
     places: dict[tuple, Place] = {}
     any_name = False
     parents = item.__mro__ if isinstance(item, type) else ()
@@ -176,7 +180,11 @@ def _reads_once(item: Any) -> _Reads:
             continue
         seen.add(function.__code__)
         mentioned = _names(function.__code__)
-        names.update(mentioned)
+        if parents and function.__name__ == "__init__" and not _is_library(function.__code__.co_filename):
+            made.update(function.__code__.co_names)
+            names.update(_inner_names(function.__code__))
+        else:
+            names.update(mentioned)
         if _is_library(function.__code__.co_filename):
             continue
         any_name |= not _DYNAMIC.isdisjoint(mentioned)
@@ -193,7 +201,7 @@ def _reads_once(item: Any) -> _Reads:
                 pending.append(value)
             elif not isinstance(value, ModuleType):
                 places[place.key] = place
-    return _Reads(frozenset(names), any_name, tuple(places.values()))
+    return _Reads(frozenset(names), frozenset(made - names), any_name, tuple(places.values()))
 
 
 def _plain_function(value: Any) -> FunctionType | None:
@@ -206,8 +214,12 @@ def _plain_function(value: Any) -> FunctionType | None:
 
 def _names(code: CodeType) -> list[str]:
     """The names in a function's code, and in that of the functions it defines."""
+    return [*code.co_names, *_inner_names(code)]
+
+
+def _inner_names(code: CodeType) -> list[str]:
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return [*code.co_names, *(name for nested in inner for name in _names(nested))]
+    return [name for nested in inner for name in _names(nested)]
 
 
 @functools.cache

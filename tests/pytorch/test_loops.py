@@ -258,3 +258,50 @@ def test_embeddings_layer_norm_and_tied_weights(make):
     generator = torch.Generator().manual_seed(1)
     data = [torch.randint(0, 12, (4, 7), generator=generator) for _ in range(22)]
     assert_same_training(make, loop, data, max_compiles=1)
+
+
+class Agent(nn.Module):
+    """Keeps the log-probabilities of an episode on itself, as agents of REINFORCE do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scales = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), [1.0]
+        self.kept, self.rewards = [], {}
+
+    def forward(self, x):
+        return F.softmax(self.net(x) * self.scales[0], dim=1)
+
+
+def test_a_list_that_the_loop_keeps_on_the_model():
+    def loop(objects, data):
+        model, optimizer = objects["model"], objects["optimizer"]
+        losses = []
+        for step, (x, y) in enumerate(data):
+            for row in range(3):
+                probabilities = model(x[row : row + 1])
+                model.kept.append(torch.distributions.Categorical(probabilities).log_prob(y[row : row + 1]))
+                model.rewards[row] = 0.1 * row + 0.01 * step
+            optimizer.zero_grad()
+            loss = -torch.cat([kept * model.rewards[row] for row, kept in enumerate(model.kept)]).sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            del model.kept[:]
+        return losses
+
+    assert_same_training(adamw(Agent), loop, batches(), max_compiles=4)
+
+
+def test_a_list_that_the_forward_reads_counts():
+    def loop(objects, data):
+        losses = []
+        for step, (x, y) in enumerate(data):
+            objects["model"].scales[0] = 1.0 if step < 12 else 2.0
+            objects["optimizer"].zero_grad()
+            loss = F.nll_loss(objects["model"](x).log(), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(adamw(Agent), loop, batches(), max_compiles=2)
