@@ -36,7 +36,7 @@ def test_a_notebook_runs(name, tmp_path):
     (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
     environment = os.environ | {
         "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "TRAININGCOMPILER_CACHE_DIR": str(tmp_path / "cache"),
-        "TRAININGCOMPILER_ENGINE": "xla",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"), "TRAININGCOMPILER_ENGINE": "xla",
     }  # fmt: skip
     run = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -69,6 +69,8 @@ class TorchCompile:
         Inductor's code for it alone would take longer than all else.
         """
         session = self._session
+        if not self._told and self._older is None:  # nothing has been compiled
+            return contextlib.nullcontext()
         begins = session.deferring and session.book.begins(module, session.calls.modules)
         return left_out() if begins else self._in_force()
 
