@@ -19,6 +19,12 @@ class Library(Protocol):
     def tanh(self, x: Array) -> Array:
         """Of each element."""
 
+    def relu(self, x: Array) -> Array:
+        """Of each element."""
+
+    def where(self, condition: Array, x: Array | float, y: Array | float) -> Array:
+        """Of each element, `x` where the condition holds."""
+
     def split(self, x: Array, parts: int) -> Sequence[Array]:
         """Cuts the last dim into equal parts."""
 
@@ -36,7 +42,7 @@ class Cell:
         forward: `(library, gates of x, gates of h, h, c) -> (h, c, saved)`, arrays of `[batch, ...]`; `c` is empty but
             for an LSTM.
         backward: `(library, dh, dc, saved, output, h) -> (d gates of x, d gates of h, dh, dc)`, where the last two are
-            what passes the step by other ways than through the gates.
+            what passes the step by other ways than through the gates, 0 where nothing does.
     """
 
     gates: int
@@ -61,7 +67,7 @@ def _lstm_backward(
     gates = library.join(
         [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * squashed * o * (1 - o)]
     )
-    return gates, gates, dh * 0, dc * f
+    return gates, gates, 0, dc * f
 
 
 def _gru(library: Library, x: Array, hidden: Array, h: Array, c: Array) -> tuple[Array, Array, Array]:
@@ -89,19 +95,18 @@ def _tanh_backward(
     library: Library, dh: Array, dc: Array, saved: Array, output: Array, h: Array
 ) -> tuple[Array, Array, Array, Array]:
     gates = dh * (1 - output * output)
-    return gates, gates, dh * 0, dc
+    return gates, gates, 0, dc
 
 
 def _relu(library: Library, x: Array, hidden: Array, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    total = x + hidden
-    return total * (total > 0), c, c
+    return library.relu(x + hidden), c, c
 
 
 def _relu_backward(
     library: Library, dh: Array, dc: Array, saved: Array, output: Array, h: Array
 ) -> tuple[Array, Array, Array, Array]:
-    gates = dh * (output > 0)
-    return gates, gates, dh * 0, dc
+    gates = library.where(output <= 0, 0, dh)  # no product, which an infinite gradient would make no number
+    return gates, gates, 0, dc
 
 
 CELLS = {

@@ -35,8 +35,8 @@ class Evaluations:
     def waits(self, module: nn.Module, key: tuple) -> bool:
         """Whether torch runs the call, since its shapes are new and may not come again.
 
-        One that draws random numbers does not wait: by how long things take, the script's generator would be
-        elsewhere.
+        One that has been seen to draw random numbers does not wait: by how long things take, the script's generator
+        would be elsewhere.
         """
         known = self._known.get(module)
         if known is None or known.is_random or key in known.compiled:
@@ -50,9 +50,11 @@ class Evaluations:
             emit(Note(text=f"{text}, each until that has taken as long as compiling it ({known.compile_time_s:.1f} s)"))
         return True
 
-    def waited(self, module: nn.Module, key: tuple, seconds: float) -> None:
+    def waited(self, module: nn.Module, key: tuple, seconds: float, is_random: bool) -> None:
         """Notes how long torch took."""
-        self._known[module].waiting_s[key] += seconds
+        known = self._known[module]
+        known.waiting_s[key] += seconds
+        known.is_random |= is_random
 
     def compiled(self, module: nn.Module, key: tuple, seconds: float, is_random: bool) -> None:
         """Notes a call that was compiled, and how long that took."""

@@ -88,15 +88,18 @@ def places_of(root: nn.Module) -> list[Place]:
     found: dict[tuple, Place] = {}
     objects: set[int] = set()
 
+    def may_be_read(name: str, value: Any, names: frozenset[str], made: frozenset[str]) -> bool:
+        return name in names or (name in made and not is_mutable(value))
+
     def add(place: Place, depth: int = 0) -> None:
         value = place.get()
         if not is_object(value):
             found[place.key] = place
         elif depth < _DEPTH and id(value) not in objects:
             objects.add(id(value))
-            mentioned = names | _reads(type(value)).names
-            for name in vars(value):
-                if name in mentioned:
+            own = _reads(type(value))
+            for name, inner in vars(value).items():
+                if may_be_read(name, inner, names | own.names, made | own.made):
                     add(Place(vars(value), name, f"{place.label}.{name}"), depth + 1)
         if _plain_function(value) is not None:  # an activation given as a function, with what it reads in turn
             for inner in _reads(value).places:
@@ -104,7 +107,7 @@ def places_of(root: nn.Module) -> list[Place]:
 
     for module in root.modules():
         for name, value in attributes_of(module).items():
-            if any_name or name in names or (name in made and not is_mutable(value)):
+            if any_name or may_be_read(name, value, names, made):
                 add(Place(module.__dict__, name, f"{type(module).__name__}.{name}"))
     for kind, read in zip(kinds, reads, strict=True):
         for place in read.places:

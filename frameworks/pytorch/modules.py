@@ -150,7 +150,7 @@ class Fingerprint:
             if id(place.owner) not in spaces or is_mutable(value):
                 self._unseen.append((place, value if type(image) is not int else None, image))
         self.hooked = next((n or type(m).__name__ for n, m in module.named_modules() if _has_opaque_hooks(m)), None)
-        self._hooks = tuple((id(part), len(hooks)) for part in module.modules() if (hooks := _hooks_of(part)))
+        self._hooks = tuple((id(part), len(hooks)) for part in module.modules() if (hooks := module_hooks(part)))
         kinds = tuple((id(part), part.training) for part in module.modules())
         identities = (*map(id, self.parameters), *map(id, module.buffers()))
         self.tensors = frozenset(identities)
@@ -221,12 +221,13 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (not is_mutable(one) and frozen(one) == frozen(other))
 
 
-def _hooks_of(module: nn.Module) -> list[Callable]:
+def module_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks of a module itself, of every kind."""
     return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
 
 
 def _has_opaque_hooks(module: nn.Module) -> bool:
     return any(
         getattr(hook, "__name__", "") not in _PURE_HOOKS or not hook.__module__.startswith(_PURE_SOURCES)
-        for hook in _hooks_of(module)
+        for hook in module_hooks(module)
     )

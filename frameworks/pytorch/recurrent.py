@@ -2,7 +2,8 @@
 
 torch takes them apart into some ten for each place in the sequence, and XLA compiles those for minutes.
 
-Left to torch are packed sequences, projections, and autocast, whose precision changes within a layer.
+Left to torch are packed sequences, projections, autocast, whose precision changes within a layer, and what it refuses:
+empty sequences and tensors of several dtypes.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ _layer_backward = torch.ops.trainingcompiler.recurrent_layer_backward
 
 class _Torch:
     sigmoid, tanh = staticmethod(torch.sigmoid), staticmethod(torch.tanh)
+    relu, where = staticmethod(torch.relu), staticmethod(torch.where)
 
     @staticmethod
     def split(x, parts):
@@ -102,8 +104,11 @@ def is_taken(function: Callable, args: tuple) -> bool:
     """Whether a call of torch's is one that `run` does."""
     if function not in FUNCTIONS or len(args) != 9 or torch.is_autocast_enabled("cpu"):
         return False
-    _, _, parameters, has_biases, layers, _, _, bidirectional, _ = args
-    return isinstance(has_biases, bool) and len(parameters) == layers * (1 + bidirectional) * (4 if has_biases else 2)
+    x, states, parameters, has_biases, layers, _, _, bidirectional, _ = args
+    if not isinstance(has_biases, bool) or len(parameters) != layers * (1 + bidirectional) * (4 if has_biases else 2):
+        return False
+    states = [states] if isinstance(states, torch.Tensor) else states
+    return x.numel() > 0 and len({tensor.dtype for tensor in (x, *states, *parameters)}) == 1
 
 
 def run(function: Callable, args: tuple) -> tuple[torch.Tensor, ...]:

@@ -346,8 +346,10 @@ class Session(TapeRunner):
         compiles = statistics().compiles
         start_s = time.perf_counter()
         if waits:
+            drawn = torch.get_rng_state()
             result = self._run_in_torch(original, in_torch, module, args, kwargs)
-            self._evaluations.waited(module, key, time.perf_counter() - start_s)
+            is_random = not torch.equal(drawn, torch.get_rng_state())
+            self._evaluations.waited(module, key, time.perf_counter() - start_s, is_random)
             return result
         result = self.record(module, args, kwargs)
         is_random = any(entry.seed is not None for entry in self.tape.entries)

@@ -16,6 +16,7 @@ from torch import nn
 
 from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.modules import module_hooks
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying
 from trainingcompiler.frameworks.pytorch.structure import flatten
 
@@ -28,8 +29,7 @@ def as_written(module: nn.Module) -> nn.Module:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is None or not isinstance(module, dynamo.OptimizedModule):
         return module
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return module if has_hooks else as_written(module._orig_mod)
+    return module if module_hooks(module) else as_written(module._orig_mod)
 
 
 def left_out() -> AbstractContextManager:

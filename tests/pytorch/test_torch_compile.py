@@ -3,7 +3,8 @@
 import pytest
 import torch
 from parity import assert_same_training, train
-from small import adamw, batches
+from small import adamw, batches, train_on
+from test_compile_step import plain_step
 from test_fallback import WithUnknownOperator
 from torch import nn
 from torch.nn import functional as F
@@ -46,15 +47,7 @@ class Net(nn.Module):
 
 
 def loop(objects, data):
-    model, optimizer = objects["model"], objects["optimizer"]
-    losses = []
-    for x, y in data:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_on(objects["model"], objects["optimizer"], data)
 
 
 def a_module(objects, data):
@@ -213,16 +206,8 @@ def test_in_a_function_given_to_compile(engine):
     def trained(by):
         torch.manual_seed(0)
         objects = adamw(Net)()
-        model, optimizer = torch.compile(objects["model"], **WHOLE), objects["optimizer"]
-
-        def train_step(x, y):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        step = by(train_step)
+        objects["model"] = torch.compile(objects["model"], **WHOLE)
+        step = by(plain_step(objects))
         return [step(*batch).item() for batch in batches()]
 
     expected = trained(lambda step: step)

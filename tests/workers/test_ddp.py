@@ -174,8 +174,7 @@ def test_torch_compile_and_ddp(place, tmp_path):
     assert plain.returncode == 0, plain.stderr[-3000:]
     compiled = run([*OURS, "--nproc-per-node=2", str(path), "compiled", place], tmp_path)
     assert compiled.returncode == 0, compiled.stderr[-3000:]
-    assert "20 steps (" in compiled.stderr or "20 steps, " in compiled.stderr
-    assert "19 compiled" in compiled.stderr or "eager" not in compiled.stderr
+    assert "20 steps, " in compiled.stderr, compiled.stderr[-500:]  # all of them compiled
     for expected, found in zip(results("plain", tmp_path, 2), results("compiled", tmp_path, 2), strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE)
 

@@ -12,6 +12,7 @@ from .registry import lowers
 
 class _Jax:
     sigmoid, tanh = staticmethod(jax.nn.sigmoid), staticmethod(jnp.tanh)
+    relu, where = staticmethod(jax.nn.relu), staticmethod(jnp.where)
 
     @staticmethod
     def split(x, parts):

@@ -96,6 +96,23 @@ def test_the_operator_is_a_good_citizen_of_torch(name, reverse):
     torch.library.opcheck(operator, (name, *tensors, reverse), test_utils=checks)
 
 
+def test_an_infinite_gradient_stays_behind_what_relu_has_cut():
+    layer = nn.RNN(3, 4, nonlinearity="relu")
+    nn.init.constant_(layer.bias_ih_l0, -100.0)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    with Ours():
+        gradient = torch.autograd.grad(layer(x)[0], x, torch.full((5, 2, 4), torch.inf))[0]
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(("x", "error"), [(torch.randn(0, 2, 3), "length"), (torch.randn(5, 2, 3), "dtype")])
+def test_errors_are_torchs(x, error):
+    h0 = torch.zeros(1, 2, 4, dtype=torch.float64 if error == "dtype" else torch.float32)
+    with Ours() as ours, pytest.raises((RuntimeError, ValueError)):
+        nn.GRU(3, 4)(x, h0)
+    assert not ours.taken
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_is_left_to_torch(autocast):
