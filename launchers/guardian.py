@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_ALL_IS_WELL = b"0\n"
+_ALL_IS_WELL = b"done\n"  # no group's id ends like this
 
 
 @contextlib.contextmanager

@@ -133,6 +133,22 @@ with guarding(sys.argv[1]):
 """
 
 
+TOLD = """
+import os, signal, subprocess, sys, time
+from trainingcompiler.launchers.guardian import guarding
+
+with guarding(sys.argv[1] + "/own") as tell:
+    while True:
+        child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, start_new_session=True)
+        if child.pid % 10 == 0:
+            break
+        child.kill()
+    tell(child.pid)
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not show a process's environment")
 def test_a_worker_that_the_guardian_was_not_told_of_does_not_survive_either(tmp_path):
     command = [sys.executable, "-c", UNTOLD, str(tmp_path / "own")]
@@ -140,6 +156,16 @@ def test_a_worker_that_the_guardian_was_not_told_of_does_not_survive_either(tmp_
     assert ran.returncode == -signal.SIGKILL
     (tmp_path / "pids").mkdir()
     (tmp_path / "pids" / ran.stdout.strip()).touch()
+    assert wait_for(lambda: not alive(tmp_path))
+
+
+def test_a_worker_of_any_number_does_not_survive(tmp_path):
+    # A number that ended in 0 once was taken for the launcher's "all is well".
+    ran = subprocess.run([sys.executable, "-c", TOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "pids" / ran.stdout.strip()).touch()
+    assert ran.stdout.strip().endswith("0")
     assert wait_for(lambda: not alive(tmp_path))
 
 
