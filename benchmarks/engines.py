@@ -1,16 +1,17 @@
 """The engines of the benchmark: who runs the step. Each is a function from a workload to one that runs a step.
 
-A step is finished when its loss has been read as a Python number, for every engine alike.
+A step returns its loss, and is finished when that has been read as a Python number, for every engine alike.
 What an engine has to import and to start is imported and started here, inside the timed first steps.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import LEARNING_RATE, Workload
 
-Step = Callable[[], float]
+Step = Callable[[], Any]
 
 
 def eager(work: Workload, cache: Path) -> Step:
@@ -35,7 +36,7 @@ def tc_compile(work: Workload, cache: Path) -> Step:
         return loss
 
     step = tc.compile(train_step, config=_config(cache))
-    return lambda: step(*work.batch).item()
+    return lambda: step(*work.batch)
 
 
 def tape(work: Workload, cache: Path) -> Step:
@@ -59,10 +60,10 @@ def jax_by_hand(work: Workload, cache: Path) -> Step:
     state = jax_gpt2.initial_state(work.model)
     ids = work.batch[0].numpy()
 
-    def run() -> float:
+    def run() -> Any:
         nonlocal state
         state, loss = step(state, ids)
-        return float(loss)
+        return loss
 
     return run
 
@@ -71,12 +72,12 @@ ENGINES = {"eager": eager, "inductor": inductor, "tc.compile": tc_compile, "tape
 
 
 def _loop(work: Workload, model: Callable, optimizer_step: Callable) -> Step:
-    def run() -> float:
+    def run() -> torch.Tensor:
         work.optimizer.zero_grad()
         loss = work.loss(model, *work.batch)
         loss.backward()
         optimizer_step()
-        return loss.item()
+        return loss
 
     return run
 

@@ -1,7 +1,8 @@
 """The models of the benchmark: what trains, on which batch, with which loss.
 
-Each one exists at two widths. `full` is what is timed. `narrow` has the same layers and the same number of parameter
-tensors and operators, but next to no arithmetic: the milliseconds of its step are what the host spends.
+Each one exists at two widths, some at a third. `full` is what is timed, on a GPU `gpu`. `narrow` has the same layers
+and the same number of parameter tensors and operators, but next to no arithmetic: its milliseconds are what the host
+spends.
 Dropout is 0 everywhere, so that all engines must print the same loss (the VAE's noise excepted).
 """
 
@@ -35,18 +36,33 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """How to build one workload, at its two widths."""
+    """How to build one workload, at its widths; `gpu` is for a GPU and bfloat16, None where it has no such width."""
 
     build: Callable[..., tuple[nn.Module, Batch, Callable[..., torch.Tensor]]]
     full: dict[str, Any]
     narrow: dict[str, Any]
+    gpu: dict[str, Any] | None = None
 
 
-def build(name: str, narrow: bool = False, seed: int = 0) -> Workload:
-    """Builds the workload `name`; the same seed gives the same weights and batch."""
+def build(name: str, width: str = "full", device: str = "cpu", seed: int = 0) -> Workload:
+    """Builds the workload `name`; the same seed gives the same weights and batch.
+
+    Args:
+        name: A key of `ENTRIES`.
+        width: `"full"`, `"narrow"` or `"gpu"`, the last of which has its forward in bfloat16 autocast.
+        device: Where its tensors are.
+        seed: torch's.
+    """
     torch.manual_seed(seed)
     entry = ENTRIES[name]
-    model, batch, loss = entry.build(**(entry.narrow if narrow else entry.full))
+    model, batch, plain_loss = entry.build(**getattr(entry, width))
+    model, batch = model.to(device), tuple(tensor.to(device) for tensor in batch)
+
+    def in_bfloat16(*arguments):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return plain_loss(*arguments)
+
+    loss = in_bfloat16 if width == "gpu" else plain_loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     return Workload(model=model.train(), batch=batch, loss=loss, optimizer=optimizer)
 
@@ -268,9 +284,12 @@ def llama(layers: int, width: int, heads: int, batch: int, length: int, vocabula
     return LlamaForCausalLM(config), (ids, ids), _own_loss
 
 
-def _language(build_model, layers: int, width: int, heads: int, batch: int, length: int, vocabulary: int) -> Entry:
+def _language(
+    build_model, layers: int, width: int, heads: int, batch: int, length: int, vocabulary: int, gpu: dict | None = None
+) -> Entry:
     return Entry(
         build=build_model,
+        gpu=gpu,
         full=dict(layers=layers, width=width, heads=heads, batch=batch, length=length, vocabulary=vocabulary),
         narrow=dict(layers=layers, width=4 * heads, heads=heads, batch=1, length=8, vocabulary=16),
     )
@@ -285,8 +304,18 @@ def _cells(cell: type[nn.Module]) -> Entry:
 
 
 ENTRIES = {
-    "mlp": Entry(build=mlp, full=dict(width=1024, batch=256), narrow=dict(width=8, batch=2)),
-    "resnet": Entry(build=resnet, full=dict(width=32, batch=32, size=32), narrow=dict(width=2, batch=2, size=8)),
+    "mlp": Entry(
+        build=mlp,
+        full=dict(width=1024, batch=256),
+        narrow=dict(width=8, batch=2),
+        gpu=dict(width=4096, batch=2048),
+    ),
+    "resnet": Entry(
+        build=resnet,
+        full=dict(width=32, batch=32, size=32),
+        narrow=dict(width=2, batch=2, size=8),
+        gpu=dict(width=64, batch=256, size=64),
+    ),
     "unet": Entry(build=unet, full=dict(width=16, batch=8, size=64), narrow=dict(width=2, batch=1, size=8)),
     "lstm": _cells(nn.LSTM),
     "gru": _cells(nn.GRU),
@@ -301,13 +330,23 @@ ENTRIES = {
         narrow=dict(tables=8, rows=16, width=4, batch=2),
     ),
     "gpt2": _language(gpt2, layers=4, width=256, heads=4, batch=8, length=128, vocabulary=5000),
-    "gpt2-small": _language(gpt2, layers=12, width=768, heads=12, batch=4, length=128, vocabulary=50257),
-    "bert": _language(bert, layers=4, width=256, heads=4, batch=8, length=128, vocabulary=8000),
+    "gpt2-small": _language(
+        gpt2, layers=12, width=768, heads=12, batch=4, length=128, vocabulary=50257,
+        gpu=dict(layers=12, width=768, heads=12, batch=16, length=512, vocabulary=50257),
+    ),
+    "bert": _language(
+        bert, layers=4, width=256, heads=4, batch=8, length=128, vocabulary=8000,
+        gpu=dict(layers=12, width=768, heads=12, batch=32, length=256, vocabulary=30522),
+    ),
     "t5": _language(t5, layers=3, width=256, heads=4, batch=8, length=64, vocabulary=8000),
     "vit": Entry(
         build=vit,
         full=dict(layers=4, width=192, heads=3, batch=16, size=64, patch=8),
         narrow=dict(layers=4, width=12, heads=3, batch=1, size=16, patch=8),
+        gpu=dict(layers=12, width=768, heads=12, batch=64, size=224, patch=16),
     ),
-    "llama": _language(llama, layers=4, width=256, heads=4, batch=8, length=128, vocabulary=8000),
-}
+    "llama": _language(
+        llama, layers=4, width=256, heads=4, batch=8, length=128, vocabulary=8000,
+        gpu=dict(layers=12, width=1024, heads=16, batch=8, length=1024, vocabulary=32000),
+    ),
+}  # fmt: skip

@@ -3,6 +3,7 @@
     python benchmarks/pytorch_step.py --quick                          # a look: three small models, few rounds
     python benchmarks/pytorch_step.py --models gpt2-small              # one model, all engines
     python benchmarks/pytorch_step.py --json out.json --plot out.png   # everything (hours on two cores)
+    python benchmarks/pytorch_step.py --device cuda --quick            # six models on a GPU, in bfloat16
 
 Every model runs under every engine in a process of its own: once with empty caches, for the cold time to the first
 step, and once more with the caches that the first one left. The second processes of all engines then stay alive and
@@ -38,12 +39,17 @@ class WorkerFailed(Exception):
 class Worker:
     """A process that runs one model under one engine; see worker.py."""
 
-    def __init__(self, model: str, engine: str, caches: Path, narrow: bool = False):
+    def __init__(self, model: str, engine: str, caches: Path, width: str, device: str):
         command = [sys.executable, str(HERE / "worker.py"), model, engine, "--cache", str(caches / "executables")]
         variables = environment(TORCHINDUCTOR_CACHE_DIR=str(caches / "inductor"), XDG_CACHE_HOME=str(caches / "home"))
-        touch_memory()
+        if device == "cpu":
+            touch_memory()
         self.process = subprocess.Popen(
-            command + ["--narrow"] * narrow, env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*command, "--width", width, "--device", device],
+            env=variables,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self.first = self._answer()
 
@@ -67,18 +73,20 @@ class Worker:
         return json.loads(line)
 
 
-def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> list[dict]:
+def measure(model: str, engines: list[str], rounds: int, with_host: bool, device: str) -> list[dict]:
     """Measures one model under all engines.
 
     Args:
         model: A name of `models.ENTRIES`.
         engines: Names of `engines.ENGINES`.
         rounds: How often the engines take turns.
+        device: "cpu", or "cuda": wider models, in bfloat16.
         with_host: Also time the narrow twin, whose step is host work.
 
     Returns:
         One row per engine, as report.py describes it; an engine that failed has only a `failed` mark.
     """
+    width = "full" if device == "cpu" else "gpu"
     rows = {engine: {"model": model, "engine": engine} for engine in engines}
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -86,9 +94,9 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             _say(f"{model} / {engine}: cold, then warm start")
             try:
-                cold = Worker(model, engine, caches)
+                cold = Worker(model, engine, caches, width, device)
                 cold.close()
-                workers[engine] = stack.enter_context(contextlib.closing(Worker(model, engine, caches)))
+                workers[engine] = stack.enter_context(contextlib.closing(Worker(model, engine, caches, width, device)))
             except WorkerFailed:
                 row["failed"] = True
                 continue
@@ -103,7 +111,7 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool) -> lis
             peak = max(rows[engine]["peak_rss_mib"], result["peak_rss_mib"])
             rows[engine] |= {**result, "peak_rss_mib": peak}
     if with_host:
-        for engine, result in host_work(model, [engine for engine in engines if "ms" in rows[engine]], rounds).items():
+        for engine, result in host_work(model, [e for e in engines if "ms" in rows[e]], rounds, device).items():
             rows[engine]["host_ms"] = result.get("ms")
     return list(rows.values())
 
@@ -145,7 +153,7 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
     return results
 
 
-def host_work(model: str, engines: list[str], rounds: int) -> dict[str, dict]:
+def host_work(model: str, engines: list[str], rounds: int, device: str) -> dict[str, dict]:
     """Times the narrow twin of a model, whose step is the host's work, as `take_turns` returns it."""
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -153,7 +161,7 @@ def host_work(model: str, engines: list[str], rounds: int) -> dict[str, dict]:
             _say(f"{model} / {engine}: host work")
             caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with contextlib.suppress(WorkerFailed):
-                worker = Worker(model, engine, caches, narrow=True)
+                worker = Worker(model, engine, caches, "narrow", device)
                 workers[engine] = stack.enter_context(contextlib.closing(worker))
         return take_turns(workers, rounds)
 
@@ -174,6 +182,7 @@ def names_of(known):
 def parse_args() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: wider models, in bfloat16")
     parser.add_argument("--models", type=names_of(ENTRIES), help=f"all, or some of {','.join(ENTRIES)}")
     parser.add_argument("--engines", type=names_of(ENGINES), default=list(ENGINES), help=f"of {','.join(ENGINES)}")
     parser.add_argument("--rounds", type=int, help="turns per engine (10; 3 with --quick)")
@@ -181,7 +190,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="file for the figure")
     parser.add_argument("--quick", action="store_true", help=f"few rounds, no host column; {','.join(QUICK_MODELS)}")
     args = parser.parse_args()
-    args.models = args.models or list(QUICK_MODELS if args.quick else ENTRIES)
+    with_width = [name for name, entry in ENTRIES.items() if args.device == "cpu" or entry.gpu is not None]
+    args.models = args.models or list(QUICK_MODELS if args.quick and args.device == "cpu" else with_width)
     args.rounds = args.rounds or (3 if args.quick else 10)
     return args
 
@@ -191,8 +201,9 @@ def main():
     args = parse_args()
     rows = []
     for model in args.models:
-        engines = [engine for engine in args.engines if engine != "jax" or model in JAX_MODELS]
-        rows += measure(model, engines, args.rounds, with_host=not args.quick)
+        by_hand = model in JAX_MODELS and args.device == "cpu"
+        engines = [engine for engine in args.engines if engine != "jax" or by_hand]
+        rows += measure(model, engines, args.rounds, with_host=not args.quick, device=args.device)
         print(report.table([row for row in rows if row["model"] == model]), flush=True)
         if args.json:  # after every model: a run of hours that is interrupted keeps what it has
             report.write_json(args.json, rows)

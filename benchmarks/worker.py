@@ -21,35 +21,52 @@ def main():
     parser.add_argument("model", choices=models.ENTRIES)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--width", choices=("full", "narrow", "gpu"), default="full")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
 
     def answer(**fields):
-        answers.write(json.dumps({**fields, "peak_rss_mib": _peak_rss_mib()}) + "\n")
+        peak = _peak_rss_mib() if args.device == "cpu" else _peak_gpu_mib(args.engine)
+        answers.write(json.dumps({**fields, "peak_rss_mib": peak}) + "\n")
         answers.flush()
 
-    work = models.build(args.model, narrow=args.narrow)
+    work = models.build(args.model, args.width, args.device)
     started = time.perf_counter()
     step = ENGINES[args.engine](work, args.cache)
-    step()
+    step().item()
     first_step_s = time.perf_counter() - started
-    loss = step()  # tc.compile takes the first one in torch, and compiles at the second
+    loss = step().item()  # tc.compile takes the first one in torch, and compiles at the second
     answer(first_step_s=first_step_s, two_steps_s=time.perf_counter() - started, loss=loss)
     for line in sys.stdin:
-        seconds = []
-        for _ in range(json.loads(line)["steps"]):
+        count, seconds = json.loads(line)["steps"], []
+        # A GPU computes behind the loop, which reads a loss now and then: there a turn is timed as a whole.
+        for together in [1] * count if args.device == "cpu" else [1, count - 1]:
             started = time.perf_counter()
-            loss = step()
-            seconds.append(time.perf_counter() - started)
+            for _ in range(together):
+                loss = step()
+            loss = loss.item()
+            seconds += [(time.perf_counter() - started) / together] * together
         answer(seconds=seconds, loss=loss)
 
 
 def _peak_rss_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def _peak_gpu_mib(engine: str) -> float:
+    """What PyTorch and XLA have taken of the GPU's memory at most; each keeps what it has had."""
+    import torch
+
+    peak = torch.cuda.max_memory_reserved()
+    if engine in ("tc.compile", "tape"):
+        import jax
+
+        peak += jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return peak / 2**20
 
 
 if __name__ == "__main__":

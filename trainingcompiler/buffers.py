@@ -1,8 +1,10 @@
 """Arrays that XLA owns, and the addresses of their buffers."""
 
+import functools
+
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 
 def placed_array(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
@@ -46,8 +48,14 @@ def _of_this_worker(values: np.ndarray | jax.Array, sharding: Sharding) -> jax.A
     return jax.make_array_from_single_device_arrays(shape, sharding, [values])
 
 
-def owned_array(values: np.ndarray) -> jax.Array:
-    """Copies host values into a buffer that XLA owns, so that donating it updates it in place.
+@functools.cache
+def own_device() -> Sharding:
+    """The one local device, as a place for arrays."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def owned_array(values: np.ndarray | jax.Array) -> jax.Array:
+    """Copies values into a buffer that XLA owns, so that donating it updates it in place.
 
     On a CPU `jax.device_put` keeps pointing at a well-aligned NumPy array, whatever `may_alias` says, and XLA copies a
     donated buffer that it does not own. Between two JAX arrays `may_alias=False` does copy.
@@ -61,7 +69,7 @@ def owned_array(values: np.ndarray) -> jax.Array:
     with jax.enable_x64(True):
         array = jax.device_put(values)
         device = next(iter(array.devices()))
-        if device.platform == "cpu":
+        if device.platform == "cpu" or isinstance(values, jax.Array):
             array = jax.device_put(array, device, may_alias=False)
     array.block_until_ready()
     return array

@@ -10,10 +10,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainingcompiler import cache, planner
+from trainingcompiler import cache, planner, rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
-from trainingcompiler.events import Started, emit
+from trainingcompiler.events import Note, Started, emit
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
 from trainingcompiler.frameworks.pytorch.session import Session
@@ -96,6 +96,8 @@ def _prepare(config: TrainingCompilerConfig) -> None:
     # JAX warns on every fork once it has started. Forked children (`DataLoader` workers) run plain torch only.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    if note := rendezvous.share_gpus(os.environ):  # under the launcher it has been said already
+        emit(Note(text=note))
     target = Target.of(config)
     versions = {
         "torch": torch.__version__,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trainingcompiler.buffers import address
+from trainingcompiler.frameworks.pytorch.devices import CPU
 
 
 def numpy_view(tensor: torch.Tensor) -> np.ndarray:
@@ -19,12 +20,35 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def tensor_of(array: jax.Array) -> torch.Tensor:
+def array_over(tensor: torch.Tensor) -> np.ndarray | jax.Array:
+    """An array over a tensor's memory: a NumPy array, or on a GPU one of JAX, which waits for what torch computes."""
+    if tensor.device.type == "cpu":
+        return numpy_view(tensor)
+    with jax.enable_x64(True):
+        return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+
+
+def tensor_of(array: jax.Array, device: torch.device = CPU) -> torch.Tensor:
     """A torch tensor over the array's memory; the tensor keeps the memory alive. It must not be written to if the
-    array is used again. What several devices hold is gathered, into memory of its own."""
+    array is used again. What several devices hold is gathered, and what is on another device than torch is to have it
+    on is copied, into memory of its own."""
     if len(array.sharding.device_set) > 1:
         array = array.addressable_data(0) if array.is_fully_replicated else _gathered(array)
-    return torch.from_dlpack(array)
+    if device.type == "cpu" and not _is_on_cpu(array):
+        return _from_host(np.array(array))
+    tensor = torch.from_dlpack(array)
+    return tensor if tensor.device.type == device.type else tensor.to(device)
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+    (device,) = array.devices()
+    return device.platform == "cpu"
+
+
+def _from_host(values: np.ndarray) -> torch.Tensor:
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def _gathered(array: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch import devices
 from trainingcompiler.frameworks.pytorch.capture import NumberSource
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.modules import Fingerprint, ModuleWatch
@@ -22,9 +23,11 @@ class CallBook:
 
     Attributes:
         modules: Watches the modules that are called.
+        device: Where the tensors of the last module that has any are.
     """
 
     def __init__(self):
+        self.device = devices.CPU
         self.modules = ModuleWatch()
         self._numbers: dict[tuple, _Numbers] = {}
 
@@ -59,6 +62,7 @@ class CallBook:
                 reason = f"{fingerprint.unsteady} is another number at every step, and the forward decides by its value"
                 raise CaptureError(reason=reason, where=where)
             function_key = (id(function), fingerprint)
+            self.device = devices.of(fingerprint.parameters) or self.device
         kinds = tuple(_kind(leaf) for leaf in encoded)
         numbers: tuple[int, ...] = ()
         turn = 0
@@ -86,6 +90,7 @@ class CallBook:
             modules=modules,
             prints=prints,
             turn=turn,
+            device=self.device,
         )
 
     def fix_number(self, entry: Entry, source: NumberSource) -> None:
@@ -123,17 +128,17 @@ def encode(leaf: Any) -> Any:
         )
     if leaf.requires_grad or isinstance(leaf, nn.Parameter):
         return leaf  # state: by identity
-    if leaf.device.type != "cpu" or leaf.layout is not torch.strided or type(leaf) is not torch.Tensor:
+    if not devices.is_reachable(leaf.device) or leaf.layout is not torch.strided or type(leaf) is not torch.Tensor:
         layout = "" if leaf.layout is torch.strided else f" with the layout {leaf.layout}"
         reason = f"a {type(leaf).__name__} on {leaf.device}{layout} is passed to the model"
         raise CaptureError(reason=reason, where=user_line())
-    return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
+    return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype, device=leaf.device)
 
 
 def slot_input(slot: Slot) -> Input:
     """A slot whose entries have left the tape, as the value it is."""
     assert slot.value is not None
-    return Input(input_array(slot.value), tuple(slot.value.shape), slot.value.dtype)
+    return Input(input_array(slot.value), tuple(slot.value.shape), slot.value.dtype, device=slot.device)
 
 
 def detached(entry: Entry) -> None:

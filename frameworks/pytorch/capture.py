@@ -146,6 +146,7 @@ def capture(
                 if entry.outputs is not None:
                     first_steps.prepare(optimizer, twins.has_gradient)
             recorder.where = entry.where
+            twins.device = entry.device
             with twins.recording():
                 if entry.seed is not None:
                     seed = twins.fake_like((), torch.int64)
@@ -192,7 +193,7 @@ def capture(
 
 
 def _find_outputs(entry: Entry, result: Any, results: list[torch.Tensor]) -> None:
-    slots = {id(fake): Slot(fake) for fake in results}
+    slots = {id(fake): Slot(fake, entry.device) for fake in results}
     leaves, structure = flatten(result)
     entry.outputs = list(slots.values())
     entry.result = structure, [slots.get(id(leaf), leaf) for leaf in leaves]

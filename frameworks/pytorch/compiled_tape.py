@@ -288,20 +288,25 @@ class CompiledTape:
         watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
         with watched, jax.enable_x64(True):
             new_state, outputs = self._executable(state, tuple(inputs))
-            jax.block_until_ready((new_state, outputs))
+            if self.cache.target.platform == "cpu":
+                jax.block_until_ready((new_state, outputs))
         statistics().launches += 1
         for updated, array in zip(cells, new_state, strict=True):
             updated.update(array)
         if len(outputs) > self._outputs:
             outputs, holds = outputs[:-1], outputs[-1]
-            if not holds:
-                raise PassingCaptureError(reason=_REFUSED, where=self._where)
+        else:
+            holds = None
+        if self.cache.target.platform != "cpu":
+            self.cache.pace.launched((new_state, outputs), holds, self._where)
+        elif holds is not None and not holds:
+            raise PassingCaptureError(reason=_REFUSED, where=self._where)
         if self._inspected is not None:
             self._show(given, [*new_state, *outputs])
         torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
         slots = [slot for entry in entries for slot in entry.outputs or ()]
         for index, array in zip(self._exports, outputs, strict=False):
-            slots[index].value = tensor_of(array)
+            slots[index].value = tensor_of(array, slots[index].device)
         held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
         if self._purpose is Purpose.COMMIT:
             held.apply()
@@ -340,9 +345,9 @@ class CompiledTape:
             # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
             # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
             if not self.cache.book.is_consumed(tensor):
-                tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype))
+                tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype, tensor.device))
         for tensor, array in zip(tensors, held, strict=True):
-            tensor.copy_(tensor_of(array))
+            tensor.copy_(tensor_of(array, tensor.device))
         for parameter in self._cleared + self._consumed:
             tensor_hooks.store_gradient(parameter(), None)
         self.cache.book.consume(self._consumed)

@@ -49,7 +49,7 @@ class DeferredTensor(torch.Tensor):
         """Makes the one tensor of a slot that the loop gets to hold."""
         meta = slot.meta
         self = torch.Tensor._make_wrapper_subclass(
-            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=meta.device
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=slot.device
         )
         self.slot = slot
         self.owner = owner

@@ -21,7 +21,7 @@ def engine_of(config: TrainingCompilerConfig, target: Target) -> str:
     torch has no step for several devices with which ours could be compared, and workers that each measured would choose
     each for itself.
     """
-    together = target.device_count > 1 or target.workers > 1
+    together = target.device_count > 1 or target.workers > 1 or target.platform != "cpu"
     return "xla" if config.engine == "auto" and together else config.engine
 
 

@@ -33,7 +33,7 @@ def unscale(parameters: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor
     Returns:
         float32, shape (): 1 where a gradient was infinite or not a number, else 0.
     """
-    found_inf = torch.zeros((), dtype=torch.float32)
+    found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
     inverse = scale.double().reciprocal().float()
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in parameters:

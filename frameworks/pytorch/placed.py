@@ -1,9 +1,10 @@
-"""Training state on several devices: torch's tensors give their values away, and get them back when touched.
+"""Training state on several devices, or on a GPU: torch gives values away, and gets them back when it touches them.
 
-On one device torch and the compiled step share memory (`state`). On several there is nothing to share: an array is
-divided, or copied, between devices. While a step owns a tensor's values, the tensor is of a class of ours that shows
-its shape and dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary
-tensor again, until the next step takes its values. A loop in which nobody looks moves nothing.
+On one CPU torch and the compiled step share memory (`state`). On several devices there is nothing to share: an array is
+divided, or copied, between them. On a GPU torch and XLA each have a queue of their own, and would have to wait for each
+other at every step. So, while a step owns a tensor's values, the tensor is of a class of ours that shows its shape and
+dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary tensor again,
+until the next step takes its values. A loop in which nobody looks moves nothing.
 """
 
 import copy
@@ -16,8 +17,8 @@ import jax
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from trainingcompiler.buffers import placed_array
-from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
+from trainingcompiler.buffers import own_device, owned_array, placed_array
+from trainingcompiler.frameworks.pytorch.arrays import array_over, tensor_of
 from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
 from trainingcompiler.frameworks.pytorch.state import is_shared, set_data
 
@@ -44,9 +45,9 @@ class PlacedCell:
         weakref.finalize(tensor, _forget, id(tensor), self).atexit = False
 
     @classmethod
-    def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["PlacedCell", torch.Tensor]:
+    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device) -> tuple["PlacedCell", torch.Tensor]:
         """A cell, and its new tensor, whose values are an array that a step has returned."""
-        tensor = torch.empty((), dtype=dtype).expand(array.shape)
+        tensor = torch.empty((), dtype=dtype, device=device).expand(array.shape)
         cell = cls(tensor)
         cell._array, cell._is_ahead = array, True
         cell._leave(tensor)
@@ -58,12 +59,15 @@ class PlacedCell:
         return False
 
     def array(self, sharding: Any) -> jax.Array:
-        """The array to pass to a step, placed as the step wants it."""
+        """The array to pass to a step, placed as the step wants it; a `sharding` of None is the one device."""
+        sharding = own_device() if sharding is None else sharding
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._array is None:
             stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
-            array = placed_array(numpy_view(tensor), sharding)
+            values = array_over(tensor)
+            # A step updates it in place: not torch's own memory.
+            array = placed_array(owned_array(values) if isinstance(values, jax.Array) else values, sharding)
             if stays:
                 return array
             self._array = array
@@ -76,13 +80,13 @@ class PlacedCell:
         tensor = self.tensor()
         assert tensor is not None
         if self._array is None:
-            tensor.detach().copy_(tensor_of(array))
+            tensor.detach().copy_(tensor_of(array, tensor.device))
             return
         self._array = array
         if not self._is_ahead:
             self._is_ahead = True
             # torch's own values are old now, and would be a second copy of the parameters.
-            set_data(tensor, torch.empty((), dtype=tensor.dtype).expand(tensor.shape))
+            set_data(tensor, torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
 
     def fetch(self) -> None:
         """Gives the tensor its values back; without effect while it has them."""
@@ -93,7 +97,7 @@ class PlacedCell:
         with torch._C.DisableTorchFunction():
             tensor.__class__ = _kind_of(type(tensor))
         if self._is_ahead:
-            set_data(tensor, tensor_of(array).clone())
+            set_data(tensor, tensor_of(array, tensor.device).clone())
         self._array, self._is_ahead = None, False
 
     def _leave(self, tensor: torch.Tensor) -> None:

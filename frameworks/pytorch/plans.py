@@ -63,6 +63,7 @@ def plan(entry: Entry, gradients_exist: bool) -> Plan:
         Exception: Whatever the call raises.
     """
     twins = Twins()
+    twins.device = entry.device
     arguments: dict[int, torch.Tensor] = {}
 
     def resolve(leaf: Any, position: int) -> Any:

@@ -16,6 +16,7 @@ from trainingcompiler.frameworks.pytorch.moving import Mover
 from trainingcompiler.frameworks.pytorch.naming import leaf_name
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
+from trainingcompiler.frameworks.pytorch.pace import Pace
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell
 from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
@@ -37,8 +38,9 @@ class ProgramCache:
         if self.division is not None:
             self.cells = CellRegistry(PlacedCell, self.division.cell)
         else:
-            self.cells = CellRegistry(PlacedCell if target.device_count > 1 else Cell)
+            self.cells = CellRegistry(Cell if target.device_count == 1 and target.platform == "cpu" else PlacedCell)
         self.layers = Layers()
+        self.pace = Pace()
         self.agreement = workers.Agreement()
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
@@ -103,7 +105,9 @@ class ProgramCache:
         ):
             name = "evaluation"
         start_s = time.perf_counter()
-        with Mover(self.cells if self.target.device_count == self.target.workers == 1 else None) as mover:
+        target = self.target
+        shares = target.device_count == target.workers == 1 and target.platform == "cpu"
+        with Mover(self.cells if shares else None) as mover:
             if purpose is Purpose.COMMIT:
                 stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
                 mover.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)

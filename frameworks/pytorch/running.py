@@ -125,6 +125,7 @@ class TapeRunner:
         self.commit()
         for slot in self.tape.live_slots():
             self.value(slot)
+        self.programs.pace.settle()
         if self.programs.division is not None:
             self.programs.division.end()
         self.deferring = False

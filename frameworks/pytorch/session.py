@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch import devices
 from trainingcompiler.frameworks.pytorch.deferred import (
     METADATA,
     METADATA_METHODS,
@@ -33,7 +34,7 @@ from trainingcompiler.frameworks.pytorch.plans import Argument, Output, Plan, pl
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 from trainingcompiler.frameworks.pytorch.running import TapeRunner
-from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.state import input_array, seed_array
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
@@ -97,10 +98,14 @@ class Session(TapeRunner):
         name = getattr(function, "__name__", "")
         if name == "__get__":
             attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+            if devices.is_shown(attribute):
+                return devices.shown(attribute, args[0].slot.device)
             if attribute in METADATA:
                 return getattr(args[0].slot.meta, attribute)
             if attribute in ("grad", "_grad"):
                 return None
+        elif devices.is_shown(name):
+            return devices.shown(name, args[0].slot.device)
         elif name in METADATA_METHODS:
             return function(args[0].slot.meta, *args[1:], **kwargs)
         elif name in ("isnan", "isinf") and args[0].slot.finite:
@@ -110,6 +115,10 @@ class Session(TapeRunner):
         if is_replaying() or name in READS or not self._any_pending(args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():
+            return function(*self.real(args), **self.real(kwargs))
+        if isinstance(args[0], DeferredTensor) and devices.leads_away(function, args, kwargs, args[0].slot.device):
+            if self._needs_gradient(args, kwargs) and torch.is_grad_enabled():
+                self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
             return function(*self.real(args), **self.real(kwargs))
         if name in _OPAQUE or kwargs.get("create_graph"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
@@ -193,10 +202,10 @@ class Session(TapeRunner):
 
     def _results(self, entry: Entry, planned: Plan, args: tuple, kwargs: dict) -> Any:
         if planned.random:
-            entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
+            entry.seed = Input(seed_array(entry.device), (), torch.int64)
         closure = [tensor for reference in planned.closure if (tensor := reference()) is not None]
-        entry.closure = tuple((t, Input(input_array(t), tuple(t.shape), t.dtype)) for t in closure)
-        entry.outputs = [Slot(meta) for meta in planned.metas]
+        entry.closure = tuple((t, Input(input_array(t), tuple(t.shape), t.dtype, device=t.device)) for t in closure)
+        entry.outputs = [Slot(meta, entry.device) for meta in planned.metas]
         arguments, _ = flatten((args, kwargs))
         if any(isinstance(leaf, DeferredTensor) and leaf.slot.is_cut for leaf in arguments):
             for slot in entry.outputs:
@@ -346,9 +355,9 @@ class Session(TapeRunner):
         compiles = statistics().compiles
         start_s = time.perf_counter()
         if waits:
-            drawn = torch.get_rng_state()
+            drawn = devices.generator_state(self.calls.device)
             result = self._run_in_torch(original, in_torch, module, args, kwargs)
-            is_random = not torch.equal(drawn, torch.get_rng_state())
+            is_random = drawn != devices.generator_state(self.calls.device)
             self._evaluations.waited(module, key, time.perf_counter() - start_s, is_random)
             return result
         result = self.record(module, args, kwargs)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from jax.sharding import Sharding
 
 from trainingcompiler.buffers import address, owned_array, placed_array, snapshot
-from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of, tensor_over
+from trainingcompiler.frameworks.pytorch.arrays import array_over, numpy_view, tensor_of, tensor_over
+from trainingcompiler.frameworks.pytorch.devices import CPU, drawn_seed
 
 
 class _Buffer:
@@ -76,8 +78,9 @@ class Cell:
         self._copy: _Copy | None = None
 
     @classmethod
-    def over(cls, array: jax.Array, dtype: torch.dtype) -> tuple["Cell", torch.Tensor]:
-        """A cell, and its new tensor, over an array that a step has returned."""
+    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device = CPU) -> tuple["Cell", torch.Tensor]:
+        """A cell, and its new tensor, over an array that a step has returned; memory is shared on a CPU only."""
+        assert device.type == "cpu"
         buffer = _Buffer(array)
         tensor = tensor_over(array, buffer, dtype)
         cell = cls(tensor)
@@ -150,9 +153,9 @@ class CellRegistry:
             self._register(tensor, found)
         return found
 
-    def tensor_for(self, array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
+    def tensor_for(self, array: jax.Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A new tensor over an array that a step has returned."""
-        cell, tensor = self._kind.over(array, dtype)
+        cell, tensor = self._kind.over(array, dtype, device)
         self._register(tensor, cell)
         return tensor
 
@@ -168,7 +171,14 @@ class CellRegistry:
 
 def input_array(tensor: torch.Tensor) -> jax.Array:
     """A snapshot of a tensor's values."""
+    if tensor.device.type != "cpu":
+        return array_over(tensor.detach().clone(memory_format=torch.contiguous_format))
     return snapshot(numpy_view(tensor))
+
+
+def seed_array(device: torch.device) -> jax.Array:
+    """A seed from torch's generator of a device, as programs read it."""
+    return snapshot(np.array(drawn_seed(device), np.int64))
 
 
 def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:

@@ -16,17 +16,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
-from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch import devices, tensor_hooks
 from trainingcompiler.frameworks.pytorch.compiled_tape import Purpose
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
+from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
-from trainingcompiler.frameworks.pytorch.state import input_array
+from trainingcompiler.frameworks.pytorch.state import input_array, seed_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.torch_compile import left_out
@@ -159,12 +160,13 @@ class CompiledStep:
             optimizers=tuple(self._optimizers),
             modules=tuple(self._modules),
             prints=prints,
+            device=devices.of(parameters_of(self._optimizers[0])) or devices.CPU,
         )
-        entry.seed = Input(input_array(torch.empty((), dtype=torch.int64).random_()), (), torch.int64)
+        entry.seed = Input(seed_array(entry.device), (), torch.int64)
         known = self._results.get(key)
         if known is not None:
             template, metas = known
-            entry.outputs = [Slot(meta) for meta in metas]
+            entry.outputs = [Slot(meta, entry.device) for meta in metas]
         while True:
             try:
                 self._programs.run([entry], entry.outputs or [], Purpose.COMMIT)
@@ -216,7 +218,7 @@ class CompiledStep:
 
 def _encode(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
-        return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype)
+        return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype, device=leaf.device)
     return leaf
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.frameworks.pytorch import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.host import Place
 from trainingcompiler.frameworks.pytorch.modules import Fingerprint
@@ -20,6 +21,7 @@ class Slot:
 
     Attributes:
         meta: A fake tensor with its shape, dtype and `requires_grad`.
+        device: Where torch would have it.
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
@@ -27,10 +29,11 @@ class Slot:
         wrapper: A weak reference to the `DeferredTensor` that the loop holds.
     """
 
-    __slots__ = ("__weakref__", "committed", "finite", "freed", "meta", "value", "wrapper")
+    __slots__ = ("__weakref__", "committed", "device", "finite", "freed", "meta", "value", "wrapper")
 
-    def __init__(self, meta: torch.Tensor):
+    def __init__(self, meta: torch.Tensor, device: torch.device = devices.CPU):
         self.meta = meta
+        self.device = device
         self.value: torch.Tensor | None = None
         self.committed = False
         self.freed = False
@@ -54,13 +57,14 @@ class Input:
 
     Attributes:
         array: A snapshot that XLA reads, shared with nobody.
-        meta: Shape and dtype of the tensor.
+        meta: Shape, dtype and device of the tensor.
     """
 
     array: Any
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool = False
+    device: torch.device = devices.CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class Ambient:
     grad: bool
     autocast: bool
     autocast_dtype: torch.dtype
+    cuda_autocast: bool
+    cuda_autocast_dtype: torch.dtype
     default_dtype: torch.dtype
     precision: str
     deterministic: bool
@@ -81,6 +87,8 @@ class Ambient:
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
             torch.get_default_dtype(),
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
@@ -95,13 +103,15 @@ class Ambient:
             self._set(warns)
             with (
                 torch.set_grad_enabled(self.grad),
-                torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
+                torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast or cuda_autocast.is_installed()),
             ):
                 yield
         finally:
             outside._set(warns)
 
     def _set(self, warns: bool) -> None:
+        torch.set_autocast_enabled("cuda", self.cuda_autocast)
+        torch.set_autocast_dtype("cuda", self.cuda_autocast_dtype)
         torch.set_default_dtype(self.default_dtype)
         torch.set_float32_matmul_precision(self.precision)
         torch.use_deterministic_algorithms(self.deterministic, warn_only=warns)
@@ -130,6 +140,7 @@ class Entry:
         turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
         in_torch: What torch runs in its place, where that is not `function`.
+        device: Where the tensors of the call are.
         reads_gradients: Whether it reads `.grad`, which no slot stands for: it depends on everything before it.
     """
 
@@ -150,6 +161,7 @@ class Entry:
     turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     in_torch: Callable | None = None
+    device: torch.device = devices.CPU
     reads_gradients: bool = False
 
     def leaf(self, position: int) -> Any:
@@ -274,12 +286,13 @@ def run_in_torch(entry: Entry) -> None:
         if isinstance(leaf, Slot):
             return leaf.value
         if isinstance(leaf, Input):
-            return tensor_of(leaf.array).clone()
+            return tensor_of(leaf.array, leaf.device).clone()
         return leaf
 
     with contextlib.ExitStack() as stack:
         if entry.seed is not None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+            gpus = [] if entry.device.type == "cpu" else [entry.device]
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
             torch.manual_seed(int(entry.seed.array))
         for fingerprint in entry.prints:
             stack.enter_context(fingerprint.restored())

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import recurrent, tensor_hooks
+from trainingcompiler.frameworks.pytorch import cuda_autocast, devices, recurrent, tensor_hooks
 from trainingcompiler.frameworks.pytorch.generators import TracedGenerator
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
 from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
@@ -50,6 +50,7 @@ class Twins(TorchFunctionMode):
 
     Attributes:
         recorder: Likewise.
+        device: Where the script's tensors are, in place of which the stand-ins are on the CPU.
         lifted: The real tensors met so far, in order.
         reads_numbers: Whether `.item()` of a floating tensor gives a `TracedNumber`, as inside `optimizer.step()`.
     """
@@ -58,6 +59,7 @@ class Twins(TorchFunctionMode):
         super().__init__()
         self.recorder: Any = Recorder() if recorder is None else recorder
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.device = devices.CPU
         self.lifted: list[torch.Tensor] = []
         self.reads_numbers = False
         self._generator = TracedGenerator(self.recorder)
@@ -74,6 +76,8 @@ class Twins(TorchFunctionMode):
             torch.autograd.set_multithreading_enabled(False),
             guarded_math(),
             self._generator.installed(),
+            devices.pretended(self, self.device),
+            cuda_autocast.installed() if self.device.type == "cuda" else contextlib.nullcontext(),
             self.fake_mode,
             self.recorder,
             self,
@@ -159,6 +163,13 @@ class Twins(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         args, kwargs = self._swap(args), {name: self._swap(value) for name, value in kwargs.items()}
+        if self.device.type != "cpu":
+            name = _asked_of(func)
+            if devices.is_shown(name):
+                return devices.shown(name, self.device)
+            if name == "cuda":
+                return self._real(args[0])
+            args, kwargs = devices.on_cpu(func, args, kwargs)
         if func in _FUSED_OPTIMIZERS:
             return self._fused(func, args, kwargs)
         name = getattr(func, "__name__", "")
@@ -271,11 +282,20 @@ class Twins(TorchFunctionMode):
             )
         if real._backward_hooks or real._post_accumulate_grad_hooks:
             raise CaptureError(reason="a parameter has a gradient hook", where=user_line())
-        if real.device.type != "cpu" or real.layout is not torch.strided:
+        with torch._C.DisableTorchFunction():
+            device = real.device
+        if not devices.is_reachable(device) or real.layout is not torch.strided:
             raise CaptureError(
-                reason=f"the step uses a {real.layout} tensor on {real.device}; only dense CPU tensors are compiled",
+                reason=f"the step uses a {real.layout} tensor on {device}; dense ones on the CPU or XLA's GPU "
+                "are compiled",
                 where=user_line(),
             )
+
+
+def _asked_of(func: Any) -> str:
+    """The name of a tensor's method, or of the attribute that is being read."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
 
 @contextlib.contextmanager

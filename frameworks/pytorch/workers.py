@@ -288,7 +288,7 @@ class Talk:
         """Makes a deferred tensor one that has a value for good, which others may write to."""
         value = self._session.value(tensor.slot)
         if not tensor.slot.committed:
-            slot = Slot(tensor.slot.meta)
+            slot = Slot(tensor.slot.meta, tensor.slot.device)
             slot.value, slot.committed = value.detach().clone(), True
             tensor.slot = slot
 
