@@ -73,7 +73,9 @@ class Worker:
         return json.loads(line)
 
 
-def measure(model: str, engines: list[str], rounds: int, with_host: bool, device: str) -> list[dict]:
+def measure(
+    model: str, engines: list[str], rounds: int, with_host: bool, device: str, with_warm: bool = True
+) -> list[dict]:
     """Measures one model under all engines.
 
     Args:
@@ -82,6 +84,7 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool, device
         rounds: How often the engines take turns.
         device: "cpu", or "cuda": wider models, in bfloat16.
         with_host: Also time the narrow twin, whose step is host work.
+        with_warm: Also time a second start, with the caches of the first.
 
     Returns:
         One row per engine, as report.py describes it; an engine that failed has only a `failed` mark.
@@ -95,14 +98,18 @@ def measure(model: str, engines: list[str], rounds: int, with_host: bool, device
             _say(f"{model} / {engine}: cold, then warm start")
             try:
                 cold = Worker(model, engine, caches, width, device)
-                cold.close()
-                workers[engine] = stack.enter_context(contextlib.closing(Worker(model, engine, caches, width, device)))
+                warm = None
+                if with_warm:
+                    cold.close()
+                    warm = Worker(model, engine, caches, width, device)
+                workers[engine] = stack.enter_context(contextlib.closing(warm or cold))
             except WorkerFailed:
                 row["failed"] = True
                 continue
             for name in ("first_step", "two_steps"):
                 row[f"{name}_cold_s"] = cold.first[f"{name}_s"]
-                row[f"{name}_warm_s"] = workers[engine].first[f"{name}_s"]
+                if warm is not None:
+                    row[f"{name}_warm_s"] = warm.first[f"{name}_s"]
             row["peak_rss_mib"] = cold.first["peak_rss_mib"]
         for engine, result in take_turns(workers, rounds).items():
             if "failed" in result:
@@ -188,6 +195,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns per engine (10; 3 with --quick)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--plot", type=Path, help="file for the figure")
+    parser.add_argument("--cold-only", action="store_true", help="one start for each engine, with empty caches")
     parser.add_argument("--quick", action="store_true", help=f"few rounds, no host column; {','.join(QUICK_MODELS)}")
     args = parser.parse_args()
     with_width = [name for name, entry in ENTRIES.items() if args.device == "cpu" or entry.gpu is not None]
@@ -203,7 +211,7 @@ def main():
     for model in args.models:
         by_hand = model in JAX_MODELS and args.device == "cpu"
         engines = [engine for engine in args.engines if engine != "jax" or by_hand]
-        rows += measure(model, engines, args.rounds, with_host=not args.quick, device=args.device)
+        rows += measure(model, engines, args.rounds, not args.quick, args.device, not args.cold_only)
         print(report.table([row for row in rows if row["model"] == model]), flush=True)
         if args.json:  # after every model: a run of hours that is interrupted keeps what it has
             report.write_json(args.json, rows)

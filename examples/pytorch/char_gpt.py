@@ -91,10 +91,10 @@ def load_text() -> tuple[torch.Tensor, torch.Tensor]:
     return data[:split], data[split:]
 
 
-def sample(data, batch_size: int, block_size: int, generator):
+def sample(data, args, generator):
     """Random windows of the text: inputs and the characters that follow them, both (B, T) int64."""
-    starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
-    windows = torch.stack([data[s : s + block_size + 1] for s in starts.tolist()]).long()
+    starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=generator)
+    windows = torch.stack([data[s : s + args.block_size + 1] for s in starts.tolist()]).long().to(args.device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
@@ -103,7 +103,7 @@ def evaluate(model: nn.Module, data, args) -> float:
     """The mean loss over `--eval-batches` batches, the same ones at every call."""
     generator = torch.Generator().manual_seed(1234)
     model.eval()
-    batches = [sample(data, args.batch_size, args.block_size, generator) for _ in range(args.eval_batches)]
+    batches = [sample(data, args, generator) for _ in range(args.eval_batches)]
     losses = [model(*batch).item() for batch in batches]
     model.train()
     return sum(losses) / len(losses)
@@ -151,6 +151,7 @@ def parse_args():
     parser.add_argument("--checkpoint", type=Path, help="file to save to")
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--resume", action="store_true", help="start from --checkpoint's file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.resume and args.checkpoint is None:
@@ -164,7 +165,7 @@ def main():
     torch.manual_seed(args.seed)
     train_data, val_data = load_text()
     batches = torch.Generator().manual_seed(args.seed)
-    model = GPT(args.block_size, args.layers, args.heads, args.width, args.dropout)
+    model = GPT(args.block_size, args.layers, args.heads, args.width, args.dropout).to(args.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, args.warmup, args.steps))
     first = 1
@@ -175,6 +176,7 @@ def main():
         scheduler.load_state_dict(state["scheduler"])
         batches.set_state(state["batches"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
         first = state["step"] + 1
         print(f"resumed after step {state['step']}")
     print(
@@ -184,7 +186,7 @@ def main():
     seconds = []
     for step in range(first, args.steps + 1):
         started = time.perf_counter()
-        loss = model(*sample(train_data, args.batch_size, args.block_size, batches))
+        loss = model(*sample(train_data, args, batches))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,6 +194,8 @@ def main():
         scheduler.step()
         if step % 50 == 0 or step == 1:
             print(f"step {step:4d}: train loss {loss.item():.4f}")
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         if step % args.eval_every == 0 and step < args.steps:
             print(f"step {step:4d}: val loss {evaluate(model, val_data, args):.4f}")
@@ -204,6 +208,7 @@ def main():
                 scheduler=scheduler.state_dict(),
                 batches=batches.get_state(),
                 rng=torch.get_rng_state(),
+                cuda_rng=torch.cuda.get_rng_state_all(),
             )
     val_loss = evaluate(model, val_data, args)
     print(f"final: val_loss={val_loss:.4f} ms/step={1e3 * statistics.median(seconds):.1f}")

@@ -123,6 +123,7 @@ class CompiledTape:
             return tuple(kept), (*outputs, holds)
 
         self._outputs = len(output_values)
+        self._has_run = False
         self._inspected: tuple | None = None
         if inspection.inspector is not None:
             given = [*state_values, *input_values, *number_values]
@@ -284,6 +285,9 @@ class CompiledTape:
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
         inputs += [entries[entry].seed.array for entry in self._seeds]
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
+        if self.cache.target.platform == "cuda" and not self._has_run and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what torch keeps of the memory of moved tensors, XLA cannot use
+        self._has_run = True
         given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
         watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
         with watched, jax.enable_x64(True):
@@ -298,7 +302,7 @@ class CompiledTape:
         else:
             holds = None
         if self.cache.target.platform != "cpu":
-            self.cache.pace.launched((new_state, outputs), holds, self._where)
+            self.cache.pace.launched(inputs, (new_state, outputs), holds, self._where)
         elif holds is not None and not holds:
             raise PassingCaptureError(reason=_REFUSED, where=self._where)
         if self._inspected is not None:

@@ -20,9 +20,15 @@ from trainingcompiler.frameworks.pytorch.scores import recomputed
 from trainingcompiler.targets import current as current_target
 
 # Fake tensors say that these save their statistics in bfloat16 where the input is; torch's kernels save them in the
-# float32 of the weights, and so do ours.
+# float32 of the weights, and so do ours. And attention's, before torch 2.13, in float32 where the input is float64.
 _WIDE_STATISTICS = frozenset(
-    f"aten.{name}.default" for name in ("native_layer_norm", "native_group_norm", "native_batch_norm")
+    f"aten.{name}.default"
+    for name in (
+        "native_layer_norm",
+        "native_group_norm",
+        "native_batch_norm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
 )
 
 

@@ -18,12 +18,14 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._launched: deque[tuple[Any, Any, str | None]] = deque()
+        self._launched: deque[tuple[Any, Any, Any, str | None]] = deque()
 
-    def launched(self, results: Any, holds: jax.Array | None, where: str | None) -> None:
+    def launched(self, inputs: Any, results: Any, holds: jax.Array | None, where: str | None) -> None:
         """Notes a program, and waits for the one before the last.
 
         Args:
+            inputs: What it reads. It is kept until the program has ended: torch gives the memory of a tensor that is
+                gone to the next one, and knows nothing of who else reads it.
             results: Arrays that it computes; one of them is kept, and may be donated meanwhile.
             holds: Whether its values were in range, if it asks; where they were not, it has left the state as it was.
             where: The script's line.
@@ -32,7 +34,7 @@ class Pace:
             TrainingCompilerError: A value was out of range in one before.
         """
         outputs = jax.tree.leaves(results)
-        self._launched.append((holds if holds is not None else outputs[-1:], holds, where))
+        self._launched.append((inputs, outputs[-1:], holds, where))
         while len(self._launched) > _AHEAD:
             self._look()
 
@@ -46,7 +48,7 @@ class Pace:
             self._look()
 
     def _look(self) -> None:
-        kept, holds, where = self._launched.popleft()
+        _, kept, holds, where = self._launched.popleft()
         if holds is None:
             for array in kept:
                 if not array.is_deleted():  # donated to a later program, which waits for it itself

@@ -60,9 +60,12 @@ class PlacedCell:
 
     def array(self, sharding: Any) -> jax.Array:
         """The array to pass to a step, placed as the step wants it; a `sharding` of None is the one device."""
-        sharding = own_device() if sharding is None else sharding
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
+        if sharding is None:
+            if self._array is not None:
+                return self._array
+            sharding = own_device()
         if self._array is None:
             stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             values = array_over(tensor)
@@ -71,6 +74,8 @@ class PlacedCell:
             if stays:
                 return array
             self._array = array
+            if tensor.device.type == "cuda":  # whose memory the step may need
+                self._give_up(tensor)
             self._leave(tensor)
         self._array = placed_array(self._array, sharding)
         return self._array
@@ -84,9 +89,7 @@ class PlacedCell:
             return
         self._array = array
         if not self._is_ahead:
-            self._is_ahead = True
-            # torch's own values are old now, and would be a second copy of the parameters.
-            set_data(tensor, torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
+            self._give_up(tensor)  # old values, which would be a second copy of the parameters
 
     def fetch(self) -> None:
         """Gives the tensor its values back; without effect while it has them."""
@@ -99,6 +102,11 @@ class PlacedCell:
         if self._is_ahead:
             set_data(tensor, tensor_of(array, tensor.device).clone())
         self._array, self._is_ahead = None, False
+
+    def _give_up(self, tensor: torch.Tensor) -> None:
+        """Frees the memory that torch has for the values."""
+        self._is_ahead = True
+        set_data(tensor, torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
 
     def _leave(self, tensor: torch.Tensor) -> None:
         _cells[id(tensor)] = self

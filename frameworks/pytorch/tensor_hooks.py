@@ -17,6 +17,12 @@ from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferr
 _STORED: Any = torch.Tensor.grad  # torch's own property
 
 
+class _Gradient(property):
+    """What stands in for `Tensor.grad`. Before torch 2.13, Dynamo asks every attribute of the kind who defines it."""
+
+    __objclass__ = torch.Tensor
+
+
 class GradientWatcher(Protocol):
     """Who has to know of every look at a gradient."""
 
@@ -54,7 +60,7 @@ def store_gradient(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
 def watch_gradients(watcher: GradientWatcher) -> None:
     """Tells `watcher` of every read and write of `.grad`, but for those of torch code that we run."""
     _watchers.append(watcher)
-    _install(property(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__), *_ZERO_GRADS)
+    _install(_Gradient(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__), *_ZERO_GRADS)
 
 
 def unwatch_gradients(watcher: GradientWatcher) -> None:
