@@ -45,6 +45,9 @@ def _same_inputs(monkeypatch):
         ([(4, 6), (4, 4), (4, 4)], {"scale": 0.3}),
         ([(4, 6), (2, 6), (2, 6)], {"is_causal": True, "enable_gqa": True}),
         ([(4, 6), (4, 4), (4, 4)], {"attn_mask": masked}),
+        ([(4, 7), (4, 7), (4, 7)], {"is_causal": True}),
+        ([(4, 5), (4, 4), (4, 4)], {"scale": 0.3}),
+        ([(4, 6), (2, 3), (2, 3)], {"enable_gqa": True}),
     ],
 )
 def test_means_what_torch_means(shapes, options):

@@ -1,4 +1,7 @@
-"""Float32 products in the GPU program are as exact as torch's flag says: float32, or TF32 where it is allowed."""
+"""Float32 products in the GPU program are as exact as torch's flags say: float32, or TF32 where it is allowed.
+
+There are two: one for matrix products, and one for convolutions, for which torch allows TF32 from the start.
+"""
 
 import re
 
@@ -43,34 +46,43 @@ def program(precision_now: str | None = None):
         return jax.jit(captured.function).lower(*shapes).as_text()
 
 
-def products_in(text: str) -> list[set[str]]:
-    products = [line for line in text.splitlines() if "dot_general" in line or "stablehlo.convolution" in line]
+def products_in(text: str, kind: str) -> list[set[str]]:
+    products = [line for line in text.splitlines() if kind in line]
     stated = [set(re.findall(r"precision = \[(\w+), (\w+)\]|#stablehlo<precision (\w+)>", line)) for line in products]
-    return [{word for words in found for word in words if word} for found in stated]
+    return [{word for words in found for word in words if word} or {"DEFAULT"} for found in stated]
 
 
 def test_every_product_states_it(precision):
-    products = products_in(program())
-    assert len(products) >= 5  # forward, gradients of weights, of the linear layer's input
-    assert all((found or {"DEFAULT"}) == EXPECTED[precision] for found in products)
+    assert products_in(program(), "dot_general") == 3 * [EXPECTED[precision]]  # forward, gradients of both operands
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_every_convolution_states_its_own(precision, allowed):
+    with torch.backends.cudnn.flags(allow_tf32=allowed):
+        text = program()
+    assert products_in(text, "stablehlo.convolution") == 2 * [{"DEFAULT" if allowed else "HIGHEST"}]
 
 
 def test_it_is_that_of_the_call_and_not_of_the_compile():
     before = torch.get_float32_matmul_precision()
     try:
-        products = products_in(program(precision_now="medium"))
+        products = products_in(program(precision_now="medium"), "dot_general")
     finally:
         torch.set_float32_matmul_precision(before)
     assert products and all(found == EXPECTED[before] for found in products)
 
 
 @pytest.mark.gpu_plan
-def test_tf32_only_where_it_is_allowed(precision):
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_only_where_it_is_allowed(precision, allowed):
     net = model()
-    step = compile_step(
-        net, torch.optim.SGD(net.parameters(), lr=0.1), square, torch.zeros(4, 8, 8, 8), Target.gpu("h200")
-    )
-    products = [line for line in step.as_text().splitlines() if re.search(r" dot\(|__cudnn\$conv", line)]
-    assert len(products) == 5
-    exact = ["operand_precision={highest,highest" in line for line in products]
-    assert exact == 5 * [precision == "highest"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.backends.cudnn.flags(allow_tf32=allowed):
+        step = compile_step(net, optimizer, square, torch.zeros(4, 8, 8, 8), Target.gpu("h200"))
+
+    def exact(pattern: str) -> list[bool]:
+        lines = [line for line in step.as_text().splitlines() if re.search(pattern, line)]
+        return ["operand_precision={highest,highest" in line for line in lines]
+
+    assert exact(r" dot\(") == 3 * [precision == "highest"]
+    assert exact(r"__cudnn\$conv") == 2 * [not allowed]

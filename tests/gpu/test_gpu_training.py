@@ -109,10 +109,11 @@ def autocast_loop(dtype, scaler=None):
 def test_autocast(dtype):
     make, loop = made(mlp, torch.optim.AdamW, lr=1e-2), autocast_loop(dtype)
     eager, run = both(make, loop, batches())
-    # The noise of 16-bit products: the rows of each batch in another order, and that XLA leaves out some roundings
-    # between fused operators. A rounding is 0.4%; 24 steps of Adam amplify it: 2.6% measured.
-    twin = train(on_gpu(make), loop, to_gpu([(x.flip(0), y.flip(0)) for x, y in batches()]), compiled=False)
-    assert_same(eager, run, twin, floor=0.05)
+    # XLA leaves out roundings to 16 bits between operators that it fuses: the noise is what they come to in eager.
+    exact = train(
+        on_gpu(make), lambda o, data: train_on(o["model"], o["optimizer"], data), to_gpu(batches()), compiled=False
+    )
+    assert_same(eager, run, exact, floor=0.02)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -120,7 +121,8 @@ def test_dropout_is_the_seeds(name):
     job = NOISY_JOBS[name]
     data, make, loop = to_gpu(job.batches(STEPS)), on_gpu(maker(job, "adamw")), looper(job)
     first, again, other = (train(make, loop, data, compiled=True, seed=seed).observed for seed in (0, 0, 1))
-    assert first == again and first != other
+    assert first == pytest.approx(again, rel=1e-4)  # sums on a GPU come in another order in every run
+    assert first != pytest.approx(other, rel=1e-2)
 
 
 def test_a_restored_generator_repeats_the_masks():

@@ -11,7 +11,7 @@ from jax import lax
 
 from trainingcompiler.targets import current as current_target
 
-from .matmul import matmul_precision, product
+from .matmul import product
 from .operands import Array, cast, constant, opmath
 from .registry import lowers
 
@@ -20,15 +20,15 @@ Edges = Sequence[tuple[int, int]]
 
 
 def convolution_precision() -> lax.Precision:
-    """How exactly float32 convolutions are computed: as matrix products are, for which torch's default is float32.
-
-    `torch.backends.cudnn.allow_tf32` can forbid TF32, and does not ask for it: it is on unless somebody turns it off,
-    and a compiled step is to train the model that a CPU trains. XLA:CPU has one precision.
+    """How exactly float32 convolutions are computed: on a GPU as torch computes them there, in TF32 unless
+    `torch.backends.cudnn.allow_tf32` forbids it. XLA:CPU has one precision.
     """
+    return lax.Precision.DEFAULT if _is_for_cpu() or torch.backends.cudnn.allow_tf32 else lax.Precision.HIGHEST
+
+
+def _is_for_cpu() -> bool:
     target = current_target()
-    if target is None or target.platform == "cpu":
-        return lax.Precision.DEFAULT
-    return matmul_precision() if torch.backends.cudnn.allow_tf32 else lax.Precision.HIGHEST
+    return target is None or target.platform == "cpu"
 
 
 @lowers("aten.convolution.default")
@@ -116,8 +116,13 @@ def _convolve(left: Array, right: Array, dimensions: list[Sequence[int]], **geom
     )
 
 
-def _is_pointwise(kernel: Sequence[int], padding: Sequence[int], groups: int) -> bool:
-    return math.prod(kernel) == 1 and not any(padding) and groups == 1
+def _is_product(kernel: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+    """Whether a convolution is computed as a matrix product, which XLA:CPU runs twice as fast.
+
+    For a GPU, XLA 0.11 ends the process over some of them ("Check failed: subdim_size_accumulator == dim_size", in its
+    fusion of products), and cuDNN is as fast.
+    """
+    return math.prod(kernel) == 1 and not any(padding) and groups == 1 and _is_for_cpu()
 
 
 def _is_depthwise(weight: Array, groups: int) -> bool:
@@ -127,8 +132,7 @@ def _is_depthwise(weight: Array, groups: int) -> bool:
 def _correlate(input: Array, weight: Array, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Array:
     """(N, C, ...) with (O, C / groups, ...) -> (N, O, ...), in the dtype that sums are formed in."""
     axes = tuple(range(2, input.ndim))
-    if _is_pointwise(weight.shape[2:], padding, groups):
-        # As a matrix product, which XLA:CPU runs twice as fast as the same convolution.
+    if _is_product(weight.shape[2:], padding, groups):
         matrix = lax.reshape(weight, weight.shape[:2])
         if any(s != 1 for s in stride):
             input = lax.slice(input, (0,) * input.ndim, input.shape, (1, 1, *stride))
@@ -192,7 +196,7 @@ def _weight_gradient(
 ) -> Array:
     """(N, C, ...) with (N, O, ...) -> (O, C / groups, *kernel): each tap sums one shifted product."""
     axes = tuple(range(2, input.ndim))
-    if _is_pointwise(kernel, padding, groups):
+    if _is_product(kernel, padding, groups):
         ends = [(size - 1) * s + 1 for size, s in zip(output.shape[2:], stride, strict=True)]
         input = lax.slice(input, (0,) * input.ndim, (*input.shape[:2], *ends), (1, 1, *stride))
         summed = (0, *axes)
