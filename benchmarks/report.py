@@ -12,6 +12,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from trainingcompiler import pages
 
 COLUMNS = {
@@ -61,8 +63,12 @@ def circumstances() -> dict:
         "command": shlex.join(["python", *sys.argv]),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system(), **_gpu()},
     }
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def circumstances_text() -> str:

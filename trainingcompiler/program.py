@@ -54,6 +54,7 @@ class StepProgram:
             where the adapter cannot tell; such a program is lowered at every start.
         is_deterministic: Whether two runs on equal arrays must give equal bits, whatever that costs.
         recomputes: Whether it computes values again to save memory, which a schedule for speed would undo.
+        saves_memory: Whether a GPU's program is to need least memory, even where it is slower.
         tells_apart: Whether `function` says itself what each of several workers does on its own (`workers.each`), and
             what is common to all.
     """
@@ -66,6 +67,7 @@ class StepProgram:
     digest: str | None = None
     is_deterministic: bool = False
     recomputes: bool = False
+    saves_memory: bool = False
     tells_apart: bool = False
 
     def with_batch(self, rows: int) -> "StepProgram":

@@ -185,6 +185,7 @@ def key_of(program: StepProgram, target: Target) -> str:
         _of_target(target),
         program.is_deterministic,
         program.recomputes,
+        program.saves_memory,
         *map(_described, (program.state, program.inputs, program.outputs)),
         *_surroundings(),
         *_options(),

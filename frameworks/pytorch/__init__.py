@@ -18,6 +18,7 @@ from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
 from trainingcompiler.frameworks.pytorch.session import Session
 from trainingcompiler.frameworks.pytorch.step import CompiledStep
+from trainingcompiler.frameworks.pytorch.turns import turns_on
 from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
@@ -45,7 +46,7 @@ def enable(config: TrainingCompilerConfig) -> None:
         os.register_at_fork(after_in_child=_leave_child)
         _watches_forks = True
     session = Session(config)
-    choice = EngineChoice(engine_of(config, session.programs.target))
+    choice = EngineChoice(engine_of(config, session.programs.target), turns_on(session.programs))
     session.deferring = choice.defers
 
     def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:

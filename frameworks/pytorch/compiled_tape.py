@@ -210,6 +210,11 @@ class CompiledTape:
             self._executable = compiler.compile(self.program, self.cache.target)
             mover.wait()
 
+    @property
+    def added_bytes(self) -> int:
+        """What a run needs besides its arguments."""
+        return 0 if self._executable is None else self._executable.memory.added_bytes
+
     def _batches(self) -> list[str]:
         assert self.program is not None
         return [f"a batch of {s.dtype.name}{list(s.shape)}" for s in self.program.inputs if s.role == "batch"]

@@ -75,6 +75,11 @@ def is_installed() -> bool:
     return _installed > 0
 
 
+def is_casting() -> bool:
+    """Whether autocast is on for stand-ins, be it a GPU's or a CPU's."""
+    return torch.is_autocast_enabled("cuda" if is_installed() else "cpu")
+
+
 @functools.cache
 def _known() -> tuple[str, ...]:
     """The overloads that have a policy on the CPU or on a GPU."""

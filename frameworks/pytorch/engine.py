@@ -5,7 +5,8 @@ import time
 import torch
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.events import EngineChosen, emit
+from trainingcompiler.events import EngineChosen, Note, emit
+from trainingcompiler.frameworks.pytorch.turns import Turns
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
@@ -21,7 +22,7 @@ def engine_of(config: TrainingCompilerConfig, target: Target) -> str:
     torch has no step for several devices with which ours could be compared, and workers that each measured would choose
     each for itself.
     """
-    together = target.device_count > 1 or target.workers > 1 or target.platform != "cpu"
+    together = target.device_count > 1 or target.workers > 1
     return "xla" if config.engine == "auto" and together else config.engine
 
 
@@ -32,19 +33,25 @@ class EngineChoice:
     alike and no batch is skipped or used twice; then the faster one keeps the run. The first step, which has no
     beginning, and every step that compiled something are left out.
 
-    Attributes:
+    Args:
         engine: `"xla"`, `"eager"` or `"auto"`, as the user said.
+        turns: How they take turns on the device; None is as on a CPU.
+
+    Attributes:
+        engine: Likewise.
         chosen: The engine that has won, or None while it is open.
     """
 
-    def __init__(self, engine: str):
+    def __init__(self, engine: str, turns: Turns | None = None):
         self.engine = engine
         self.chosen = None if engine == "auto" else engine
         self._times_s: dict[str, list[float]] = {"xla": [], "eager": []}
         self._optimizer: torch.optim.Optimizer | None = None
         self._last_end_s = 0.0
         self._compiles = 0
+        self._turns = turns or Turns()
         self._turn = "xla"
+        self._in_turn = 0
         self._fruitless = 0
 
     @property
@@ -56,22 +63,35 @@ class EngineChoice:
         """Notes a finished step: who ran it, and how long it took since the last one."""
         if self.chosen is not None:
             return
+        self._turns.finish()
         now_s = time.perf_counter()
         if self._optimizer is None:
             self._optimizer = optimizer
         elif optimizer is not self._optimizer:
             return
         elif self._compiles == statistics().compiles and engine == self._turn:
-            self._times_s[engine].append(now_s - self._last_end_s)
+            if self._in_turn or self._turns.steps == 1:
+                self._times_s[engine].append(now_s - self._last_end_s)
         elif engine != self._turn:
             self._fruitless += 1
         self._compiles = statistics().compiles
         self._last_end_s = now_s
-        self._turn = "eager" if self._turn == "xla" else "xla"
+        self._in_turn += 1
+        if self._in_turn >= self._turns.steps:
+            self._change()
         if self._fruitless > 3:  # nothing is being compiled: there is nothing to choose
             self.chosen = "xla"
-        elif all(len(times) >= _FEW for times in self._times_s.values()):
+        elif self.chosen is None and all(len(times) >= _FEW for times in self._times_s.values()):
             self._decide()
+
+    def _change(self) -> None:
+        self._turn, self._in_turn = "eager" if self._turn == "xla" else "xla", 0
+        if self._turn == "eager" and not self._turns.has_room():
+            self.chosen = "xla"
+            text = "PyTorch's own step is not tried and timed: it may need more memory than there is"
+            emit(Note(text=f"{text}. --engine=eager has it run"))
+        else:
+            self._turns.begin(self._turn)
 
     def _decide(self) -> None:
         # The fastest of each: what else runs on the machine only ever adds time.
@@ -80,4 +100,5 @@ class EngineChoice:
         if not is_clear and min(map(len, self._times_s.values())) < _MANY:
             return
         self.chosen = "xla" if xla_s <= eager_s * _NOISE else "eager"
+        self._turns.begin(self.chosen)
         emit(EngineChosen(engine=self.chosen, times_ms={"eager": eager_s * 1000, "xla": xla_s * 1000}))

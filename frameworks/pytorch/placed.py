@@ -141,7 +141,7 @@ class Away:
         kwargs = kwargs or {}
         if _needs_values(function):
             with _disable_current_modes():  # whoever records what torch does is not to see this
-                bring_back((args, kwargs.values()))
+                bring_back((args, kwargs))
             return function(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)

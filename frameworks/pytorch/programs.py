@@ -28,7 +28,13 @@ _MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too of
 
 
 class ProgramCache:
-    """Every tape that has been compiled in this process."""
+    """Every tape that has been compiled in this process.
+
+    Attributes:
+        target: What for.
+        pace: How far the loop is ahead of a GPU.
+        added_bytes: The most that one of them needs besides its arguments.
+    """
 
     def __init__(self, book: OptimizerBook, target: Target):
         self.book = book
@@ -41,6 +47,7 @@ class ProgramCache:
             self.cells = CellRegistry(Cell if target.device_count == 1 and target.platform == "cpu" else PlacedCell)
         self.layers = Layers()
         self.pace = Pace()
+        self.added_bytes = 0
         self.agreement = workers.Agreement()
         self._programs: dict[tuple, list[CompiledTape]] = {}
         self._loops: dict[tuple, list[tuple]] = {}
@@ -117,6 +124,7 @@ class ProgramCache:
                 exports = entries[-1].outputs or []
             compiled = CompiledTape(self, name, entries, captured, exports, purpose)
             compiled.compile(mover)
+            self.added_bytes = max(self.added_bytes, compiled.added_bytes)
         self._explain(entries, where, time.perf_counter() - start_s)
         statistics().compiles += not compiled.is_empty
         statistics().compile_time_s += time.perf_counter() - start_s

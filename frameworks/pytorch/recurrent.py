@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.frameworks.pytorch import cuda_autocast
 from trainingcompiler.frameworks.pytorch.cells import CELLS
 
 _OPERATORS = torch.library.Library("trainingcompiler", "FRAGMENT")
@@ -102,7 +103,7 @@ FUNCTIONS: dict[Callable, str] = {getattr(torch, name): name for name in CELLS}
 
 def is_taken(function: Callable, args: tuple) -> bool:
     """Whether a call of torch's is one that `run` does."""
-    if function not in FUNCTIONS or len(args) != 9 or torch.is_autocast_enabled("cpu"):
+    if function not in FUNCTIONS or len(args) != 9 or cuda_autocast.is_casting():
         return False
     x, states, parameters, has_biases, layers, _, _, bidirectional, _ = args
     if not isinstance(has_biases, bool) or len(parameters) != layers * (1 + bidirectional) * (4 if has_biases else 2):

@@ -31,6 +31,7 @@ from trainingcompiler.frameworks.pytorch.state import input_array, seed_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, unflatten
 from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.torch_compile import left_out
+from trainingcompiler.frameworks.pytorch.turns import turns_on
 from trainingcompiler.frameworks.pytorch.workers import averages_unseen
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
@@ -50,7 +51,7 @@ class CompiledStep:
         self._programs = ProgramCache(self._book, Target.of(config))
         self._watch = ModuleWatch()
         self._fallbacks = Fallbacks(config)
-        self._choice = EngineChoice(engine_of(config, self._programs.target))
+        self._choice = EngineChoice(engine_of(config, self._programs.target), turns_on(self._programs))
         self._modules: list[nn.Module] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._results: dict[tuple, tuple] = {}

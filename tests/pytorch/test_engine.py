@@ -7,9 +7,10 @@ import torch
 from parity import assert_same, assert_same_training, train
 from small import batches, sgd, train_on
 
-from trainingcompiler.events import EngineChosen, subscribe
+from trainingcompiler.events import EngineChosen, Note, subscribe
 from trainingcompiler.frameworks.pytorch import engine as engine_module
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice
+from trainingcompiler.frameworks.pytorch.turns import Turns
 from trainingcompiler.statistics import current as statistics
 
 
@@ -167,3 +168,50 @@ def test_eager_compiles_nothing():
 
     run = train(sgd(), loop, batches(20), compiled=True, engine="eager")
     assert run.statistics.compiles == 0 and run.statistics.eager_steps == 20
+
+
+class LongTurns(Turns):
+    """Of four steps; what is called is noted."""
+
+    steps = 4
+
+    def __init__(self, room=True):
+        self.called, self.room = [], room
+
+    def finish(self):
+        self.called.append("finish")
+
+    def has_room(self):
+        return self.room
+
+    def begin(self, engine):
+        self.called.append(engine)
+
+
+@pytest.mark.parametrize(("eager_s", "xla_s", "winner"), [(1.0, 0.5, "xla"), (0.5, 1.0, "eager")])
+def test_long_turns_leave_out_their_first_step(clock, chosen, eager_s, xla_s, winner):
+    turns = LongTurns()
+    choice = EngineChoice("auto", turns)
+    of, engines = optimizer(), []
+    while choice.chosen is None:
+        engine = "xla" if choice.defers else "eager"
+        is_first = engine not in engines[-1:]
+        clock.now_s += {"eager": eager_s, "xla": xla_s}[engine] / (10 if is_first else 1)  # would decide wrongly
+        choice.stepped(of, engine)
+        engines.append(engine)
+    assert choice.chosen == winner and engines == ["xla"] * 4 + ["eager"] * 4
+    assert chosen[0].times_ms == {"eager": eager_s * 1000, "xla": xla_s * 1000}
+    assert [call for call in turns.called if call != "finish"] == ["eager", "xla", winner]
+    assert turns.called.count("finish") == len(engines)
+
+
+def test_without_room_for_torchs_step_it_is_not_tried(clock, chosen):
+    notes = []
+    unsubscribe = subscribe(lambda event: notes.append(event) if isinstance(event, Note) else None)
+    choice = EngineChoice("auto", LongTurns(room=False))
+    assert run_steps(choice, clock, {"xla": 0.1, "eager": 0.1}) == ["xla"] * 4
+    unsubscribe()
+    assert choice.chosen == "xla" and not chosen
+    assert [note.text for note in notes] == [
+        "PyTorch's own step is not tried and timed: it may need more memory than there is. --engine=eager has it run"
+    ]
