@@ -21,9 +21,12 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
 
 
 def array_over(tensor: torch.Tensor) -> np.ndarray | jax.Array:
-    """An array over a tensor's memory: a NumPy array, or on a GPU one of JAX, which waits for what torch computes."""
-    if tensor.device.type == "cpu":
-        return numpy_view(tensor)
+    """An array over a tensor's memory: a NumPy array, or on a GPU one of JAX."""
+    return numpy_view(tensor) if tensor.device.type == "cpu" else gpu_array(tensor)
+
+
+def gpu_array(tensor: torch.Tensor) -> jax.Array:
+    """An array over a tensor's memory on a GPU; whoever reads it waits for what torch computes there."""
     with jax.enable_x64(True):
         return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 

@@ -14,7 +14,7 @@ import torch
 from jax.sharding import Sharding
 
 from trainingcompiler.buffers import address, owned_array, placed_array, snapshot
-from trainingcompiler.frameworks.pytorch.arrays import array_over, numpy_view, tensor_of, tensor_over
+from trainingcompiler.frameworks.pytorch.arrays import gpu_array, numpy_view, tensor_of, tensor_over
 from trainingcompiler.frameworks.pytorch.devices import CPU, drawn_seed
 
 
@@ -172,7 +172,7 @@ class CellRegistry:
 def input_array(tensor: torch.Tensor) -> jax.Array:
     """A snapshot of a tensor's values."""
     if tensor.device.type != "cpu":
-        return array_over(tensor.detach().clone(memory_format=torch.contiguous_format))
+        return gpu_array(tensor.detach().clone(memory_format=torch.contiguous_format))
     return snapshot(numpy_view(tensor))
 
 
