@@ -38,6 +38,7 @@ _LAST_TURN_S = 0.02
 
 _PACKAGES = ("trainingcompiler", "jax", "jaxlib", "torch", "tensorflow", "keras")
 _MEMORY = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+_MOST = ".95"  # of the GPU's memory, as XLA needs it: JAX's own limit is .75, of memory taken in advance
 
 _current: Worker | None = None
 _left_with: int | None = None
@@ -174,6 +175,7 @@ def share_gpus(environ: MutableMapping[str, str]) -> str:
     if any(name in environ for name in _MEMORY) or not _uses_gpus(environ) or not _torch_uses_cuda():
         return ""
     environ[_MEMORY[0]] = "false"
+    environ[_MEMORY[1]] = _MOST
     return f"{_MEMORY[0]}=false: PyTorch and XLA share the GPU's memory, so XLA takes none of it in advance"
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainingcompiler import compiler, workers
 from trainingcompiler.errors import CaptureError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch import inspection, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import devices, inspection, optimizers, tensor_hooks
 from trainingcompiler.frameworks.pytorch.apart import common_inputs
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
@@ -290,9 +290,8 @@ class CompiledTape:
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
         inputs += [entries[entry].seed.array for entry in self._seeds]
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
-        if self.cache.target.platform == "cuda" and not self._has_run and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # what torch keeps of the memory of moved tensors, XLA cannot use
-        self._has_run = True
+        if self.cache.target.platform == "cuda":
+            self._get_ready(entries)
         given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
         watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
         with watched, jax.enable_x64(True):
@@ -320,6 +319,18 @@ class CompiledTape:
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
+
+    def _get_ready(self, entries: list[Entry]) -> None:
+        """What has to be before a program runs on a GPU, where torch may be computing still."""
+        device = entries[0].device
+        if device.type == "cuda":
+            if not self._has_run:
+                torch.cuda.empty_cache()  # what torch keeps of the memory of moved tensors, XLA cannot use
+            # A tensor that is handed over brings an event, for which XLA's queue waits. Without one the host waits: XLA
+            # may be about to use the memory of results again that torch still reads.
+            if not any(entries[entry].leaf(place).device.type == "cuda" for entry, place in self._leaves):
+                devices.finish(device)
+        self._has_run = True
 
     def _come_together(self, division: Division, placed: list[tuple]) -> None:
         """Makes whole what has to be, and sees that all workers are at the same program, if it is run by all."""

@@ -46,6 +46,12 @@ def is_reachable(device: torch.device) -> bool:
     return own.platform == "gpu" and device.index in (None, own.local_hardware_id)
 
 
+def finish(device: torch.device) -> None:
+    """Waits for what torch has been asked to compute on a device, in a GPU's current stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def drawn_seed(device: torch.device) -> int:
     """A seed from torch's generator of a device, which is another one afterwards.
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from trainingcompiler.buffers import own_device, owned_array, placed_array
 from trainingcompiler.frameworks.pytorch.arrays import array_over, tensor_of
 from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
+from trainingcompiler.frameworks.pytorch.devices import finish
 from trainingcompiler.frameworks.pytorch.state import is_shared, set_data
 
 _SHOWN = METADATA | {"grad", "_grad", "_version"}
@@ -101,6 +102,7 @@ class PlacedCell:
             tensor.__class__ = _kind_of(type(tensor))
         if self._is_ahead:
             set_data(tensor, tensor_of(array, tensor.device).clone())
+            finish(tensor.device)  # or XLA might use the array's memory again before torch has read it
         self._array, self._is_ahead = None, False
 
     def _give_up(self, tensor: torch.Tensor) -> None:

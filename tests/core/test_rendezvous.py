@@ -253,7 +253,7 @@ def test_gpus_are_shared_with_torch_aloud(gpus, monkeypatch):
         "XLA_PYTHON_CLIENT_PREALLOCATE=false: PyTorch and XLA share the GPU's memory, so XLA takes none of it in "
         "advance"
     )
-    assert environ == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert environ == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
     for own in ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}, {"JAX_PLATFORMS": "cpu"}):
         assert rendezvous.share_gpus(own) == "" and len(own) == 1
     monkeypatch.setattr(rendezvous, "_torch_uses_cuda", lambda: False)
