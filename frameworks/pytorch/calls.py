@@ -130,7 +130,8 @@ def encode(leaf: Any) -> Any:
         return leaf  # state: by identity
     if not devices.is_reachable(leaf.device) or leaf.layout is not torch.strided or type(leaf) is not torch.Tensor:
         layout = "" if leaf.layout is torch.strided else f" with the layout {leaf.layout}"
-        reason = f"a {type(leaf).__name__} on {leaf.device}{layout} is passed to the model"
+        cure = devices.cure(leaf.device)
+        reason = f"a {type(leaf).__name__} on {leaf.device}{layout} is passed to the model{cure}"
         raise CaptureError(reason=reason, where=user_line())
     return Input(input_array(leaf), tuple(leaf.shape), leaf.dtype, device=leaf.device)
 

@@ -46,6 +46,16 @@ def is_reachable(device: torch.device) -> bool:
     return own.platform == "gpu" and device.index in (None, own.local_hardware_id)
 
 
+def cure(device: torch.device) -> str:
+    """What to add where a tensor's device is not reachable."""
+    if device.type != "cuda" or is_reachable(device):
+        return ""
+    found = jax.local_devices()[0]
+    if found.platform != "cpu":
+        return f", and XLA computes on {found}: CUDA_VISIBLE_DEVICES can show this process one GPU alone"
+    return ", and JAX finds no GPU: pip install 'trainingcompiler[cuda13]', or [cuda12], as torch.version.cuda says"
+
+
 def finish(device: torch.device) -> None:
     """Waits for what torch has been asked to compute on a device, in a GPU's current stream."""
     if device.type == "cuda":

@@ -109,14 +109,15 @@ class Session(TapeRunner):
         elif name in METADATA_METHODS:
             return function(args[0].slot.meta, *args[1:], **kwargs)
         elif name in ("isnan", "isinf") and args[0].slot.finite:
-            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool)
+            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
         if name in READS and not is_replaying():
             statistics().host_reads += 1
         if is_replaying() or name in READS or not self._any_pending(args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():
             return function(*self.real(args), **self.real(kwargs))
-        if isinstance(args[0], DeferredTensor) and devices.leads_away(function, args, kwargs, args[0].slot.device):
+        first = args[0] if args else None
+        if isinstance(first, DeferredTensor) and devices.leads_away(function, args, kwargs, first.slot.device):
             if self._needs_gradient(args, kwargs) and torch.is_grad_enabled():
                 self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
             return function(*self.real(args), **self.real(kwargs))

@@ -132,6 +132,27 @@ def test_results_lead_away():
     assert not devices.leads_away(torch.Tensor.cpu, (x,), {}, devices.CPU)
 
 
+def test_a_gpu_that_jax_does_not_find():
+    assert devices.cure(devices.CPU) == ""
+    assert devices.cure(GPU) == (
+        ", and JAX finds no GPU: pip install 'trainingcompiler[cuda13]', or [cuda12], as torch.version.cuda says"
+    )
+
+
+def test_results_given_by_name(shown):
+    def by_name(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(input=objects["model"](x), target=y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), by_name, batches(), dtypes=(torch.float64,))
+
+
 def test_only_the_cpu_is_reachable_here():
     assert devices.is_reachable(torch.device("cpu"))
     assert not devices.is_reachable(GPU)
