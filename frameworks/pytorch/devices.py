@@ -25,16 +25,9 @@ _SHOWN = frozenset({"device", "is_cuda", "is_cpu", "get_device"})
 
 
 def of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
-    """The device that tensors are on; None where there are no tensors.
-
-    A GPU, if any is on one: beside its parameters an optimizer may keep counts on the CPU.
-    """
-    found = None
-    for tensor in tensors:
-        found = tensor.device
-        if found.type != "cpu":
-            break
-    return found
+    """The device that tensors are on, as the first one says; None where there are none."""
+    first = next(iter(tensors), None)
+    return None if first is None else first.device
 
 
 @functools.cache
