@@ -16,6 +16,7 @@ POLL_S = 0.05
 KILL_GRACE_S = 20.0
 """How long workers that are told to end may take, before they are killed."""
 _FAILED_EXIT_S = 5.0  # for what a failed worker still does on its way out
+_NOTICED_S = 0.25  # so much earlier than its end can be seen here, others may tell that a killed worker is gone
 _UNPROVOKED = {getattr(signal, name, None) for name in ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")}
 _CHILDREN_GRACE_S = 2.0  # for the processes that a worker left behind; with the others less than 30 s
 
@@ -56,7 +57,7 @@ class Worker:
         with contextlib.suppress(FileNotFoundError):
             return self.failure_path.stat().st_mtime
         if self.code is not None and -self.code in _UNPROVOKED:
-            return self.seen_s  # others notice at once, and may tell their error before its end is seen here
+            return self.seen_s - _NOTICED_S  # a worker's sockets are closed before it has ended
         return None if self.code in (None, 0, REQUEUE) else self.ended_s
 
     @property
@@ -111,6 +112,13 @@ class Group:
                 worker.seen_s = now_s
             else:
                 worker.ended_s = now_s
+
+    def look_for_causes(self) -> None:
+        """Finds out who has ended, and waits a little for a killed worker that others have noticed before its end."""
+        last_seen_s = [(worker, worker.seen_s) for worker in self.running]
+        self.wait(self.workers, _NOTICED_S)
+        for worker, seen_s in last_seen_s:
+            worker.seen_s = seen_s
 
     def failures(self) -> list[Worker]:
         """Those that have failed, the first one first."""

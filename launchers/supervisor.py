@@ -77,7 +77,7 @@ class Supervisor:
         late = False
         try:
             late = self._watch(group)
-            group.look()  # whoever failed because of another did so after it
+            group.look_for_causes()  # whoever failed because of another did so after it
             failed = group.failures()
             if failed or late:
                 if self._is_stopping:
