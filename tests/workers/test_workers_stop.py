@@ -50,7 +50,8 @@ for step in range(first, until):
             time.sleep(0.5)  # the others wait until it is written
             state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, "kept.pt")
-        print(f"rank {rank} stops after {step + 1}: {stop.reason}", flush=True)
+        sys.stdout.write(f"rank {rank} stops after {step + 1}: {stop.reason}\\n")  # at once: so do the others
+        sys.stdout.flush()
         dist.barrier()
         dist.destroy_process_group()
         stop.exit()
@@ -78,7 +79,7 @@ def stopped_at(out: str) -> tuple[int, set[str]]:
 
 
 FRAMELESS = """
-import os, signal, time
+import os, signal, sys, time
 import trainingcompiler as tc
 
 with tc.StopSignal() as stop:
@@ -87,7 +88,8 @@ with tc.StopSignal() as stop:
         if step == 3 and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGUSR1)
         if stop.requested():
-            print(f"rank {os.environ['RANK']} stops after {step + 1}: {stop.reason}", flush=True)
+            sys.stdout.write(f"rank {os.environ['RANK']} stops after {step + 1}: {stop.reason}\\n")
+            sys.stdout.flush()
             stop.exit()
 """
 
