@@ -177,7 +177,8 @@ class Session(TapeRunner):
         entry.reads_gradients = gradients_exist
         key = (entry.key, gradients_exist, tuple(_described(leaf) for leaf in entry.leaves))
         planned = self._plans.get(key)
-        if planned is None:
+        # A tensor that is gone may have had the same number as one that has come since, by which the key knows both.
+        if planned is None or any(reference() is None for reference in planned.closure):
             try:
                 with undeferred():
                     planned = self._plans[key] = plan(entry, gradients_exist)

@@ -1,11 +1,16 @@
 """Tensors and numbers that no program got as an argument: what changes between steps counts, nothing is baked in."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from parity import assert_same_training
 from small import batches, made, mlp, sgd
 from torch import nn
 from torch.nn import functional as F
+
+from trainingcompiler.frameworks.pytorch import session
 
 
 class WithConstants(nn.Module):
@@ -60,6 +65,20 @@ def test_module_constants_changed_between_steps(change):
     assert_same_training(
         made(WithConstants, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=1 if in_memory else None
     )
+
+
+def test_a_constant_that_is_gone_is_not_taken_for_another_of_the_same_number():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            losses.append(trained(objects, x, y))
+            recorded = session()
+            for key, planned in recorded._plans.items() if recorded else ():  # as if `mask` had been replaced
+                gone = tuple(weakref.ref(torch.zeros(1)) for _ in planned.closure)
+                recorded._plans[key] = replace(planned, closure=gone)
+        return losses
+
+    assert_same_training(made(WithConstants, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=1)
 
 
 @pytest.mark.parametrize("in_forward", [True, False])
