@@ -176,7 +176,10 @@ def share_gpus(environ: MutableMapping[str, str]) -> str:
         return ""
     environ[_MEMORY[0]] = "false"
     environ[_MEMORY[1]] = _MOST
-    return f"{_MEMORY[0]}=false: PyTorch and XLA share the GPU's memory, so XLA takes none of it in advance"
+    return (
+        f"{_MEMORY[0]}=false {_MEMORY[1]}={_MOST}: PyTorch and XLA share the GPU's memory, so XLA takes none of it in "
+        "advance, and more than its usual 75% if it needs it"
+    )
 
 
 def _torch_uses_cuda() -> bool:

@@ -250,8 +250,8 @@ def gpus(monkeypatch):
 def test_gpus_are_shared_with_torch_aloud(gpus, monkeypatch):
     environ: dict[str, str] = {}
     assert rendezvous.share_gpus(environ) == (
-        "XLA_PYTHON_CLIENT_PREALLOCATE=false: PyTorch and XLA share the GPU's memory, so XLA takes none of it in "
-        "advance"
+        "XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.95: PyTorch and XLA share the GPU's "
+        "memory, so XLA takes none of it in advance, and more than its usual 75% if it needs it"
     )
     assert environ == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
     for own in ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}, {"JAX_PLATFORMS": "cpu"}):

@@ -12,6 +12,7 @@ import torch
 from models import JOBS, NOISY_JOBS
 from parity import assert_same, train
 from small import batches, made, mlp, train_on
+from test_compile_step import plain_step
 from test_models import PARTLY_FLOAT32, PARTLY_FLOAT32_TOLERANCE, looper, maker
 from torch import nn
 from torch.nn import functional as F
@@ -84,7 +85,7 @@ def test_trains_like_eager_in_float64(name, optimizer, clip):
     assert next(run.objects["model"].parameters()).is_cuda
 
 
-def autocast_loop(dtype, scaler=None):
+def autocast_loop(dtype):
     def loop(objects, data):
         scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16, init_scale=2.0**10)
         losses = []
@@ -238,16 +239,7 @@ def test_a_value_out_of_range_is_told_late():
 
 def test_tc_compile():
     def loop(objects, data):
-        model, optimizer = objects["model"], objects["optimizer"]
-
-        def train_step(x, y):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        step = tc.compile(train_step, tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True))
+        step = tc.compile(plain_step(objects), tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True))
         return [step(x, y).item() for x, y in data]
 
     make = on_gpu(made(mlp, torch.optim.AdamW, lr=1e-2))
