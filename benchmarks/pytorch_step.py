@@ -54,7 +54,11 @@ class Worker:
         self.first = self._answer()
 
     def run(self, steps: int) -> dict:
-        """Runs steps; the answer holds their `seconds`, the last `loss` and the `peak_rss_mib` so far."""
+        """Runs steps.
+
+        Returns:
+            Their `seconds`, for ours their `host_seconds`, the last `loss`, and the `peak_rss_mib` so far.
+        """
         self.process.stdin.write(json.dumps({"steps": steps}) + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -74,7 +78,7 @@ class Worker:
 
 
 def measure(
-    model: str, engines: list[str], rounds: int, with_host: bool, device: str, with_warm: bool = True
+    model: str, engines: list[str], rounds: int, with_narrow: bool, device: str, with_warm: bool = True
 ) -> list[dict]:
     """Measures one model under all engines.
 
@@ -83,7 +87,7 @@ def measure(
         engines: Names of `engines.ENGINES`.
         rounds: How often the engines take turns.
         device: "cpu", or "cuda": wider models, in bfloat16.
-        with_host: Also time the narrow twin, whose step is host work.
+        with_narrow: Also time the narrow twin, whose step is mostly the host's work.
         with_warm: Also time a second start, with the caches of the first.
 
     Returns:
@@ -117,9 +121,9 @@ def measure(
                 continue
             peak = max(rows[engine]["peak_rss_mib"], result["peak_rss_mib"])
             rows[engine] |= {**result, "peak_rss_mib": peak}
-    if with_host:
-        for engine, result in host_work(model, [e for e in engines if "ms" in rows[e]], rounds, device).items():
-            rows[engine]["host_ms"] = result.get("ms")
+    if with_narrow:
+        for engine, result in narrow_twin(model, [e for e in engines if "ms" in rows[e]], rounds, device).items():
+            rows[engine]["narrow_ms"] = result.get("ms")
     return list(rows.values())
 
 
@@ -131,22 +135,23 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
         rounds: How often each has its turn.
 
     Returns:
-        Per engine `ms`, `ms_all`, `steps`, `loss` and `peak_rss_mib`, or `failed`.
+        Per engine `ms`, `ms_all`, for ours `host_ms`, `steps`, `loss` and `peak_rss_mib`, or `failed`.
     """
     results: dict[str, dict] = {engine: {"steps": 1, "ms_all": []} for engine in workers}
+    host_ms: dict[str, list[float]] = {engine: [] for engine in workers}
 
-    def run(engine: str, steps: int) -> list[float]:
+    def run(engine: str, steps: int) -> dict:
         try:
             answer = workers[engine].run(steps)
         except WorkerFailed:
             del workers[engine]
             results[engine] = {"failed": True}
-            return []
+            return {"seconds": []}
         results[engine]["steps"] += steps
         results[engine] |= {"loss": answer["loss"], "peak_rss_mib": answer["peak_rss_mib"]}
-        return answer["seconds"]
+        return answer
 
-    slowest_s = max((min(run(engine, 2), default=0.0) for engine in list(workers)), default=0.0)
+    slowest_s = max((min(run(engine, 2)["seconds"], default=0.0) for engine in list(workers)), default=0.0)
     steps = max(1, min(MAX_TURN_STEPS, round(TURN_SECONDS / max(slowest_s, 1e-9))))
     for turn in range(rounds):
         _say(f"round {turn + 1} of {rounds}, {steps} steps each")
@@ -154,18 +159,22 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
         shift = turn % max(1, len(engines))
         for engine in engines[shift:] + engines[:shift]:
             # The first step of a turn is not timed: a machine may have lent idle memory to others meanwhile.
-            results[engine].setdefault("ms_all", []).extend(1e3 * s for s in run(engine, 1 + steps)[1:])
+            answer = run(engine, 1 + steps)
+            results[engine].setdefault("ms_all", []).extend(1e3 * s for s in answer["seconds"][1:])
+            host_ms[engine] += (1e3 * s for s in answer.get("host_seconds", ())[1:])
     for engine in workers:
         results[engine]["ms"] = statistics.median(results[engine]["ms_all"])
+        if host_ms[engine]:
+            results[engine]["host_ms"] = statistics.median(host_ms[engine])
     return results
 
 
-def host_work(model: str, engines: list[str], rounds: int, device: str) -> dict[str, dict]:
-    """Times the narrow twin of a model, whose step is the host's work, as `take_turns` returns it."""
+def narrow_twin(model: str, engines: list[str], rounds: int, device: str) -> dict[str, dict]:
+    """Times the narrow twin of a model, whose step is mostly the host's work, as `take_turns` returns it."""
     with contextlib.ExitStack() as stack:
         workers = {}
         for engine in engines:
-            _say(f"{model} / {engine}: host work")
+            _say(f"{model} / {engine}: narrow twin")
             caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with contextlib.suppress(WorkerFailed):
                 worker = Worker(model, engine, caches, "narrow", device)
@@ -196,7 +205,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--plot", type=Path, help="file for the figure")
     parser.add_argument("--cold-only", action="store_true", help="one start for each engine, with empty caches")
-    parser.add_argument("--quick", action="store_true", help=f"few rounds, no host column; {','.join(QUICK_MODELS)}")
+    parser.add_argument("--quick", action="store_true", help=f"few rounds, no narrow twin; {','.join(QUICK_MODELS)}")
     args = parser.parse_args()
     with_width = [name for name, entry in ENTRIES.items() if args.device == "cpu" or entry.gpu is not None]
     args.models = args.models or list(QUICK_MODELS if args.quick and args.device == "cpu" else with_width)

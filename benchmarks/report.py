@@ -1,7 +1,7 @@
 """What the benchmark prints and writes: a table, a JSON file, a figure.
 
 A row is a dict: `model`, `engine`, `first_step_cold_s`, `first_step_warm_s`, `two_steps_cold_s`, `two_steps_warm_s`,
-`ms` (median), `ms_all`, `host_ms`, `peak_rss_mib`, `steps`, `loss`; or `model`, `engine` and `failed`.
+`ms` (median), `ms_all`, `host_ms`, `narrow_ms`, `peak_rss_mib`, `steps`, `loss`; or `model`, `engine` and `failed`.
 """
 
 import json
@@ -25,6 +25,7 @@ COLUMNS = {
     "ms": ("ms/step", "{:.2f}"),
     "ratio": ("x eager", "{:.2f}"),
     "host_ms": ("host ms/step", "{:.2f}"),
+    "narrow_ms": ("narrow twin ms/step", "{:.2f}"),
     "peak_rss_mib": ("peak RSS (MiB)", "{:.0f}"),
     "loss": ("loss", "{:.5f}"),
 }

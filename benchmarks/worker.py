@@ -41,15 +41,22 @@ def main():
     loss = step().item()  # tc.compile takes the first one in torch, and compiles at the second
     answer(first_step_s=first_step_s, two_steps_s=time.perf_counter() - started, loss=loss)
     for line in sys.stdin:
-        count, seconds = json.loads(line)["steps"], []
+        count, seconds, host_seconds = json.loads(line)["steps"], [], []
         # A GPU computes behind the loop, which reads a loss now and then: there a turn is timed as a whole.
         for together in [1] * count if args.device == "cpu" else [1, count - 1]:
-            started = time.perf_counter()
+            started, waited_s = time.perf_counter(), _waited_s()
             for _ in range(together):
                 loss = step()
             loss = loss.item()
             seconds.append((time.perf_counter() - started) / together)
-        answer(seconds=seconds, loss=loss)
+            host_seconds.append(seconds[-1] - (_waited_s() - waited_s) / together)
+        answer(seconds=seconds, loss=loss, **({"host_seconds": host_seconds} if _waited_s() else {}))
+
+
+def _waited_s() -> float:
+    """How long our engines have waited for programs so far; the others do not tell."""
+    statistics = sys.modules.get("trainingcompiler.statistics")
+    return statistics.current().waited_s if statistics else 0.0
 
 
 def _peak_rss_mib() -> float:

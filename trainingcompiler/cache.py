@@ -26,7 +26,7 @@ from trainingcompiler.ahead import LIST
 from trainingcompiler.config import default_cache_dir
 from trainingcompiler.errors import ConfigError
 from trainingcompiler.events import CacheDamaged, Note, emit
-from trainingcompiler.store import ENTRY, UNFINISHED, ExecutableStore
+from trainingcompiler.store import ENTRY, UNFINISHED, ExecutableStore, remove
 
 _ENTRY, _USED = "-cache", "-atime"  # the suffixes of JAX's files: an executable, and when it was last used
 _FOLDER = "executables-jax-"
@@ -232,7 +232,7 @@ def _last_used(folder: Path, program: str) -> Path | None:
 
 
 def _remove(entry: Path) -> None:
-    entry.unlink(missing_ok=True)
+    remove(entry)
     entry.with_name(entry.name.removesuffix(_ENTRY) + _USED).unlink(missing_ok=True)
 
 

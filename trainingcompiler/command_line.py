@@ -68,6 +68,7 @@ GENERAL = {
 
 CONFIGURING = {
     "--fallback": Option("eager|error", "what happens to a step that cannot be compiled", "fallback"),
+    "--verify": Option("first|always|off", "when a program's results are compared with PyTorch's", "verify"),
     "--keep-gradients": Option("", "keep every .grad readable after optimizer.step()", "keep_gradients"),
     "--cache-dir": Option("FOLDER", "where compiled executables are kept between runs", "cache_dir"),
     "--cache-size-gb": Option("GB", "how much of them, in 10^9 bytes; 0 keeps none", "cache_size_gb"),

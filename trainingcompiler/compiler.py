@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,8 +27,7 @@ from trainingcompiler.statistics import current as statistics
 from trainingcompiler.store import ExecutableStore
 from trainingcompiler.targets import Target, compiling_for
 from trainingcompiler.tensor_parallel import refuse
-
-_PRODUCTS = "xla_gpu_enable_triton_gemm"
+from trainingcompiler.xla_options import PRODUCTS, options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +174,7 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
 
 def _would_need_less(program: StepProgram, target: Target) -> bool:
     """Whether the program was compiled for speed, at the price of memory."""
-    return _PRODUCTS in options(program, target) and not program.saves_memory
+    return PRODUCTS in options(program, target) and not program.saves_memory
 
 
 def _kept(program: StepProgram, target: Target, store: ExecutableStore) -> tuple[Any, float] | None:
@@ -271,40 +269,6 @@ def lowered(program: StepProgram) -> Any:
         return jax.jit(_named(program), donate_argnums=0, keep_unused=True).lower(
             _abstract(program.state), _abstract(program.inputs)
         )
-
-
-def options(program: StepProgram, target: Target) -> dict[str, bool | str]:
-    """The options of XLA that a program needs on a target, by name."""
-    needed: dict[str, bool | str] = {}
-    is_for_speed = target.platform == "cuda" and target.described is None and not program.saves_memory
-    if is_for_speed and _PRODUCTS not in os.environ.get("XLA_FLAGS", ""):
-        # XLA's own products, fused with what is around them, were slower on an H100 than cuBLAS's (27 and 24 ms a step
-        # of GPT-2 small), and took longer to compile (22 and 11 s; a small GPT in float32, 52 and 5 s). They save
-        # memory: 5.1 and 7.3 GB of temporaries. What is planned for a described GPU is the least that is needed.
-        needed[_PRODUCTS] = False
-    if program.is_deterministic and target.platform == "cuda":  # on a CPU, XLA always is
-        needed["xla_gpu_deterministic_ops"] = True
-    if target.workers > 1 and target.platform == "cuda":
-        # One of them compiles, and would wait for the others' share of the measurements.
-        needed["xla_gpu_shard_autotuning"] = False
-    if program.recomputes and target.platform == "cpu":
-        needed |= _schedule_for_memory()
-    return needed
-
-
-@functools.cache
-def _schedule_for_memory() -> dict[str, bool | str]:
-    """XLA:CPU's option for the schedule that needs least memory, by the name that this version of it knows.
-
-    Its schedule for many threads computes again as soon as it can, and then keeps the results: GPT-2 with 10 layers x
-    256, batch 8 x 512, checkpointed, has 2.0 GB of temporaries so, and 0.8 GB in the other order.
-    """
-    option: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    try:
-        jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), np.float32)).compile(compiler_options=option)
-    except jax.errors.JaxRuntimeError:
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # before jaxlib 0.10
-    return option
 
 
 class _NotKept:

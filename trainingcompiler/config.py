@@ -18,7 +18,11 @@ RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its 
 COORDINATOR, FAILURE = f"{PREFIX}_COORDINATOR", f"{PREFIX}_FAILURE"  # nor these; see `rendezvous` and `failures`
 _INTERNAL = (RECIPE, COORDINATOR, FAILURE)
 
-_CHOICES = {"engine": ("auto", "xla", "eager", "tensorflow"), "fallback": ("eager", "error")}
+_CHOICES = {
+    "engine": ("auto", "xla", "eager", "tensorflow"),
+    "fallback": ("eager", "error"),
+    "verify": ("first", "always", "off"),
+}
 _SWITCHES = ("enabled", "debug", "keep_gradients", "small_pages", "quiet")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -35,6 +39,9 @@ class TrainingCompilerConfig:
             the framework itself runs it, "auto" whichever is measured to be fastest.
         fallback: What happens to a step that cannot be compiled: "eager" leaves it to the framework and says so,
             "error" raises `FallbackError`.
+        verify: When a program's results are compared with PyTorch's: "first", the first time it is used on a machine,
+            "always", at every run of it, which is for finding faults, or "off". One whose results are not PyTorch's up
+            to rounding is left to PyTorch.
         keep_gradients: Keep every parameter's `.grad` readable after `optimizer.step()`, at the cost of its memory.
         cache_dir: Folder of compiled executables; None is `default_cache_dir()`. Whoever can write to it can run
             code as you: keep it private.
@@ -57,6 +64,7 @@ class TrainingCompilerConfig:
     debug: bool = False
     engine: Literal["auto", "xla", "eager", "tensorflow"] = "auto"
     fallback: Literal["eager", "error"] = "eager"
+    verify: Literal["first", "always", "off"] = "first"
     keep_gradients: bool = False
     cache_dir: str | None = None
     cache_size_gb: float = 10.0

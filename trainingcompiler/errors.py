@@ -83,6 +83,10 @@ class GradientNotKeptError(TrainingCompilerError, RuntimeError):
     """A gradient was read after a compiled step that did not keep it."""
 
 
+class GradientLostError(TrainingCompilerError, RuntimeError):
+    """Code in C++ has been given a result that needs a gradient, without torch's Python interface seeing the call."""
+
+
 class NotEnoughMemoryError(TrainingCompilerError, MemoryError):
     """A step would need more memory than there is; nothing of it has run.
 

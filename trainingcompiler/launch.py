@@ -131,6 +131,11 @@ def _contradictions(line: CommandLine, resolved: ResolvedConfig) -> list[str]:
             "have batches of their own: give --devices=all instead of --nproc-per-node, or --strategy=fsdp, which "
             "divides the state between workers"
         )
+    if "--batch-size" in line.given and not resolved.config.enabled and "--no-compile" not in line.given:
+        found.append(
+            f"{resolved.sources['enabled']}=0 leaves the steps to the framework, and --batch-size compiles them to see "
+            "what they need; leave one of the two out"
+        )
     if workers and "--batch-size" in line.given:
         found.append("--batch-size plans a script of one process; it does not go with --nproc-per-node")
     if resolved.sources["strategy"] != "default" and devices == 1 and not workers:

@@ -93,6 +93,11 @@ def available_bytes() -> int | None:
     statistics = device.memory_stats()  # None for a CPU
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return host_bytes()
+
+
+def host_bytes() -> int | None:
+    """What the machine could still hand out to this process; None where nobody tells."""
     known = [size for size in (_of_machine(), _of_cgroup()) if size is not None]
     return min(known, default=None)
 

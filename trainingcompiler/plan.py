@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import planner, watched
+from trainingcompiler import first_step, options, planner, watched
 from trainingcompiler.command_line import (
     CONFIGURING,
     GENERAL,
@@ -114,7 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
             sys.stdout.write(PLAN.usage() + "\n")
             sys.exit(0)
         request = _request(line)
-        plan, applies = _by_runs(request) if request.batch_size_arg else _in_this_process(request)
+        plan, script_tells = _by_runs(request) if request.batch_size_arg else _in_this_process(request)
     except (TrainingCompilerError, ValueError) as error:
         sys.stderr.write(f"{PLAN.name}: {error}\n")
         sys.exit(BAD_INPUT)
@@ -123,13 +123,13 @@ def main(words: Sequence[str] | None = None) -> None:
     script = os.path.basename(request.line.target or "")
     sys.stdout.write(f"{script} on {plan_report.described(plan)}\n")
     if request.json is not None:
-        write_json(request.json, {**plan_report.as_json(plan), "applies": applies})
+        write_json(request.json, {**plan_report.as_json(plan), **script_tells})
     if request.plot is not None:
         _plotting().save(plan, request.plot)
 
 
-def _in_this_process(request: _Request) -> tuple[Any, str]:
-    """Runs the script once, and captures its step again for every size."""
+def _in_this_process(request: _Request) -> tuple[Any, dict[str, Any]]:
+    """Runs the script once, and captures its step again for every size; returns the plan, and what the script tells."""
     if request.gpu != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of every batch that is too large
@@ -139,8 +139,8 @@ def _in_this_process(request: _Request) -> tuple[Any, str]:
 
     target = request.target()
     target.devices()  # what is not installed is said before anything is run
-    waiting = planner.current = planner.Planner(request.script_batch_size, request.fills_weights)
-    with waiting.surroundings:
+    waiting = planner.current = planner.Planner(request.script_batch_size, request.fills_weights, gpu=target.described)
+    with waiting.surroundings, options.watched() as values:
         failure = watched.run(request.line, waiting.Enough)
     planner.current = None
     if failure is not None:
@@ -172,10 +172,11 @@ def _in_this_process(request: _Request) -> tuple[Any, str]:
     if plan.largest is None:
         remarks = cures.explained(waiting.step, own, plan.batches[0].batch_size, target)
         plan = dataclasses.replace(plan, remarks=tuple(remarks))
-    return plan, waiting.applies
+    seen = waiting.first_step and first_step.as_json(waiting.first_step)
+    return plan, {"applies": waiting.applies, "first_step": seen, "options": values}
 
 
-def _by_runs(request: _Request) -> tuple[Any, str]:
+def _by_runs(request: _Request) -> tuple[Any, dict[str, Any]]:
     """Runs the script anew for every size, each time with its own option for the batch size."""
     from trainingcompiler import plan_report, planning
 
@@ -202,7 +203,8 @@ def _by_runs(request: _Request) -> tuple[Any, str]:
         return known.get(size) or run(size)[0]
 
     chosen = request.chosen(own.batch_size, recipe)
-    return planning.evaluate(at, own.batch_size, request.target(), **chosen), plan["applies"]
+    script_tells = {name: plan[name] for name in ("applies", "first_step", "options")}
+    return planning.evaluate(at, own.batch_size, request.target(), **chosen), script_tells
 
 
 def _command(request: _Request, size: int | None, path: Path) -> list[str]:

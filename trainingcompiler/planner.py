@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from trainingcompiler.errors import UsageError
+from trainingcompiler.first_step import FirstStep
+from trainingcompiler.gpus import Gpu
 from trainingcompiler.program import StepProgram
 from trainingcompiler.scaling import Recipe
 
@@ -51,9 +53,14 @@ class Planner:
     Args:
         batch_size: Rows of the script's batch, where the person has named them.
         fills_weights: Whether the model's weights are to be filled; a step that is not taken needs no values.
+        rehearses: Whether the script is to do what the launcher recommends, as in its run, to see whether it does.
+        gpu: A described one that the plan is for, which the script is to find.
 
     Attributes:
         fills_weights: Likewise.
+        rehearses: Likewise.
+        gpu: Likewise.
+        first_step: What the step would have trained with; None where an adapter does not tell.
         applies: Who can give the script another batch: `"arguments"`, the script's own options; `"script"`, which asks
             with `trainingcompiler.recommendation()`; or the library whose arguments can be set, `"huggingface"` or
             `"keras"`.
@@ -64,9 +71,19 @@ class Planner:
     class Enough(BaseException):
         """Stops the script at its first step; no `except Exception` of the script's catches it."""
 
-    def __init__(self, batch_size: int | None = None, fills_weights: bool = False):
+    def __init__(
+        self,
+        batch_size: int | None = None,
+        fills_weights: bool = False,
+        *,
+        rehearses: bool = False,
+        gpu: Gpu | None = None,
+    ):
         self._named = batch_size
         self.fills_weights = fills_weights
+        self.rehearses = rehearses
+        self.gpu = gpu
+        self.first_step: FirstStep | None = None
         self._step: PlannableStep | None = None
         self._refusal: str | None = None
         self._rows = 0
@@ -90,7 +107,10 @@ class Planner:
         raise self.Enough
 
     def left(self, reason: str) -> NoReturn:
-        """Takes the word that the framework would run the step itself, and stops the script."""
+        """Takes the word that the framework would run the step itself, and stops the script.
+
+        A rehearsed step need not be a program: a first one that PyTorch has to run is one as well.
+        """
         self._refusal = reason
         raise self.Enough
 
@@ -127,6 +147,20 @@ class Planner:
         self._rows = rows
         return rows
 
+    def rehearsed(self) -> tuple[int, int, FirstStep]:
+        """The rows and the number of the batches that a rehearsed step adds up, and what it trains with.
+
+        Raises:
+            UsageError: As for `rows`; or nothing tells.
+        """
+        seen = self.first_step
+        if seen is not None and self._refusal is not None and seen.calls:
+            return seen.calls[0], self._told.get("accumulation_steps", len(seen.calls)), seen
+        rows, recipe = self.rows(), self.recipe()
+        if recipe is None or seen is None:
+            raise UsageError("the script's optimizer does not tell its learning rate")
+        return rows, recipe.accumulation_steps, seen
+
     def program_at(self, batch_size: int) -> StepProgram:
         """The step with another batch; `rows` has been asked before."""
         assert self._step is not None and self._rows
@@ -147,7 +181,11 @@ class Planner:
         """What of the run depends on its batch size; None where the optimizer does not tell. Likewise."""
         assert self._step is not None and self._rows
         accumulated = max(self.backwards.values(), default=1)
-        known = {"accumulation_steps": accumulated, **self._step.recipe(), **self._told, "batch_size": self._rows}
+        groups = self.first_step.groups if self.first_step is not None else ()
+        rates = [{"lr": group.peak} for group in groups if group.peak][:1]
+        known: dict[str, Any] = {"accumulation_steps": accumulated, **self._step.recipe()}
+        for more in (*rates, self._told, {"batch_size": self._rows}):
+            known |= more
         return Recipe(**known) if known.get("lr") else None
 
 

@@ -34,7 +34,8 @@ class PlannedBatch:
     Attributes:
         batch_size: Rows, of all devices together.
         parameter_bytes: Of the model, on one device.
-        optimizer_bytes: Of the optimizer's state and of buffers, likewise.
+        optimizer_bytes: Of the optimizer's state, of buffers and, on one CPU, of the gradients that a script may read
+            after its step, likewise.
         memory: The compiled program's own plan, of one device.
         flops: Arithmetic of one step on one device.
         product_dtype: What most matrix products take, as `Gpu.flops` names it.

@@ -10,8 +10,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from trainingcompiler import first_step
 from trainingcompiler.config import RECIPE
 from trainingcompiler.errors import UsageError
+from trainingcompiler.first_step import FirstStep
 from trainingcompiler.scaling import Recipe, Scaled
 
 
@@ -21,8 +23,7 @@ def current() -> Scaled | None:
 
     if planner.current is not None:
         planner.current.tell("script")
-        return None
-    return planned()
+    return None if _is_planned() else planned()
 
 
 def planned() -> Scaled | None:
@@ -33,16 +34,37 @@ def planned() -> Scaled | None:
 
 def for_library(name: str) -> Scaled | None:
     """The recommendation, if this library's arguments are to be set: `"huggingface"` or `"keras"`."""
-    from trainingcompiler import planner
-
-    text = os.environ.get(RECIPE) if planner.current is None else None
+    text = None if _is_planned() else os.environ.get(RECIPE)
     content = json.loads(text) if text else {}
     return from_json(content) if content.get("applies") == name else None
 
 
-def to_environment(scaled: Scaled, applies: str) -> dict[str, str]:
-    """The variable for the worker; `applies` says whose arguments are to be set."""
-    return {RECIPE: json.dumps({**as_json(scaled), "applies": applies})}
+def decided() -> FirstStep | None:
+    """What the first step of this run is to train with; None without `--batch-size`, and where a script is planned."""
+    from trainingcompiler import planner
+
+    text = os.environ.get(RECIPE) if planner.current is None else None
+    content = json.loads(text).get("first_step") if text else None
+    return None if content is None else first_step.from_json(content)
+
+
+def to_environment(scaled: Scaled, applies: str, decided: FirstStep | None = None) -> dict[str, str]:
+    """The variable for the worker.
+
+    Args:
+        scaled: The recommendation.
+        applies: Whose arguments are to be set.
+        decided: What the first step is to train with; None for a rehearsal, which finds out.
+    """
+    step = None if decided is None else first_step.as_json(decided)
+    return {RECIPE: json.dumps({**as_json(scaled), "applies": applies, "first_step": step})}
+
+
+def _is_planned() -> bool:
+    """Whether this process plans the script as it is: then nothing is recommended yet."""
+    from trainingcompiler import planner  # reaches NumPy, which the launcher does without
+
+    return planner.current is not None and not planner.current.rehearses
 
 
 def as_json(scaled: Scaled) -> dict[str, Any]:

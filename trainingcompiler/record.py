@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import __version__, events, recommended
+from trainingcompiler import __version__, events, first_step, recommended
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.files import write_json
 from trainingcompiler.statistics import RunStatistics
@@ -23,13 +23,14 @@ class RunRecord:
 
     def __init__(self, path: Path, config: TrainingCompilerConfig):
         self._path = path
-        scaled = recommended.planned()
+        scaled, decided = recommended.planned(), recommended.decided()
         self._content: dict[str, Any] = {
             "trainingcompiler": __version__,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": sys.version.split()[0],
             "config": dataclasses.asdict(config),
             "batch": None if scaled is None else {**recommended.as_json(scaled), "said": scaled.describe()},
+            "first_step": None if decided is None else first_step.as_json(decided),
         }
 
     def __call__(self, event: events.Event) -> None:

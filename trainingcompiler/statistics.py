@@ -21,6 +21,7 @@ class RunStatistics:
         compile_time_s: What capturing, lowering and compiling them took.
         cache_hits: Those of them that came from the cache.
         launches: Times that a compiled program has run.
+        waited_s: Of PyTorch's steps, the seconds that the loop has waited for programs: on a CPU, while they ran.
         host_reads: Times the script has looked at a value that a compiled step computes.
         fallbacks: Times a step had to run eagerly because it could not be compiled.
         started_s: The moment from which the time to the first step counts.
@@ -36,6 +37,7 @@ class RunStatistics:
     compile_time_s: float = 0.0
     cache_hits: int = 0
     launches: int = 0
+    waited_s: float = 0.0
     host_reads: int = 0
     fallbacks: int = 0
     started_s: float = field(default_factory=time.monotonic)

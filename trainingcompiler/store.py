@@ -7,24 +7,29 @@ asked with the program's digest. An entry is machine code in a pickle: the note 
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import pickle
 import platform
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
+import numpy as np
 from jax.experimental import serialize_executable
+from jaxlib import lapack
 
 from trainingcompiler.ahead import Ahead
 from trainingcompiler.events import CacheDamaged, Note, emit
+from trainingcompiler.files import write_whole
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.targets import Target
+from trainingcompiler.xla_options import options
 
 try:
     import fcntl
@@ -32,6 +37,8 @@ except ImportError:  # Windows, which trains with one worker
     fcntl = None  # type: ignore[assignment]
 
 ENTRY, UNFINISHED = "-program", ".part"  # the suffixes of an entry's file, and of one that is being written
+VERDICT = "-verdict"  # of what was found when the entry's program was compared with its framework, as JSON
+_LAPACK = b"lapack_"  # how the names of its functions begin in an executable
 _INDIFFERENT = ("cache", "log", "debug", "dump", "traceback", "pprint", "leak", "thread_guard", "x64", "transfer_guard")
 
 
@@ -92,7 +99,7 @@ class ExecutableStore:
         except OSError:
             return None
         except Exception as error:  # whatever damage looks like
-            path.unlink(missing_ok=True)
+            remove(path)
             emit(CacheDamaged(path=str(path), error=f"{type(error).__name__}: {error}".split("\n")[0]))
             return None
         with contextlib.suppress(OSError):  # of somebody else's, or removed by another process meanwhile
@@ -122,6 +129,19 @@ class ExecutableStore:
                     )
                 )
 
+    def verdict(self, program: StepProgram, target: Target) -> dict[str, Any] | None:
+        """What was kept with the program's executable by `keep_verdict`, on this machine or one like it."""
+        try:
+            found = json.loads(_verdict_of(self._path(program, target)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or one that was not written to its end: it is found again
+            return None
+        return found if isinstance(found, dict) else None
+
+    def keep_verdict(self, program: StepProgram, target: Target, verdict: Mapping[str, Any]) -> None:
+        """Keeps what was found of a program beside its executable. A failure costs the next run finding it again."""
+        with contextlib.suppress(OSError):
+            write_whole(_verdict_of(self._path(program, target)), json.dumps(verdict).encode())
+
     @contextlib.contextmanager
     def alone(self, program: StepProgram, target: Target) -> Iterator[None]:
         """Waits as long as another process holds the same program's entry; the system ends a dead process's hold."""
@@ -139,6 +159,10 @@ class ExecutableStore:
 
     def _read(self, path: Path, target: Target) -> KeptExecutable:
         executable, (inputs, outputs), making_time_s = pickle.loads(zlib.decompress(path.read_bytes()))
+        if _LAPACK in executable:
+            # Its addresses are looked up when a program is lowered, which this one is not: without them it ends the
+            # process. https://github.com/jax-ml/jax/issues/28908; can go when that is closed.
+            lapack.prepare_lapack_call("potrf", np.float32)
         devices = jax.devices() if target.workers > 1 else target.devices() or jax.local_devices()[:1]
         loaded = serialize_executable.deserialize_and_load(executable, inputs, outputs, execution_devices=devices)
         return KeptExecutable(loaded, making_time_s)
@@ -163,7 +187,17 @@ class ExecutableStore:
         for entry in entries:
             total += entry.stat().st_size
             if total > self.size_limit_bytes:
-                entry.unlink(missing_ok=True)
+                remove(entry)
+
+
+def _verdict_of(entry: Path) -> Path:
+    return entry.with_name(entry.name.removesuffix(ENTRY) + VERDICT)
+
+
+def remove(entry: Path) -> None:
+    """Removes an entry, and what has been found of its program."""
+    entry.unlink(missing_ok=True)
+    _verdict_of(entry).unlink(missing_ok=True)
 
 
 _told: set[tuple[str, int | None]] = set()
@@ -187,6 +221,7 @@ def key_of(program: StepProgram, target: Target) -> str:
         program.recomputes,
         program.saves_memory,
         *map(_described, (program.state, program.inputs, program.outputs)),
+        sorted(options(program, target).items()),
         *_surroundings(),
         *_options(),
     ]
@@ -228,5 +263,5 @@ def _processor() -> list[str]:
 def _options() -> list[str]:
     """Whatever options decide what is compiled: XLA's by its variable, JAX's but for those known to be indifferent."""
     values = jax.config.values
-    options = [f"{k}={v}" for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)]
-    return [os.environ.get("XLA_FLAGS", ""), *options]
+    of_jax = [f"{k}={v}" for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)]
+    return [os.environ.get("XLA_FLAGS", ""), *of_jax]

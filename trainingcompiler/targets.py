@@ -54,6 +54,11 @@ class Target:
     compute_capability: tuple[int, int] | None = None
     described: Gpu | None = None
 
+    @property
+    def is_one_cpu(self) -> bool:
+        """Whether it is the CPU of one process, whose memory torch and XLA share."""
+        return self.platform == "cpu" and self.device_count == self.workers == 1
+
     @classmethod
     def local(cls, device_count: int | Literal["all"] = 1, strategy: Strategy = DP) -> "Target":
         """Devices that JAX finds in this process.

@@ -104,6 +104,6 @@ def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Generating is no training: it calls the model with another shape for every token."""
     session = pytorch.session()
     if session is not None:
-        session.settle()
+        session.state_is_read()
     with undeferred():
         return original(model, *args, **kwargs)

@@ -5,7 +5,8 @@ from typing import Any
 import tensorflow as tf
 
 from trainingcompiler.errors import UsageError
-from trainingcompiler.frameworks.tensorflow.programs import TracedStep
+from trainingcompiler.frameworks.tensorflow.programs import captured
+from trainingcompiler.frameworks.tensorflow.tracing import Traces
 from trainingcompiler.program import StepProgram
 
 
@@ -22,5 +23,6 @@ def step_program(model: Any, batch: Any) -> StepProgram:
     """
     if not model.compiled or model.optimizer is None:
         raise UsageError("step_program(model): the model has no optimizer yet; call model.compile(optimizer, loss)")
-    leaves = tf.nest.flatten((batch,))
-    return TracedStep(model.train_step, "train_step", (batch,), leaves, autograph=False).bridged.program
+    traced = tf.function(model.train_step, autograph=False)
+    traces = Traces(traced.get_concrete_function, is_checked=not model.jit_compile)
+    return captured(traces, "train_step", (batch,), tf.nest.flatten((batch,))).bridged.program

@@ -16,6 +16,7 @@ from trainingcompiler.events import Recompiled, Started, emit, phase
 from trainingcompiler.frameworks.keras.counting import Counted
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
+from trainingcompiler.xla_options import sound_fusions
 
 _make_train_function: Callable = keras_trainer.JAXTrainer.make_train_function
 _taken: "weakref.WeakKeyDictionary[Any, TrainingCompilerConfig]" = weakref.WeakKeyDictionary()
@@ -104,7 +105,7 @@ class PlannedStep:
             lowered = self._step.lower(state, data)
         with phase("compile", "train_step") as running:
             with cache.watching() as outcome:
-                compiled = lowered.compile()
+                compiled = lowered.compile(compiler_options=sound_fusions(jax.default_backend()))
             plan: Any = compiled.memory_analysis()
             needed = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
             needed_mb = (needed + plan.temp_size_in_bytes) / 1e6

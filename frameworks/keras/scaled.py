@@ -10,8 +10,10 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
-from trainingcompiler import planner, recommended
+from trainingcompiler import first_step, planner, recommended
 from trainingcompiler.events import Note, emit
+from trainingcompiler.first_step import BY_HAND, FirstStep, Group
+from trainingcompiler.frameworks.keras.schedules import is_schedule, peak_of, scaled_schedule
 from trainingcompiler.recommended import NotApplicable, scaled_number, scaled_steps
 from trainingcompiler.scaling import Scaled
 
@@ -19,6 +21,8 @@ NAME = "keras"
 _DEFAULT_BATCH_SIZE = 32  # what Keras takes of arrays where `fit` is given none
 _fit: Callable = TensorFlowTrainer.fit
 _scaled: "weakref.WeakSet[Any]" = weakref.WeakSet()  # optimizers, each of which is changed once
+_bases: "weakref.WeakKeyDictionary[Any, float]" = weakref.WeakKeyDictionary()  # optimizer -> its rate when `fit` began
+_is_over = False  # the first step of the run has been taken
 
 
 def install() -> None:
@@ -26,14 +30,17 @@ def install() -> None:
 
     @functools.wraps(_fit)
     def fit(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if planner.current is not None and model.optimizer is not None:
-            planner.current.tell(NAME, **recipe_of(model.optimizer))
-        wanted = recommended.for_library(NAME)
-        if wanted is None or model.optimizer is None:
+        if model.optimizer is None:
             return _fit(model, *args, **kwargs)
         given = inspect.signature(_fit).bind(model, *args, **kwargs)
-        set_batch(given.arguments, wanted)
-        set_optimizer(model.optimizer, wanted)
+        wanted = recommended.for_library(NAME)
+        if wanted is not None:
+            set_batch(given.arguments, wanted)
+            set_optimizer(model.optimizer, wanted)
+        if planner.current is not None:
+            planner.current.tell(NAME, **recipe_of(model.optimizer))
+        for optimizer in _parts(model.optimizer):
+            _bases.setdefault(optimizer, _rate(optimizer))
         return _fit(*given.args, **given.kwargs)
 
     TensorFlowTrainer.fit = fit
@@ -46,12 +53,9 @@ def uninstall() -> None:
 
 def recipe_of(optimizer: Any) -> dict[str, Any]:
     """Fields of `scaling.Recipe` that a Keras optimizer holds."""
-    rate = optimizer._learning_rate
-    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        rate = rate.get_config().get("initial_learning_rate", 0.0)
     found: dict[str, Any] = {
         "optimizer": type(optimizer).__name__,
-        "lr": float(rate) if not callable(rate) else 0.0,
+        "lr": max(map(_peak, _parts(optimizer)), default=0.0),
         "weight_decay": optimizer.weight_decay or 0.0,
         "accumulation_steps": optimizer.gradient_accumulation_steps or 1,
         "ema_decay": optimizer.ema_momentum if optimizer.use_ema else None,
@@ -59,6 +63,66 @@ def recipe_of(optimizer: Any) -> dict[str, Any]:
     if hasattr(optimizer, "beta_1") and hasattr(optimizer, "beta_2"):
         found["betas"], found["epsilon"] = (optimizer.beta_1, optimizer.beta_2), optimizer.epsilon
     return found
+
+
+def see_first_step(optimizer: Any, batch: Any) -> None:
+    """Tells a planner what the first step trains with; in a run, holds it against what was decided.
+
+    Args:
+        optimizer: Of the model, with the step still to be taken.
+        batch: What the step is given; None where TensorFlow takes it, and nobody sees it.
+
+    Raises:
+        UsageError: It is not what was decided.
+    """
+    global _is_over
+    if _is_over or optimizer is None:
+        return
+    decided = recommended.decided()
+    calls = (_rows(batch),) if batch is not None else decided.calls if decided is not None else ()
+    seen = FirstStep(calls=calls, groups=tuple(map(_group, _parts(optimizer))))
+    if planner.current is not None:
+        planner.current.first_step = seen
+    elif decided is not None:
+        first_step.check(decided, seen)
+    _is_over = True
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that have a rate: of a `MultiOptimizer`, those inside, which may be known once it is built."""
+    return list(getattr(optimizer, "_inner_optimizers", [optimizer]))
+
+
+def _rows(batch: Any) -> int:
+    shapes = [leaf.shape for leaf in tf.nest.flatten(batch) if hasattr(leaf, "shape")]
+    return next((int(shape[0]) for shape in shapes if len(shape)), 0)
+
+
+def _group(optimizer: Any) -> Group:
+    lr, rate = _rate(optimizer), optimizer._learning_rate
+    peak = base = _bases.get(optimizer, lr)
+    if is_schedule(rate):
+        schedule, peak = type(rate).__name__, _peak(optimizer)
+    else:
+        schedule = BY_HAND if not first_step.is_close(base, lr) else ""
+    return Group(
+        name=type(optimizer).__name__,
+        lr=lr,
+        base=base,
+        peak=peak,
+        schedule=schedule,
+        weight_decay=float(optimizer.weight_decay or 0.0),
+    )
+
+
+def _rate(optimizer: Any) -> float:
+    """The rate of the next step."""
+    return float(optimizer.learning_rate)
+
+
+def _peak(optimizer: Any) -> float:
+    rate = optimizer._learning_rate
+    return peak_of(rate) if is_schedule(rate) else _rate(optimizer)
 
 
 def set_batch(arguments: dict[str, Any], scaled: Scaled) -> None:
@@ -89,16 +153,32 @@ def set_batch(arguments: dict[str, Any], scaled: Scaled) -> None:
 def set_optimizer(optimizer: Any, scaled: Scaled) -> None:
     """Changes an optimizer, once.
 
+    A schedule counts the batches of `fit`, of which there are fewer if they have more rows: it is read at what was
+    that place in the data, whatever becomes of the rate.
+
     Raises:
-        NotApplicable: Its learning rate is a schedule, or it has already been built without accumulation.
+        NotApplicable: Its learning rate is a function, or it has already been built without accumulation.
     """
     if optimizer in _scaled:
         return
     before, after = scaled.before, scaled.recipe
-    if after.lr != before.lr:
-        if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-            raise NotApplicable("the learning rate is a schedule of the script's own")
-        optimizer.learning_rate = scaled_number(float(optimizer.learning_rate), before.lr, after.lr)
+    if _parts(optimizer) != [optimizer]:
+        raise NotApplicable(f"{type(optimizer).__name__} has several optimizers, each with a rate of its own")
+    rate = optimizer._learning_rate
+    rows, factor = after.batch_size / before.batch_size, after.lr / before.lr
+    if is_schedule(rate):
+        if rows != 1 or factor != 1:
+            optimizer.learning_rate = scaled_schedule(rate, rate_factor=factor, step_factor=rows)
+            emit(
+                Note(
+                    text=f"{type(rate).__name__} goes {rows:g} times as fast, because a step has as many times the "
+                    f"rows, and its rates are multiplied by {factor:.6g}"
+                )
+            )
+    elif factor != 1:
+        if not isinstance(rate, keras.Variable) and callable(rate):
+            raise NotApplicable("the learning rate is a function of the script's own")
+        optimizer.learning_rate = scaled_number(_rate(optimizer), before.lr, after.lr)
     if after.accumulation_steps != before.accumulation_steps:
         if optimizer.built and before.accumulation_steps == 1:
             raise NotApplicable("the optimizer has already been built without accumulation")

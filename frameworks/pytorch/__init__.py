@@ -14,9 +14,11 @@ from trainingcompiler import cache, planner, rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.events import Note, Started, emit
+from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
 from trainingcompiler.frameworks.pytorch.session import Session
+from trainingcompiler.frameworks.pytorch.shown_gpu import ShownGpu
 from trainingcompiler.frameworks.pytorch.step import CompiledStep
 from trainingcompiler.frameworks.pytorch.turns import turns_on
 from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
@@ -42,8 +44,10 @@ def enable(config: TrainingCompilerConfig) -> None:
     _prepare(config)
     if planner.current is not None and not planner.current.fills_weights:
         planner.current.surroundings.enter_context(Unfilled())
+    if planner.current is not None and planner.current.gpu is not None:
+        planner.current.surroundings.enter_context(ShownGpu(planner.current.gpu))
     if not _watches_forks:
-        os.register_at_fork(after_in_child=_leave_child)
+        os.register_at_fork(before=_before_fork, after_in_parent=section.let_go, after_in_child=_leave_child)
         _watches_forks = True
     session = Session(config)
     choice = EngineChoice(engine_of(config, session.programs.target), turns_on(session.programs))
@@ -51,7 +55,7 @@ def enable(config: TrainingCompilerConfig) -> None:
 
     def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:
         statistics().step_finished(engine, time.monotonic())
-        choice.stepped(optimizer, engine)
+        choice.stepped(optimizer, engine, session.book.is_same_batch)
         session.deferring = choice.defers
 
     session.book.on_step = on_step
@@ -111,9 +115,17 @@ def _prepare(config: TrainingCompilerConfig) -> None:
     emit(Started(versions=versions, device=target.description, compiled=compiled, reason=reason))
 
 
+def _before_fork() -> None:
+    section.hold()
+    if _hooks is not None:
+        _hooks.session.before_fork()
+
+
 def _leave_child() -> None:
     """A forked process (a `DataLoader` worker) computes nothing on the parent's device: it gets plain torch."""
     global _hooks
+    section.renew()
     if _hooks is not None:
+        _hooks.session.leave_child()
         _hooks.uninstall()
         _hooks = None

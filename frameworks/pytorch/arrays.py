@@ -13,11 +13,15 @@ from trainingcompiler.frameworks.pytorch.devices import CPU
 
 
 def numpy_view(tensor: torch.Tensor) -> np.ndarray:
-    """A NumPy array over the tensor's memory; bfloat16, which NumPy lacks, through ml_dtypes."""
+    """A NumPy array over the tensor's memory; bfloat16, which NumPy lacks, through ml_dtypes.
+
+    `Tensor.numpy` would take the right to be resized from the script's tensor, which shows that it was called.
+    """
     tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return numpy_view(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    with torch._C.DisableTorchFunction():
+        return np.from_dlpack(tensor)
 
 
 def array_over(tensor: torch.Tensor) -> np.ndarray | jax.Array:

@@ -1,28 +1,22 @@
 """Captures entries of a tape as one graph over named inputs."""
 
 import contextlib
-import copy
 import functools
-import operator
-import random
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.graph import Graph
-from trainingcompiler.frameworks.pytorch.host import Place, attributes_of, frozen
 from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
-from trainingcompiler.frameworks.pytorch.structure import flatten
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, tensors_in
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Part, Slot, as_called, parts_of, replay, results_of
 from trainingcompiler.frameworks.pytorch.twins import Twins
-
-_CONTAINERS = (list, dict, set)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,20 +38,17 @@ class Lifted:
 
 @dataclass(frozen=True, slots=True)
 class NumberSource:
-    """A Python number that the step reads: a leaf of an entry, an optimizer's hyperparameter, or a module's attribute.
+    """A Python number that the step reads: a leaf of an entry, or an optimizer's hyperparameter.
 
     Attributes:
         entry: The index of the entry.
-        position: The leaf's position, the path of the hyperparameter in the optimizer's `param_groups`, or the index
-            of the number among those that the entry's modules read.
+        position: The leaf's position, or the path of the hyperparameter in the optimizer's `param_groups`.
         optimizer: Refers to the optimizer, for a hyperparameter.
-        host: Where the number is, if a module reads it.
     """
 
     entry: int
     position: Any
     optimizer: weakref.ref | None = None
-    host: Place | None = None
 
 
 @dataclass(slots=True)
@@ -85,13 +76,18 @@ class CapturedStep:
 
 
 def capture(
-    entries: list[Entry], constants: Callable[[torch.optim.Optimizer], frozenset] = lambda _: frozenset()
+    entries: list[Entry],
+    constants: Callable[[torch.optim.Optimizer], frozenset] = lambda _: frozenset(),
+    flags: dict[int, tuple[torch.Tensor, bool]] | None = None,
+    order: list[tuple[int, bytes]] | None = None,
 ) -> CapturedStep:
-    """Replays entries on stand-ins and records what torch dispatches.
+    """Replays entries on fake tensors and records what torch dispatches.
 
     Args:
         entries: What to capture; the slots that they read must be their own or have values.
         constants: Gives the paths of an optimizer's hyperparameters that have to be constants.
+        flags: `requires_grad` of state tensors when the first entry was recorded, by identity.
+        order: Gets the pieces of Python that the last backward runs, which do nothing then; see `backward_order`.
 
     Returns:
         The graph and what its inputs and outputs are.
@@ -101,12 +97,16 @@ def capture(
         NumberUsed: A number has to be a constant.
     """
     twins = Twins()
+    twins.grad_flags = flags or {}
     recorder = twins.recorder
     recorder.until = replay.__code__
     fakes: dict[Any, torch.Tensor] = {}
     leaves: list[tuple[int, int, int]] = []
     seeds: list[tuple[int, int]] = []
     numbers: list[tuple[NumberSource, int]] = []
+    seed_fakes: dict[int, torch.Tensor] = {}
+
+    pieces: dict[int, _Captured] = {}
 
     def number(source: NumberSource, value: float) -> TracedNumber:
         fake = twins.fake_like((), torch.float64)
@@ -118,13 +118,13 @@ def capture(
 
     def resolve_in(index: int, entry: Entry):
         def resolve(leaf: Any, position: int) -> Any:
-            if isinstance(leaf, Slot):
+            if type(leaf) is Slot:
                 if leaf not in fakes:
                     assert leaf.value is not None
                     fakes[leaf] = twins.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
                     leaves.append((index, position, recorder.value_of(fakes[leaf])))
                 return fakes[leaf]
-            if isinstance(leaf, Input):
+            if type(leaf) is Input:
                 if leaf not in fakes:
                     fakes[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
                     leaves.append((index, position, recorder.value_of(fakes[leaf])))
@@ -135,52 +135,106 @@ def capture(
 
         return resolve
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unchanged_host(entries))
-        for index, entry in enumerate(entries):
-            for place, (tensor, snapshot) in enumerate(entry.closure):
-                fake = twins.fake_like(snapshot.shape, snapshot.dtype)
-                twins.stand_in(tensor, fake)
-                leaves.append((index, len(entry.leaves) + place, recorder.value_of(fake)))
+    def run_part(part: Part, gradients: Any) -> Any:
+        """Replays what a piece of backward's Python has asked torch for, on the gradients that it is given now."""
+        fakes.update((slot, gradients[position]) for slot, position in zip(part.given, part.positions, strict=True))
+        for index in part.calls:
+            run(index, entries[index])
+        values = []
+        for position, leaf in enumerate(part.returned or ()):
+            value = resolve_in(part.end, entries[part.end])(leaf, position)
+            values.append(twins.twin(value) if isinstance(value, torch.Tensor) else value)
+        return part.piece.returned(values)
+
+    def piece_of(index: int, entry: Entry) -> "_Captured | None":
+        if entry.piece is None:
+            return None
+        return pieces.setdefault(id(entry.piece), _Captured(index, run_part, order))
+
+    def run(index: int, entry: Entry) -> None:
+        """Replays one entry, and notes what its slots are."""
+        recorder.where = entry.where
+        if entry.seed is not None:
+            if index not in seed_fakes:  # a block that is computed again draws the same
+                seed_fakes[index] = twins.fake_like((), torch.int64)
+                seeds.append((index, recorder.value_of(seed_fakes[index])))
+            recorder.seed_with(seed_fakes[index])
+        with contextlib.ExitStack() as prepared:
+            prepared.enter_context(as_called(entry))
+            for optimizer in entry.optimizers if entry.function is not step_ends else ():
+                of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
+                prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
+            if entry.optimizers:
+                prepared.enter_context(twins.numbers_in_steps())
+            results = results_of(entry, replay(entry, resolve_in(index, entry), piece_of(index, entry)))
+        if entry.outputs is None:  # a whole step, of which nobody knows yet what it returns
+            entry.outputs = [Slot(fake, entry.device) for fake in results]
+        if entry.seed is not None:
+            recorder.seed_with(None)
+        assert len(results) >= len(entry.outputs)
+        fakes.update(zip(entry.outputs, results, strict=False))
+
+    def run_block(start: int, end: int) -> None:
+        """Replays a checkpointed block, in a checkpoint of its own."""
+        block = entries[start:end]
+        inside = {slot for entry in block for slot in entry.outputs}
+        given = list({slot: None for entry in block for slot in entry.slots() if slot not in inside})
+        needed = {slot for entry in entries[end:] for slot in entry.slots()}
+        results = [slot for slot in inside if slot in needed or slot.live]
+        for index in range(start, end):  # what is computed again has to read the same inputs of the graph
+            for position, leaf in enumerate(entries[index].leaves):
+                if type(leaf) is Input or (type(leaf) is Slot and leaf not in inside):
+                    resolve_in(index, entries[index])(leaf, position)
+
+        def recompute(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outer = {slot: fakes.get(slot) for slot in given}
+            fakes.update(zip(given, arguments, strict=True))
+            for index in range(start, end):
+                run(index, entries[index])
+            found = tuple(fakes[slot] for slot in results)
+            fakes.update({slot: fake for slot, fake in outer.items() if fake is not None})
+            return found
+
+        with torch.enable_grad() if entries[start].ambient.grad else torch.no_grad():
+            found = checkpoint(recompute, *[fakes[slot] for slot in given], use_reentrant=False)
+        fakes.update(zip(results, found, strict=True))
+
+    index = 0
+    while index < len(entries):
+        end = index + 1
+        while end < len(entries) and not entries[index].optimizers and _runs_along(entries[index], entries[end]):
+            end += 1
+        for entry in entries[index:end]:
             for optimizer in entry.optimizers:
-                if entry.outputs is not None:
-                    first_steps.prepare(optimizer, twins.has_gradient)
-            recorder.where = entry.where
-            twins.device = entry.device
-            with twins.recording():
-                if entry.seed is not None:
-                    seed = twins.fake_like((), torch.int64)
-                    seeds.append((index, recorder.value_of(seed)))
-                    recorder.seed_with(seed)
-                with contextlib.ExitStack() as prepared:
-                    for optimizer in entry.optimizers:
-                        of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
-                        prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
-                    prepared.enter_context(twins.numbers_in_steps())
-                    for fingerprint in entry.prints:
-                        prepared.enter_context(fingerprint.restored())
-                    traced = [
-                        (place, number(NumberSource(index, position, host=place), value))
-                        for position, (place, value) in enumerate(entry.host_numbers())
-                    ]
-                    prepared.enter_context(_in_places(traced, entry.where))
-                    result = replay(entry, resolve_in(index, entry))
-                recorder.seed_with(None)
-            for tensor, _ in entry.closure:
-                twins.stand_in(tensor, None)
-            results = tensors_in(result)
-            if entry.outputs is None:
-                _find_outputs(entry, result, results)
-            assert entry.outputs is not None and len(results) >= len(entry.outputs)
-            for slot, fake in zip(entry.outputs, results, strict=False):
-                fakes[slot] = fake
-        with twins.recording():
-            outputs = {
-                slot: recorder.value_of(twins.twin(fakes[slot])) for entry in entries for slot in entry.outputs or ()
-            }
-            lifted, gradients = _state(twins)
-        fakes.clear()
-        del results, result
+                first_steps.prepare(optimizer, twins.has_gradient)
+        twins.device = entries[index].device
+        with twins.recording(), _no_new_state(entries[index:end]):
+            while index < end:
+                if entries[index].is_in_backward:  # its backward has run it
+                    index += 1
+                    continue
+                if order is not None:
+                    order.clear()
+                for part in parts_of(entries, index) if entries[index].function is torch.Tensor.backward else ():
+                    pieces[id(part.piece)].parts.append(part)
+                region = entries[index].region
+                stop = index + 1
+                while region and stop < end and entries[stop].region == region:
+                    stop += 1
+                if region:
+                    run_block(index, stop)
+                else:
+                    run(index, entries[index])
+                index = stop
+    with twins.recording():
+        outputs = {
+            slot: recorder.value_of(twins.twin(fakes[slot]))
+            for entry in entries
+            for slot in entry.outputs
+            if slot in fakes
+        }
+        lifted, gradients = _state(twins)
+    fakes.clear()
     twins.let_go()
     if recorder.missing is not None:
         raise recorder.missing
@@ -192,11 +246,60 @@ def capture(
     return CapturedStep(recorder.graph, lifted, leaves, seeds, numbers, outputs, gradients)
 
 
-def _find_outputs(entry: Entry, result: Any, results: list[torch.Tensor]) -> None:
-    slots = {id(fake): Slot(fake, entry.device) for fake in results}
-    leaves, structure = flatten(result)
-    entry.outputs = list(slots.values())
-    entry.result = structure, [slots.get(id(leaf), leaf) for leaf in leaves]
+class _Captured:
+    """A piece of backward's Python in a graph of fake tensors."""
+
+    def __init__(self, index: int, run: Callable[[Part, Any], Any], order: list[tuple[int, bytes]] | None):
+        self._index, self._run, self._order = index, run, order
+        self.parts: list[Part] = []
+
+    def backward(self, gradients: Any) -> Any:
+        if self._order is not None and not self.parts:
+            there = bytes(position for position, gradient in enumerate(gradients) if gradient is not None)
+            self._order.append((self._index, there))
+            return NotImplemented
+        return self._run(self.parts.pop(0), gradients) if self.parts else None
+
+
+def backward_order(entries: list[Entry], flags: dict[int, tuple[torch.Tensor, bool]]) -> tuple[tuple[int, bytes], ...]:
+    """The order in which the last entry, a backward, runs the Python that entries have put into the graph.
+
+    Args:
+        entries: A tape.
+        flags: See `capture`.
+
+    Returns:
+        For each piece of Python the index of its entry, and the positions of its results that get a gradient.
+    """
+    order: list[tuple[int, bytes]] = []
+    capture(entries, flags=flags, order=order)
+    return tuple(order)
+
+
+def _runs_along(first: Entry, other: Entry) -> bool:
+    """Whether two entries are replayed without leaving the modes in between."""
+    return not other.optimizers and other.device == first.device
+
+
+@contextlib.contextmanager
+def _no_new_state(entries: list[Entry]) -> Iterator[None]:
+    """Takes what a captured `step` has put into an optimizer's state away again, and fails if it has changed any.
+
+    Raises:
+        CaptureError: The optimizer counts in Python, or makes state.
+    """
+    stepped = [(optimizer, optimizers.HostState(optimizer)) for entry in entries for optimizer in entry.optimizers]
+    try:
+        yield
+        for optimizer, state in stepped:
+            if state.changed():
+                raise optimizers.counts_in_python(optimizer)
+            if optimizers.has_fake_state(optimizer):
+                raise PassingCaptureError(reason=optimizers.NEW_STATE, where=entries[0].where)
+    finally:
+        for optimizer, state in stepped:
+            optimizers.drop_fake_state(optimizer)
+            state.restore()
 
 
 def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | None]]]:
@@ -220,106 +323,3 @@ def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | No
         for real in twins.lifted
     ]
     return lifted, gradients
-
-
-@contextlib.contextmanager
-def _in_places(numbers: list[tuple[Place, TracedNumber]], where: str | None) -> Iterator[None]:
-    """Puts traced numbers where the forward reads the real ones."""
-    before = [place.get() for place, _ in numbers]
-    for place, number in numbers:
-        place.set(number)
-    try:
-        yield
-        for place, number in numbers:
-            if place.get() is not number:
-                raise CaptureError(reason=f"forward changes {place.label}, which compiled code cannot do", where=where)
-    finally:
-        for (place, _), value in zip(numbers, before, strict=True):
-            place.set(value)
-
-
-@contextlib.contextmanager
-def unchanged_host(entries: list[Entry]) -> Iterator[None]:
-    """Puts back whatever running the entries changes besides tensors, and fails if it has changed anything.
-
-    Raises:
-        CaptureError: A module's attribute, an optimizer's state or a random generator of the host has changed.
-    """
-    roots = [module for entry in entries for module in entry.modules]
-    before = [(module, attributes_of(module)) for root in roots for module in root.modules()]
-    outer = [
-        (place, place.get(), frozen(place.get())) for entry in entries for p in entry.prints for place, _ in p.values
-    ]
-    contents = [(value, copy.copy(value)) for _, old in before for value in old.values() if type(value) in _CONTAINERS]
-    contents += [(value, copy.copy(value)) for _, value, _ in outer if type(value) in _CONTAINERS]
-    stateful = [(optimizer, optimizers.HostState(optimizer)) for entry in entries for optimizer in entry.optimizers]
-    counters: list[torch.optim.Optimizer] = []
-    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=True)
-    reasons: list[str] = []
-    try:
-        yield
-        counters = [optimizer for optimizer, host_state in stateful if host_state.changed()]
-        reasons = _changes(before, contents, outer, stateful, python_state, numpy_state)
-    finally:
-        for module, old in before:
-            for name in set(attributes_of(module)) - set(old):
-                del module.__dict__[name]
-            module.__dict__.update(old)
-        for place, value, _ in outer:
-            if place.get() is not value:
-                place.set(value)
-        for container, old in contents:
-            _refill(container, old)
-        for optimizer, host_state in stateful:
-            optimizers.drop_fake_state(optimizer)
-            host_state.restore()
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-    if counters and reasons in ([], [optimizers.NEW_STATE]):  # one that counts in Python cannot be compiled anyway
-        raise optimizers.counts_in_python(counters[0])
-    if reasons:
-        kind = PassingCaptureError if reasons[0] == optimizers.NEW_STATE else CaptureError
-        raise kind(reason=reasons[0], where=next((entry.where for entry in entries if entry.where), None))
-
-
-def _changes(before, contents, outer, stateful, python_state, numpy_state) -> list[str]:
-    reasons = []
-    if any(optimizers.has_fake_state(optimizer) for optimizer, _ in stateful):
-        reasons.append(optimizers.NEW_STATE)
-    changed = {
-        f"{type(module).__name__}.{name}"
-        for module, old in before
-        for name, value in attributes_of(module).items()
-        if name not in old or (old[name] is not value and not _equal(old[name], value))
-    }
-    changed |= {place.label for place, _, image in outer if frozen(place.get()) != image}
-    changed |= {f"a {type(container).__name__} of a module" for container, old in contents if not _same(container, old)}
-    if changed:
-        reasons.append(f"forward changes {', '.join(sorted(changed)[:3])}, which compiled code cannot do")
-    if random.getstate() != python_state or not _same_numpy_state(np.random.get_state(legacy=True), numpy_state):
-        reasons.append("forward draws random numbers from Python's or NumPy's generator")
-    return reasons
-
-
-def _same(container: Any, old: Any) -> bool:
-    if len(container) != len(old):
-        return False
-    if isinstance(container, dict):
-        return all(name in container and container[name] is value for name, value in old.items())
-    return container == old if isinstance(container, set) else all(map(operator.is_, container, old))
-
-
-def _refill(container: Any, old: Any) -> None:
-    if not _same(container, old):
-        container.clear()
-        container.extend(old) if isinstance(container, list) else container.update(old)
-
-
-def _equal(old: Any, new: Any) -> bool:
-    if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor) or type(old) is not type(new):
-        return False
-    return isinstance(old, str | int | float | bool | tuple | list | dict | set | frozenset) and old == new
-
-
-def _same_numpy_state(one: Any, other: Any) -> bool:
-    return one[2:] == other[2:] and bool((one[1] == other[1]).all())

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import itertools
+import time
 import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from trainingcompiler.frameworks.pytorch.apart import common_inputs
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource
+from trainingcompiler.frameworks.pytorch.critical import section
+from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.digests import digest_of
 from trainingcompiler.frameworks.pytorch.division import Division
 from trainingcompiler.frameworks.pytorch.graph import Node, references
@@ -27,10 +30,12 @@ from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.moving import Mover
-from trainingcompiler.frameworks.pytorch.naming import tensor_names, written_names
+from trainingcompiler.frameworks.pytorch.naming import gradient_names, tensor_names, written_names
+from trainingcompiler.frameworks.pytorch.ownership import overlapping
 from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.verify import Sentinel
 from trainingcompiler.program import Role, StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
 
@@ -65,8 +70,10 @@ class CompiledTape:
         self, cache: "ProgramCache", name, entries, captured: CapturedStep, exports: list[Slot], purpose: Purpose
     ):
         self.cache = cache
-        slots = [slot for entry in entries for slot in entry.outputs or ()]
-        self.exported = {slots.index(slot) for slot in exports}
+        slots = [slot for entry in entries for slot in entry.outputs]
+        wanted = set(exports)
+        # What a checkpointed block computes for itself alone has no value outside of it.
+        self.exported = {number for number, slot in enumerate(slots) if slot in wanted and slot in captured.outputs}
         self._exports = sorted(self.exported)
         self._purpose = purpose
         self._name, self._steps = name, any(entry.optimizers for entry in entries)
@@ -74,7 +81,10 @@ class CompiledTape:
         self._tensor_dims = self._divided(entries, captured)
         self._plan_gradients(entries, captured)
         output_values = [captured.outputs[slots[index]] for index in self._exports]
-        output_values += [value for _, value in self._new_gradients]
+        gradient_values = [value for _, value in self._new_gradients]
+        self._writes_gradients = purpose is Purpose.COMMIT and cache.gradients is not None
+        if not self._writes_gradients:
+            output_values, gradient_values = output_values + gradient_values, []
         written = [item for item in captured.lifted if item.new_value != item.value and id(item) not in self._dropped]
         if purpose is Purpose.PEEK:
             written = []
@@ -82,18 +92,20 @@ class CompiledTape:
             if any(item.tensor().requires_grad or item.gradient_of for item in written):
                 raise CaptureError(reason="parameters or gradients would be held twice")
             output_values += [item.new_value for item in written]
-        results = [item.new_value for item in written] + output_values
+        results = [item.new_value for item in written] + gradient_values + output_values
         used = {number for node in captured.graph.live_nodes(results) for number in references(node)} | set(results)
         donated = written if purpose is Purpose.COMMIT else []
         read = [item for item in captured.lifted if item not in donated and item.value in used]
         held = written if purpose is Purpose.HOLD else []
         self._donated, self._read = len(donated), len(read)
-        self._bindings = Bindings([*donated, *read, *held], [o for entry in entries for o in entry.optimizers])
+        # The Python of a recorded step has run, and may have put other tensors into the optimizer's state.
+        stepped = [o for entry in entries if entry.function is not step_ends for o in entry.optimizers]
+        self._bindings = Bindings([*donated, *read, *held], stepped)
         self._leaves = [(entry, place) for entry, place, _ in captured.leaves]
         self._seeds = [entry for entry, _ in captured.seeds]
         self._numbers = [source for source, _ in captured.numbers]
         precisions = sorted({entry.ambient.precision for entry in entries})
-        returned = [item.new_value for item in donated] + output_values
+        returned = [item.new_value for item in donated] + gradient_values + output_values
         live = captured.graph.live_nodes(results)
         # Whether other workers have to run it at the same time.
         self._waits = any(node.operator in workers.OPERATORS for node in live)
@@ -101,48 +113,59 @@ class CompiledTape:
         function = lower(captured.graph, returned, precisions, self._common)
         common = None if self._common is None else sorted(self._common)
         state_values = [item.value for item in donated]
+        memory_values = [-2 - index for index in range(len(gradient_values))]  # written, and never read; -1 is nothing
+        state_count = len(state_values) + len(memory_values)
         input_values = [item.value for item in read]
-        input_values += [value for _, _, value in captured.leaves] + [value for _, value in captured.seeds]
+        input_values += [value for _, _, value in captured.leaves]
+        seed_values = [value for _, value in captured.seeds]
         number_values = [value for _, value in captured.numbers]
 
         def step(state, inputs):
-            *arrays, numbers = inputs
-            values = dict(zip(state_values, state, strict=True))
+            *arrays, seeds, numbers = inputs
+            values = dict(zip(state_values, state, strict=False))
             values.update(zip(input_values, arrays, strict=True))
+            values.update({value: seeds[index] for index, value in enumerate(seed_values)})
             values.update({value: numbers[index] for index, value in enumerate(number_values)})
             with checks.collecting() as conditions:
                 results = function(values)
-            new_state, outputs = tuple(results[: len(state_values)]), tuple(results[len(state_values) :])
+            new_state, outputs = tuple(results[:state_count]), tuple(results[state_count:])
             if not conditions:
                 return new_state, outputs
             # The selection is fused into the update, which reads the old value anyway.
-            holds = checks.all_hold(conditions)
+            holds = conditions.all()
+            pairs = zip(new_state[: len(state_values)], state, strict=False)
             kept = (
-                lax.select(lax.broadcast(holds, old.shape), new, old) for new, old in zip(new_state, state, strict=True)
+                new if conditions.keeps(new) else lax.select(lax.broadcast(holds, old.shape), new, old)
+                for new, old in pairs
             )
-            return tuple(kept), (*outputs, holds)
+            return (*kept, *new_state[len(state_values) :]), (*outputs, holds)
 
         self._outputs = len(output_values)
         self._has_run = False
+        given = [*state_values, *memory_values, *input_values, *seed_values, *number_values]
+        names = written_names(entries, written) | gradient_names(entries, self._new_gradients)
+        replaced = dict(zip(returned, state_values, strict=False))
+        self._sentinel = Sentinel(name, self._where, captured.graph, given, returned, names, replaced)
         self._inspected: tuple | None = None
         if inspection.inspector is not None:
-            given = [*state_values, *input_values, *number_values]
-            self._inspected = captured.graph, given, returned, written_names(entries, written)
-        leaves = [entries[entry].leaf(place) for entry, place in self._leaves]
+            self._inspected = captured.graph, given, returned, names, replaced
+        leaves = [entries[entry].leaves[place] for entry, place in self._leaves]
         arguments = [leaf if isinstance(leaf, Input) else leaf.meta for leaf in leaves]
         program = StepProgram(
             name=name,
             function=step,
-            state=self._state_specs(donated, entries),
+            state=(*self._state_specs(donated, entries), *(self._gradient_specs() if self._writes_gradients else ())),
             inputs=(
                 *(self._spec_of(f"constant {i}", t.tensor(), "constant", t.value) for i, t in enumerate(read)),
                 *(_spec(f"input {i}", a.shape, a.dtype, "batch") for i, a in enumerate(arguments)),
-                *(_spec(f"seed {i}", (), torch.int64, "rng") for i in range(len(self._seeds))),
+                _spec("seeds", (len(self._seeds),), torch.int64, "rng"),
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
             outputs=self._output_specs([slots[index] for index in self._exports]),
             digest=digest_of(
-                captured.graph, returned, [state_values, input_values, number_values, *precisions, common]
+                captured.graph,
+                returned,
+                [state_values, memory_values, input_values, seed_values, number_values, *precisions, common],
             ),
             is_deterministic=any(entry.ambient.deterministic for entry in entries),
             recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
@@ -159,8 +182,10 @@ class CompiledTape:
 
     def _output_specs(self, exports: list[Slot]) -> tuple[TensorSpec, ...]:
         of_slots = [_spec("output", slot.meta.shape, slot.meta.dtype, "output") for slot in exports]
-        parameters = [parameter() for parameter, _ in self._new_gradients]
-        return (*of_slots, *(self._spec_of("gradient", parameter, "gradient") for parameter in parameters))
+        return (*of_slots, *(() if self._writes_gradients else self._gradient_specs()))
+
+    def _gradient_specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(self._spec_of("gradient", parameter(), "gradient") for parameter, _ in self._new_gradients)
 
     def _spec_of(self, name: str, tensor: torch.Tensor, role: Role, value: int | None = None) -> TensorSpec:
         """Describes a tensor that may be divided between devices which share its layer, or between workers."""
@@ -209,6 +234,7 @@ class CompiledTape:
                 mover.move(tensors[: self._donated])
             self._executable = compiler.compile(self.program, self.cache.target)
             mover.wait()
+            self._sentinel.begin(self._executable, self.cache.verify)
 
     @property
     def added_bytes(self) -> int:
@@ -266,6 +292,7 @@ class CompiledTape:
                 return None
         return self._bindings.tensors()
 
+    @section.around
     def run(self, entries: list[Entry], tensors: list[torch.Tensor]) -> "Held | None":
         """Runs the program on what the entries hold, and gives their slots values.
 
@@ -283,42 +310,75 @@ class CompiledTape:
         if self.cache.division is not None:
             placed = itertools.chain(zip(cells, of_state, strict=False), zip(map(cell, read), of_read, strict=False))
             self._come_together(self.cache.division, list(placed))
-        state = tuple(cell.array(where) for cell, where in zip(cells, of_state, strict=False))
-        inputs: list[Any] = [cell(tensor).array(where) for tensor, where in zip(read, of_read, strict=False)]
+        gradients = self._gradient_tensors()
+        gradient_cells = list(map(cell, gradients))
+        state = tuple(cell.array(where, written=True) for cell, where in zip(cells, of_state, strict=False))
+        state += tuple(cell.array(None, written=True) for cell in gradient_cells)
+        read_cells = list(map(cell, read))
+        inputs: list[Any] = [one.array(where) for one, where in zip(read_cells, of_read, strict=False)]
+        if any(one.stays for one in cells) or any(one.stays for one in read_cells):
+            self._check_apart(tensors)
         for entry, place in self._leaves:
-            leaf = entries[entry].leaf(place)
+            leaf = entries[entry].leaves[place]
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
-        inputs += [entries[entry].seed.array for entry in self._seeds]
+        inputs.append(np.array([entries[entry].seed for entry in self._seeds], np.int64))
         inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
         if self.cache.target.platform == "cuda":
             self._get_ready(entries)
-        given = [np.array(array) for array in (*state, *inputs[:-1], *inputs[-1])] if self._inspected else []
+        given = (
+            [np.array(array) for array in (*state, *inputs[:-2], *inputs[-2], *inputs[-1])] if self._inspected else []
+        )
         watched = self.cache.agreement.running(self._name, self._where) if self._waits else contextlib.nullcontext()
-        with watched, jax.enable_x64(True):
-            new_state, outputs = self._executable(state, tuple(inputs))
-            if self.cache.target.platform == "cpu":
-                jax.block_until_ready((new_state, outputs))
-        statistics().launches += 1
-        for updated, array in zip(cells, new_state, strict=True):
-            updated.update(array)
-        if len(outputs) > self._outputs:
-            outputs, holds = outputs[:-1], outputs[-1]
-        else:
-            holds = None
-        if self.cache.target.platform != "cpu":
-            self.cache.pace.launched(inputs, (new_state, outputs), holds, self._where)
-        elif holds is not None and not holds:
-            raise PassingCaptureError(reason=_REFUSED, where=self._where)
+        with self._sentinel.watching(self._executable, state, inputs) as watch:
+            on_cpu = self.cache.target.platform == "cpu"
+            with watched, jax.enable_x64(True):
+                started_s = time.perf_counter()
+                new_state, outputs = self._executable(state, tuple(inputs))
+                if on_cpu:  # where a call may run the program itself
+                    jax.block_until_ready((new_state, outputs))
+                    statistics().waited_s += time.perf_counter() - started_s
+            statistics().launches += 1
+            for updated, array in zip([*cells, *gradient_cells], new_state, strict=True):
+                updated.update(array)
+            if len(outputs) > self._outputs:
+                outputs, holds = outputs[:-1], outputs[-1]
+            else:
+                holds = None
+            if not on_cpu:
+                self.cache.pace.launched(inputs, (new_state, outputs), holds, self._where)
+            elif holds is not None and not holds:
+                raise PassingCaptureError(reason=_REFUSED, where=self._where)
+            watch.ran(cells, new_state, outputs)
         if self._inspected is not None:
             self._show(given, [*new_state, *outputs])
-        torch.autograd.graph.increment_version(tensors[: self._donated])  # as torch's own in-place updates do
-        slots = [slot for entry in entries for slot in entry.outputs or ()]
+        torch.autograd.graph.increment_version(
+            [*tensors[: self._donated], *gradients]
+        )  # as torch's own in-place updates do
+        slots = [slot for entry in entries for slot in entry.outputs]
         for index, array in zip(self._exports, outputs, strict=False):
             slots[index].value = tensor_of(array, slots[index].device)
         held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
+        for (parameter, _), gradient in zip(self._new_gradients, gradients, strict=False):
+            tensor_hooks.store_gradient(parameter(), gradient)
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
+
+    def _gradient_tensors(self) -> list[torch.Tensor]:
+        """Where the program is to write gradients."""
+        memory = self.cache.gradients
+        return [memory.tensor_for(parameter()) for parameter, _ in self._new_gradients if self._writes_gradients]
+
+    def _check_apart(self, tensors: list[torch.Tensor]) -> None:
+        """Refuses tensors over one memory: what the program writes to one of them, it would not read from the other."""
+        found = overlapping(tensors[: self._donated], tensors[self._donated : self._donated + self._read])
+        if found is not None:
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in found)
+            raise CaptureError(
+                f"two tensors of the step, of shapes {shapes}, lie in the same memory (`b.data = a.data`), to which it "
+                "writes; `b = a`, one parameter in two places, is compiled",
+                self._where,
+            )
 
     def _get_ready(self, entries: list[Entry]) -> None:
         """What has to be before a program runs on a GPU, where torch may be computing still."""
@@ -328,7 +388,7 @@ class CompiledTape:
                 torch.cuda.empty_cache()  # what torch keeps of the memory of moved tensors, XLA cannot use
             # A tensor that is handed over brings an event, for which XLA's queue waits. Without one the host waits: XLA
             # may be about to use the memory of results again that torch still reads.
-            if not any(entries[entry].leaf(place).device.type == "cuda" for entry, place in self._leaves):
+            if not any(entries[entry].leaves[place].device.type == "cuda" for entry, place in self._leaves):
                 devices.finish(device)
         self._has_run = True
 
@@ -344,7 +404,7 @@ class CompiledTape:
         if inspection.inspector is None:
             return
         assert self._inspected is not None
-        graph, given_values, result_values, names = self._inspected
+        graph, given_values, result_values, names, replaced = self._inspected
         inspection.inspector(
             inspection.Inspection(
                 name=self._name,
@@ -354,13 +414,15 @@ class CompiledTape:
                 inputs=dict(zip(given_values, given, strict=True)),
                 results=dict(zip(result_values, map(np.array, results), strict=True)),
                 names=names,
+                replaced=replaced,
             )
         )
 
     def apply(self, arrays: tuple, tensors: list[torch.Tensor]) -> None:
         """Stores gradients, and the state that was computed beside the old one, into `tensors`."""
-        gradients, held = arrays[: len(self._new_gradients)], arrays[len(self._new_gradients) :]
-        for (parameter, _), array in zip(self._new_gradients, gradients, strict=True):
+        returned = [] if self._writes_gradients else self._new_gradients
+        gradients, held = arrays[: len(returned)], arrays[len(returned) :]
+        for (parameter, _), array in zip(returned, gradients, strict=True):
             tensor = parameter()
             # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
             # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
@@ -400,9 +462,9 @@ def _cleared_inside(captured: CapturedStep) -> set[int]:
 
 def _number(entries: list[Entry], source: NumberSource) -> float:
     if source.optimizer is not None:
-        return optimizers.number_at(source.optimizer(), source.position)
-    if source.host is not None:
-        return entries[source.entry].host_numbers()[source.position][1]
+        entry = entries[source.entry]
+        groups = next(g for o, g in zip(entry.optimizers, entry.groups, strict=True) if o is source.optimizer())
+        return optimizers.number_at(groups, source.position)
     return entries[source.entry].leaves[source.position]
 
 

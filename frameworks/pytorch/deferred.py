@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trainingcompiler.errors import GradientLostError
 from trainingcompiler.frameworks.pytorch.tape import Slot
 
 # What is known of a tensor without its values: attributes and methods.
@@ -69,7 +70,14 @@ class DeferredTensor(torch.Tensor):
         # Only code that bypasses torch's Python interface gets here (C++ extensions): it needs the value.
         def real(leaf):
             if isinstance(leaf, DeferredTensor):
-                return leaf.owner.value(leaf.slot)
+                slot = leaf.slot
+                if torch.is_grad_enabled() and slot.meta.requires_grad and not slot.committed and not slot.freed:
+                    raise GradientLostError(
+                        f"{func} is called in C++ with a result of a compiled step that needs a gradient, and its "
+                        "gradient history is not there, so that what is behind it would not be trained. Wrap the call "
+                        "in a torch.autograd.Function, which is seen, or run the script with --engine=eager"
+                    )
+                return leaf.owner.value(slot)
             if type(leaf) in (list, tuple):
                 return type(leaf)(map(real, leaf))
             return leaf

@@ -16,13 +16,14 @@ from trainingcompiler.events import phase
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Purpose
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.structure import flatten
-from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input
 from trainingcompiler.program import StepProgram
 from trainingcompiler.targets import Target
 
@@ -89,10 +90,9 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         train_step,
         structure,
         [_described(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves],
-        Ambient.now(),
-        ("described",),
+        TorchModes.now(),
         outputs=None,
-        seed=Input(None, (), torch.int64),
+        seed=0,
         where=user_line(),
         optimizers=(optimizer,),
         modules=(module,),
@@ -103,7 +103,7 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         tape = CompiledTape(
             ProgramCache(book, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT
         )
-    if tape.program is None or not tape.program.state:
+    if tape.program is None or all(spec.role == "gradient" for spec in tape.program.state):
         raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
     return tape.program
 

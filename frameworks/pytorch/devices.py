@@ -21,13 +21,20 @@ from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _PHILOX_STEP = 4  # torch's CUDA generator counts in fours
+_stood_for: torch.device | None = None  # a GPU that is described, and not there
 _SHOWN = frozenset({"device", "is_cuda", "is_cpu", "get_device"})
 
 
 def of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
     """The device that tensors are on, as the first one says; None where there are none."""
     first = next(iter(tensors), None)
-    return None if first is None else first.device
+    return None if first is None else _stood_for or first.device
+
+
+def stand_for(device: torch.device | None) -> None:
+    """Has tensors on the CPU be taken for ones on a GPU that is not there, from now on; None ends it."""
+    global _stood_for
+    _stood_for = device
 
 
 @functools.cache
@@ -60,7 +67,7 @@ def drawn_seed(device: torch.device) -> int:
 
     On a GPU it is made of the generator's seed and offset, which torch keeps on the host: nothing waits for the GPU.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or _stood_for is not None:
         return int(torch.empty((), dtype=torch.int64).random_())
     generator = torch.cuda.default_generators[device.index or 0]
     offset = generator.get_offset()
@@ -72,7 +79,7 @@ def drawn_seed(device: torch.device) -> int:
 def generator_state(device: torch.device) -> Any:
     """What is equal at two moments if nothing has been drawn between them."""
     state = torch.get_rng_state().numpy().tobytes()
-    if device.type == "cpu":
+    if device.type == "cpu" or _stood_for is not None:
         return state
     generator = torch.cuda.default_generators[device.index or 0]
     return state, generator.initial_seed(), generator.get_offset()
@@ -137,6 +144,17 @@ def on_cpu(function: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
     return args, kwargs
+
+
+def asks_for_gpu(function: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a function is to make something on a GPU, or to move it there."""
+    name = getattr(function, "__name__", "")
+    asked = [_device_of(value, name) for value in args] if name == "to" else []  # elsewhere it stands by its name
+    if "device" in kwargs:
+        asked.append(_device_of(kwargs["device"], "to"))
+    elif function in _device_constructors() and not any(asked):
+        asked.append(torch.get_default_device())
+    return name == "cuda" or any(device is not None and device.type == "cuda" for device in asked)
 
 
 def _device_of(value: Any, name: str) -> torch.device | None:

@@ -142,7 +142,7 @@ class DividedCell(PlacedCell):
         """Whether this worker has a part only."""
         return self._array is not None and not self._array.sharding.is_fully_replicated
 
-    def array(self, sharding: Any) -> jax.Array:
+    def array(self, sharding: Any, written: bool = False) -> jax.Array:
         """The array to pass to a step, placed as the step wants it: gathered, if it is divided and is to be whole."""
         if sharding.is_fully_replicated:
             if self.is_divided:
@@ -153,7 +153,7 @@ class DividedCell(PlacedCell):
                 tensor = self.tensor()
                 assert tensor is not None
                 self._division.enter(self, tensor)
-        return super().array(sharding)
+        return super().array(sharding, written)
 
     def update(self, array: jax.Array) -> None:
         """Takes over what a step has made of the array."""

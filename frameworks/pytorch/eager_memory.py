@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainingcompiler.frameworks.pytorch import optimizers
-from trainingcompiler.frameworks.pytorch.capture import unchanged_host
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, tensors_in
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, replay, results_of
 from trainingcompiler.frameworks.pytorch.twins import Twins
 
 _BLOCK = 512  # bytes: what torch's allocator for CUDA rounds to
@@ -44,28 +43,25 @@ def peak_bytes(entries: list[Entry]) -> int:
             return values[leaf]
         return leaf
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unchanged_host(entries))
-        for state in _state(entries):
-            twins.twin(state)
+    for state in _state(entries):
+        twins.twin(state)
+    try:
         for index, entry in enumerate(entries):
-            for tensor, snapshot in entry.closure:
-                twins.stand_in(tensor, twins.fake_like(snapshot.shape, snapshot.dtype))
             with twins.recording(), contextlib.ExitStack() as prepared:
                 for optimizer in entry.optimizers:
                     prepared.enter_context(optimizers.traced(optimizer, lambda _, value: value, frozenset()))
                 prepared.enter_context(twins.numbers_in_steps())
-                for fingerprint in entry.prints:
-                    prepared.enter_context(fingerprint.restored())
                 result = replay(entry, resolve)
-            for tensor, _ in entry.closure:
-                twins.stand_in(tensor, None)
-            values |= dict(zip(entry.outputs or (), tensors_in(result), strict=False))
+            values |= dict(zip(entry.outputs or (), results_of(entry, result), strict=False))
             del result
             # The loop holds what it still has a name for; the rest goes with its last reader.
             for slot in [slot for slot in values if isinstance(slot, Slot)]:
                 if not slot.live and last_reader.get(slot, -1) <= index:
                     del values[slot]
+    finally:
+        for entry in entries:
+            for optimizer in entry.optimizers:
+                optimizers.drop_fake_state(optimizer)
     twins.let_go()
     return counter.peak_bytes
 

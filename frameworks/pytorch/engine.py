@@ -1,6 +1,7 @@
 """Who runs the next step: the compiled program or torch, by the user's word or by measurement."""
 
 import time
+import weakref
 
 import torch
 
@@ -46,7 +47,8 @@ class EngineChoice:
         self.engine = engine
         self.chosen = None if engine == "auto" else engine
         self._times_s: dict[str, list[float]] = {"xla": [], "eager": []}
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | None = None  # whose step ends a batch
+        self._earlier: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._last_end_s = 0.0
         self._compiles = 0
         self._turns = turns or Turns()
@@ -59,13 +61,19 @@ class EngineChoice:
         """Whether the next step is recorded for the compiled program."""
         return (self.chosen or self._turn) == "xla"
 
-    def stepped(self, optimizer: torch.optim.Optimizer, engine: str) -> None:
-        """Notes a finished step: who ran it, and how long it took since the last one."""
+    def stepped(self, optimizer: torch.optim.Optimizer, engine: str, is_same_batch: bool = False) -> None:
+        """Notes a finished step: who ran it, and how long it took since the last one.
+
+        Args:
+            optimizer: Whose. Where several step, the batch ends with the last one: the engine changes between batches.
+            engine: `"xla"` or `"eager"`.
+            is_same_batch: Whether the step before was of the same batch.
+        """
         if self.chosen is not None:
             return
         self._turns.finish()
         now_s = time.perf_counter()
-        if self._optimizer is None:
+        if self._optimizer is None or (is_same_batch and self._is_later(optimizer)):
             self._optimizer = optimizer
         elif optimizer is not self._optimizer:
             return
@@ -83,6 +91,14 @@ class EngineChoice:
             self.chosen = "xla"
         elif self.chosen is None and all(len(times) >= _FEW for times in self._times_s.values()):
             self._decide()
+
+    def _is_later(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this one, and not the one that was taken for it, steps last; nobody is taken for it twice."""
+        if optimizer is self._optimizer or optimizer in self._earlier:
+            return False
+        assert self._optimizer is not None
+        self._earlier.add(self._optimizer)
+        return True
 
     def _change(self) -> None:
         self._turn, self._in_turn = "eager" if self._turn == "xla" else "xla", 0

@@ -83,13 +83,13 @@ class Fallbacks:
         if self._config.fallback == "error":
             raise FallbackError(error.reason, error.where, error.operator) from None
         statistics().fallbacks += 1
-        if self._is_news(error):
+        if self._is_news(error, "for good"):  # it may have been said of one step
             emit(FellBack(reason=error.reason, where=error.where, permanent=True, operator=error.operator))
             if self._config.debug:
                 emit(Note(text="".join(traceback.format_exception(error))))
 
-    def _is_news(self, error: CaptureError) -> bool:
-        news = (error.reason, error.where)
+    def _is_news(self, error: CaptureError, kind: str = "") -> bool:
+        news = (error.reason, error.where, kind)
         known = news in self._said
         self._said.add(news)
         return not known

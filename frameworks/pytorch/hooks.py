@@ -6,12 +6,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch import apis, eager_transforms
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks, workers
+from trainingcompiler.frameworks.pytorch.critical import section
+from trainingcompiler.frameworks.pytorch.first_step_watch import FirstStepWatch
+from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.session import Session
+from trainingcompiler.frameworks.pytorch.structure import map_leaves
 
 
 class Hooks:
@@ -19,6 +24,7 @@ class Hooks:
 
     def __init__(self, session: Session):
         self.session = session
+        self._watch = FirstStepWatch(session)
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
@@ -31,13 +37,18 @@ class Hooks:
         self.session.torch_compile.begin()
         if self.session.workers is not None:
             self._hook_workers()
-        self.session.calls.modules.start()
+        self._hook_functions()
         tensor_hooks.watch_gradients(self.session)
+        section.watch_signals()
+        self.session.is_closed = False
+        self.session.deferring = self.session.deferring  # which puts the mode up
 
     def uninstall(self) -> None:
         """Leaves torch as it was."""
+        self.session.is_closed = True
+        self.session.mode.come_down()
+        section.unwatch_signals()
         tensor_hooks.unwatch_gradients(self.session)
-        self.session.calls.modules.stop()
         self.session.torch_compile.end()
         for owner, name, original in reversed(self._replaced):
             setattr(owner, name, original)
@@ -50,16 +61,24 @@ class Hooks:
     def _hook_modules(self) -> None:
         session = self.session
         original_call, original_state_dict = nn.Module.__call__, nn.Module.state_dict
+        original_apply = nn.Module._apply
 
         def call(module, *args, **kwargs):
             return session.call_module(original_call, module, args, kwargs)
 
         @functools.wraps(original_state_dict)
         def state_dict(module, *args, **kwargs):
-            session.settle()
+            session.state_is_read()
             return original_state_dict(module, *args, **kwargs)
 
-        self._replace(nn.Module, "__call__", call)
+        @functools.wraps(original_apply)
+        def apply(module, *args, **kwargs):  # what moves and casts: it asks for each gradient, if there is one
+            session.state_is_read()
+            with undeferred():
+                return original_apply(module, *args, **kwargs)
+
+        self._replace(nn.Module, "_apply", apply)
+        self._replace(nn.Module, "__call__", self._watch.watched(call))
         self._replace(nn.Module, "state_dict", state_dict)
 
     def _hook_optimizers(self) -> None:
@@ -68,6 +87,7 @@ class Hooks:
 
         def add_param_group(optimizer, param_group):
             original_add(optimizer, param_group)
+            self._watch.made(optimizer)
             session.book.register(optimizer)
 
         def patch_step_function(optimizer):
@@ -75,6 +95,7 @@ class Hooks:
             self._hook_step(type(optimizer))
             if "param_groups" in vars(optimizer):  # not a new one: a state has been loaded
                 session.book.register(optimizer)
+                session.book.habits(optimizer).was_loaded = True
 
         self._replace(Optimizer, "add_param_group", add_param_group)
         self._replace(Optimizer, "_patch_step_function", patch_step_function)
@@ -83,7 +104,7 @@ class Hooks:
 
     def _hook_step(self, kind: type[Optimizer]) -> None:
         """Hooks `step` where the class or a parent defines it."""
-        session = self.session
+        session, watch = self.session, self._watch
         owner = next(parent for parent in kind.__mro__ if "step" in parent.__dict__)
         original = owner.__dict__["step"]
         if owner is Optimizer or getattr(original, "defers", False) or _wraps_another(kind, owner):
@@ -95,11 +116,32 @@ class Hooks:
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not watch.is_over:
+                watch.steps()
             return session.stepping.step(optimizer, original, args, kwargs)
 
         # `hooked` keeps torch from wrapping it again: its own profiling wrapper is inside, in `original`.
         vars(step).update(defers=True, hooked=True)
         self._replace(owner, "step", step)
+
+    def _hook_functions(self) -> None:
+        """Hooks what runs the script's Python and is no torch function: `autograd.Function`, scripted functions."""
+        session = self.session
+        apply = vars(torch.autograd.Function)["apply"].__func__
+
+        def recorded(kind: type, *args: Any, **kwargs: Any) -> Any:
+            return session.apply(apply, kind, args, kwargs)
+
+        self._replace(torch.autograd.Function, "apply", classmethod(recorded))
+        scripted = torch.jit.ScriptFunction.__call__
+
+        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return session.call_unseen(function, scripted, (function, *args), kwargs)
+
+        self._replace(torch.jit.ScriptFunction, "__call__", call)
+        for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):
+            self._replace(eager_transforms, name, self._transforming(getattr(eager_transforms, name)))
+        self._replace(apis, "vmap_impl", self._transforming(apis.vmap_impl))
 
     def _hook_clipping(self) -> None:
         """Hooks the functions inside torch's `no_grad` wrappers, which scripts may have imported by name already."""
@@ -135,6 +177,16 @@ class Hooks:
         self._replace(nn.SyncBatchNorm, "forward", batch_norm)
         if not torch.cuda.is_available():  # the wrapper refuses torch's own on a CPU; ours is in place there
             self._replace(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda wrapper, module: None)
+
+    def _transforming(self, original):
+        session = self.session
+
+        @functools.wraps(original)
+        def transform(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = map_leaves(session.transformed, (args, kwargs))
+            return original(*args, **kwargs)
+
+        return transform
 
     def _clipping(self, original):
         session = self.session

@@ -1,9 +1,8 @@
 """What a run of a compiled program shows to whoever wants to look into it, as `trainingcompiler.check` does."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.graph import Graph
@@ -18,18 +17,20 @@ class Inspection:
         where: The script's line.
         steps: Whether an optimizer's step is in it.
         graph: The captured graph.
-        inputs: Value number to array, for every value that the program was given.
-        results: Value number to array, for every value that it returned.
+        inputs: Value number to array or tensor, for every value that the program was given.
+        results: Value number to array or tensor, for every value that it returned.
         names: Value number to what a person calls it, `"new 0.weight"`.
+        replaced: Value number of a result to that of the input whose place it takes, for a state.
     """
 
     name: str
     where: str | None
     steps: bool
     graph: Graph
-    inputs: dict[int, np.ndarray]
-    results: dict[int, np.ndarray]
-    names: dict[int, str]
+    inputs: Mapping[int, Any]
+    results: Mapping[int, Any]
+    names: Mapping[int, str]
+    replaced: Mapping[int, int] = field(default_factory=dict)
 
 
 inspector: Callable[[Inspection], None] | None = None

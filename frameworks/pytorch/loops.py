@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trainingcompiler import planner
 from trainingcompiler.errors import GradientNotKeptError
 from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
-from trainingcompiler.frameworks.pytorch.modules import ModuleWatch
 
 
 class _Habits:
@@ -18,6 +18,8 @@ class _Habits:
 
     def __init__(self):
         self.steps = 0
+        self.was_loaded = False  # its state, by the script
+        self.was_compiled = False  # any of its steps
         self.begins_in_torch = False  # the first step is torch's, whatever is known of it
         self.clears = False  # sets gradients to None between a step and the next backward
         self.zeroes = False  # fills them with zeros instead
@@ -30,6 +32,7 @@ class OptimizerBook:
 
     Attributes:
         keep_gradients: Whether the user asked for every gradient to be stored.
+        is_same_batch: Whether the last step followed another one, and no gradient was cleared in between.
     """
 
     def __init__(self, keep_gradients: bool = False):
@@ -40,8 +43,13 @@ class OptimizerBook:
         self._owned_at = -1
         self._changes = 0
         self._consumed: dict[int, weakref.ref] = {}
-        self._after_step = False
-        self._trained: dict[int, tuple] = {}
+        self._after_step = self.is_same_batch = False
+        self._trained: Any = WeakIdKeyDictionary()  # what is known of a module goes with it
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether any optimizer has."""
+        return any(habits.steps for habits in self._habits.values())
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers that are alive."""
@@ -58,57 +66,67 @@ class OptimizerBook:
             self.register(optimizer)
         return self._habits[optimizer]
 
-    def trains(self, module: nn.Module, watch: ModuleWatch) -> bool:
-        """Whether optimizers train the module's parameters, each of which can be captured.
+    def trains(self, module: nn.Module, parameters: list[nn.Parameter]) -> bool:
+        """Whether optimizers train a module's parameters, each of which can be captured.
 
         The first step of an optimizer runs in torch, unless it is known beforehand what it leaves: state, and
         gradients that the script throws away.
         """
-        fingerprint = watch.fingerprint(module)
-        known = self._trained.get(id(module))
-        if known is not None and known[0] is fingerprint and known[1] == self._changes:
-            return known[2]
+        flags = tuple(parameter.requires_grad for parameter in parameters)
+        known = self._trained.get(module)
+        if known is not None and known[0] is parameters and known[1] == self._changes and known[2] == flags:
+            return known[3]
         self._update_owners()
-        owners = {id(owner): owner for p in fingerprint.parameters if (owner := self.owner(p)) is not None}
+        owners = {id(owner): owner for p in parameters if (owner := self.owner(p)) is not None}
         trained = bool(owners) and all(map(self.is_ready, owners.values()))
         if trained and planner.current is None and any(not self.habits(owner).steps for owner in owners.values()):
             # A gradient that no optimizer clears is there from the second step on: that would be another program.
-            trained = all(self.owner(p) is not None for p in fingerprint.parameters if p.requires_grad)
-        self._trained[id(module)] = (fingerprint, self._changes, trained)
+            trained = all(self.owner(p) is not None for p in parameters if p.requires_grad)
+        self._trained[module] = (parameters, self._changes, flags, trained)
         return trained
 
     def is_ready(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer's next step can be captured: it has stepped before, or its first step is understood.
 
         That is so where its state was loaded or can be made ahead, and the script is known to set gradients to None.
+        A run that resumes may do so between forward and backward, so that it goes on with the masks that it would have
+        had: see `is_undecided`.
         Several optimizers begin in torch: in the first iteration of a GAN one has stepped when the other has not.
         """
         habits = self.habits(optimizer)
         if habits.steps or planner.current is not None:
             return True
-        if habits.begins_in_torch or habits.zeroes or not habits.clears or len(self._habits) > 1:
+        if habits.begins_in_torch or habits.zeroes or len(self._habits) > 1:
             return False
-        loaded = all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
-        return loaded or first_steps.makes_state(optimizer)
+        is_there = all(optimizer.state.get(p) for p in optimizers.parameters_of(optimizer) if p.requires_grad)
+        if not habits.clears:
+            return habits.was_loaded and is_there
+        return is_there or first_steps.makes_state(optimizer)
 
-    def begins_in_torch(self, module: nn.Module, watch: ModuleWatch) -> bool:
-        """Lets torch run the first step of the module's optimizers, unless that is past; returns whether it does.
+    def is_undecided(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether a first step has been recorded, and the script has not set the parameters' gradients to None yet."""
+        if planner.current is not None or self.has_stepped:
+            return False
+        return any(not habits.clears for habits in self._fresh(parameters))
+
+    def begins_in_torch(self, parameters: list[nn.Parameter]) -> bool:
+        """Lets torch run the first step of the parameters' optimizers, unless that is past; returns whether it does.
 
         A first forward may set things up that later ones find: caches, lazy layers, BERT's `config.problem_type`.
         """
-        fresh = self._fresh(module, watch)
+        fresh = self._fresh(parameters)
         for habits in fresh:
             habits.begins_in_torch = True
             self._changes += 1
         return bool(fresh)
 
-    def begins(self, module: nn.Module, watch: ModuleWatch) -> bool:
-        """Whether optimizers of the module have not stepped yet."""
-        return bool(self._fresh(module, watch))
+    def begins(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether optimizers of the parameters have not stepped yet."""
+        return bool(self._fresh(parameters))
 
-    def _fresh(self, module: nn.Module, watch: ModuleWatch) -> list[_Habits]:
+    def _fresh(self, parameters: Iterable[torch.Tensor]) -> list[_Habits]:
         self._update_owners()
-        owners = [self.owner(parameter) for parameter in watch.fingerprint(module).parameters]
+        owners = [self.owner(parameter) for parameter in parameters]
         return [self.habits(owner) for owner in owners if owner is not None and not self.habits(owner).steps]
 
     def owner(self, parameter: torch.Tensor) -> torch.optim.Optimizer | None:
@@ -121,9 +139,10 @@ class OptimizerBook:
         """Notes a finished `step`."""
         habits = self.habits(optimizer)
         habits.steps += 1
+        habits.was_compiled |= engine == "xla"
         if habits.steps == 1:
             self._changes += 1
-        self._after_step = True
+        self.is_same_batch, self._after_step = self._after_step, True
         self.on_step(optimizer, engine)
 
     def pattern(self, optimizer: torch.optim.Optimizer) -> tuple:
@@ -157,7 +176,12 @@ class OptimizerBook:
 
     def is_consumed(self, parameter: torch.Tensor) -> bool:
         """Whether a step has used the parameter's gradient and not stored it."""
-        return bool(self._consumed) and id(parameter) in self._consumed
+        reference = self._consumed.get(id(parameter))
+        return reference is not None and reference() is parameter  # a new one may have the number of one that is gone
+
+    def forget_consumed(self, parameter: torch.Tensor) -> None:
+        """Notes that somebody has cleared a gradient that a step had not stored."""
+        self._consumed.pop(id(parameter), None)
 
     def check_unconsumed(self, parameters: Iterable[torch.Tensor]) -> None:
         """Fails before a step is made by gradients that were not stored.
@@ -168,7 +192,7 @@ class OptimizerBook:
         Raises:
             GradientNotKeptError: The script did not clear the gradients, as it used to.
         """
-        if self._consumed and any(id(parameter) in self._consumed for parameter in parameters):
+        if self._consumed and any(map(self.is_consumed, parameters)):
             raise GradientNotKeptError(
                 "optimizer.step() would use gradients of an earlier step that the compiled step did not keep, "
                 "because the script has cleared them after every step so far. Pass --keep-gradients to the launcher, "

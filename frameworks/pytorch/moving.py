@@ -45,7 +45,7 @@ class Mover:
             self._copies[cell] = self._pool.submit(cell.copy)
 
     def move(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Begins to move tensors."""
+        """Begins to move tensors that a step is to write to."""
         for tensor in tensors if self._cells is not None else ():
             self._moves.append(self._pool.submit(self._move, self._cells.cell(tensor)))
 
@@ -57,7 +57,7 @@ class Mover:
     def _move(self, cell: Any) -> None:
         if cell in self._copies:
             self._copies[cell].result()  # it was asked for before, so that a thread is at it or has been
-        cell.array(None)
+        cell.array(None, written=True)
 
     def __enter__(self) -> "Mover":
         return self

@@ -84,10 +84,10 @@ def _asking_no_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
 
 
-def number_at(optimizer: torch.optim.Optimizer, path: tuple) -> float:
-    """The hyperparameter at `path`, as it is now."""
+def number_at(groups: list[dict], path: tuple) -> float:
+    """The hyperparameter at `path` of an optimizer's groups."""
     group, name, *index = path
-    value = optimizer.param_groups[group][name]
+    value = groups[group][name]
     return value[index[0]] if index else value
 
 

@@ -1,11 +1,13 @@
 """How far a loop runs ahead of a GPU, and what it hears of it late."""
 
+import time
 from collections import deque
 from typing import Any
 
 import jax
 
 from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.statistics import current as statistics
 
 _AHEAD = 2  # programs: one computes, and the next is there when it ends
 
@@ -48,6 +50,13 @@ class Pace:
             self._look()
 
     def _look(self) -> None:
+        started_s = time.perf_counter()
+        try:
+            self._wait_for_one()
+        finally:
+            statistics().waited_s += time.perf_counter() - started_s
+
+    def _wait_for_one(self) -> None:
         _, kept, holds, where = self._launched.popleft()
         if holds is None:
             for array in kept:

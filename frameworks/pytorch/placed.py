@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.buffers import own_device, owned_array, placed_array
 from trainingcompiler.frameworks.pytorch.arrays import array_over, tensor_of
+from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
 from trainingcompiler.frameworks.pytorch.devices import finish
-from trainingcompiler.frameworks.pytorch.state import is_shared, set_data
+from trainingcompiler.frameworks.pytorch.ownership import is_shared
+from trainingcompiler.frameworks.pytorch.state import check_owned, set_data
 
 _SHOWN = METADATA | {"grad", "_grad", "_version"}
 _SETTABLE = {"grad", "_grad"}
@@ -59,8 +61,17 @@ class PlacedCell:
         """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `division`."""
         return False
 
-    def array(self, sharding: Any) -> jax.Array:
-        """The array to pass to a step, placed as the step wants it; a `sharding` of None is the one device."""
+    @property
+    def stays(self) -> bool:
+        """Whether the tensor has kept its values, as others see its memory."""
+        return self._array is None
+
+    def array(self, sharding: Any, written: bool = False) -> jax.Array:
+        """The array to pass to a step, placed as the step wants it; a `sharding` of None is the one device.
+
+        Raises:
+            CaptureError: The step is to write to it, and somebody whom torch knows nothing of sees it.
+        """
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if sharding is None:
@@ -68,6 +79,8 @@ class PlacedCell:
                 return self._array
             sharding = own_device()
         if self._array is None:
+            if written:
+                check_owned(tensor)
             stays = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
             values = array_over(tensor)
             # A step updates it in place: not torch's own memory.
@@ -92,6 +105,7 @@ class PlacedCell:
         if not self._is_ahead:
             self._give_up(tensor)  # old values, which would be a second copy of the parameters
 
+    @section.around  # a step that runs has consumed the array, and stores another one
     def fetch(self) -> None:
         """Gives the tensor its values back; without effect while it has them."""
         tensor, array = self.tensor(), self._array

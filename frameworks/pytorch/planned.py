@@ -18,6 +18,8 @@ from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input
 from trainingcompiler.program import StepProgram
 
+_AUTOCAST = {"cpu": "autocast", "cuda": "cuda_autocast"}  # the field of `Ambient` that says it, by device
+
 
 class RecordedStep:
     """A tape that ends with an optimizer's step; see `planner.PlannableStep`."""
@@ -46,10 +48,10 @@ class RecordedStep:
             for optimizer in optimizers:
                 stack.enter_context(with_state(optimizer))
             captured = self._captured(entries, rows, batch_size)
-            exports = [slot for entry in entries for slot in entry.outputs or () if slot.live]
+            exports = [slot for entry in entries for slot in entry.outputs if slot.live]
             name = f"train_step_batch_{batch_size}"
             program = CompiledTape(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
-        if program is None or not program.state:
+        if program is None or all(spec.role == "gradient" for spec in program.state):
             raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
         return program.with_batch(batch_size)
 
@@ -67,32 +69,30 @@ class RecordedStep:
     def variants(self) -> dict[str, "RecordedStep"]:
         """In bfloat16, and with the blocks of a Transformers model computed again, where it does neither yet."""
         found: dict[str, RecordedStep] = {}
-        if not any(entry.ambient.autocast for entry in self._entries):
-            found['torch.autocast("cpu", dtype=torch.bfloat16) around the forward'] = self._in_bfloat16()
+        device = self._entries[0].device.type
+        if not any(getattr(entry.ambient, _AUTOCAST[device]) for entry in self._entries):
+            found[f'torch.autocast("{device}", dtype=torch.bfloat16) around the forward'] = self._in_bfloat16(device)
         models = [module for entry in self._entries for module in entry.modules]
         models = [module for module in models if getattr(module, "supports_gradient_checkpointing", False)]
         if models and not any(getattr(model, "is_gradient_checkpointing", True) for model in models):
             found["model.gradient_checkpointing_enable(), which computes blocks again"] = _Checkpointed(self, models)
         return found
 
-    def _in_bfloat16(self) -> "RecordedStep":
+    def _in_bfloat16(self, device: str) -> "RecordedStep":
+        field = _AUTOCAST[device]
+        modes: dict[str, Any] = {field: True, f"{field}_dtype": torch.bfloat16}
         entries = [
-            entry
-            if entry.optimizers
-            else dataclasses.replace(
-                entry, ambient=dataclasses.replace(entry.ambient, autocast=True, autocast_dtype=torch.bfloat16)
-            )
+            entry if entry.optimizers else dataclasses.replace(entry, ambient=entry.ambient._replace(**modes))
             for entry in self._entries
         ]
         return RecordedStep(self._cache, entries)
 
     def recipe(self) -> dict[str, Any]:
-        """The first group of the first optimizer; a schedule has noted the rate that it starts from."""
+        """The first group of the first optimizer; its learning rate is told with those of all groups."""
         optimizer = self._optimizers(self._entries)[0]
         group = optimizer.param_groups[0]
         found = {
             "optimizer": type(optimizer).__name__,
-            "lr": float(group.get("initial_lr", group.get("lr", 0.0))),
             "weight_decay": float(group.get("weight_decay", 0.0)),
         }
         if "betas" in group and len(group["betas"]) == 2:
@@ -163,5 +163,5 @@ def pretend(entries: list[Entry]) -> None:
             for parameter in module.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)  # memory that nobody touches takes none
-        for slot in entry.outputs or ():
+        for slot in entry.outputs:
             slot.value = torch.zeros(tuple(slot.meta.shape), dtype=slot.meta.dtype)

@@ -2,7 +2,7 @@
 
 import time
 
-from torch import nn
+import torch
 
 from trainingcompiler import workers
 from trainingcompiler.errors import CaptureError
@@ -10,6 +10,7 @@ from trainingcompiler.events import Recompiled, emit, phase
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.compiled_tape import CompiledTape, Held, Purpose
 from trainingcompiler.frameworks.pytorch.division import Division
+from trainingcompiler.frameworks.pytorch.gradient_memory import GradientMemory
 from trainingcompiler.frameworks.pytorch.layers import Layers
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.moving import Mover
@@ -18,12 +19,14 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.pace import Pace
 from trainingcompiler.frameworks.pytorch.placed import PlacedCell
+from trainingcompiler.frameworks.pytorch.replaying import outside_transforms
 from trainingcompiler.frameworks.pytorch.state import Cell, CellRegistry
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.garbage import collector_at_rest
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
+GradFlags = dict[int, tuple[torch.Tensor, bool]]
 _MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too often for compiling them to pay
 
 
@@ -33,48 +36,36 @@ class ProgramCache:
     Attributes:
         target: What for.
         pace: How far the loop is ahead of a GPU.
+        gradients: The memory of gradients that programs write; None where they return new ones.
+        verify: When results are compared with torch's: "first", "always" or "off".
         added_bytes: The most that one of them needs besides its arguments.
     """
 
-    def __init__(self, book: OptimizerBook, target: Target):
+    def __init__(self, book: OptimizerBook, target: Target, verify: str = "off"):
         self.book = book
         self.target = target
+        self.verify = verify
         # Several workers, where they divide their state.
         self.division = Division() if target.workers > 1 and target.strategy.divides_state else None
         if self.division is not None:
             self.cells = CellRegistry(PlacedCell, self.division.cell)
         else:
             self.cells = CellRegistry(Cell if target.device_count == 1 and target.platform == "cpu" else PlacedCell)
+        self.gradients = GradientMemory(self.cells) if target.is_one_cpu else None
         self.layers = Layers()
         self.pace = Pace()
         self.added_bytes = 0
         self.agreement = workers.Agreement()
-        self._programs: dict[tuple, list[CompiledTape]] = {}
-        self._loops: dict[tuple, list[tuple]] = {}
+        self._loops: dict[int, list[tuple]] = {}
 
-    def signature(self, entries: list[Entry]) -> tuple[tuple, dict[Slot, int]]:
-        """What decides which program entries are.
-
-        Returns:
-            A hashable key, and the number that each slot has in it.
-        """
-        numbering: dict[Slot, int] = {}
-        parts = []
-        for entry in entries:
-            reads = tuple(numbering.get(slot, (tuple(slot.meta.shape), slot.meta.dtype)) for slot in entry.slots())
-            extra = (*map(self.book.pattern, entry.optimizers), entry.seed is not None)
-            parts.append((entry.key, reads, extra))
-            for slot in entry.outputs or ():
-                numbering[slot] = len(numbering)
-        return tuple(parts), numbering
-
-    def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "Held | None":
+    def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
         """Runs entries as one program, compiled if they are new.
 
         Args:
             entries: In order.
             exports: The slots to give values to.
             purpose: What becomes of the state and gradients that the entries write.
+            flags: `requires_grad` of each state tensor at the beginning, by identity.
 
         Returns:
             What is to be applied later, for `Purpose.HOLD`.
@@ -83,23 +74,31 @@ class ProgramCache:
             CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
                 changed.
         """
-        key, numbering = self.signature(entries)
+        with outside_transforms():
+            return self._run(entries, exports, purpose, flags)
+
+    def _run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
+        numbering = {slot: number for number, slot in enumerate(slot for entry in entries for slot in entry.outputs)}
         wanted = {numbering[slot] for slot in exports}
-        variants = self._programs.setdefault((purpose, key), [])
+        variants = programs_of(entries, purpose)
         for compiled in variants:
-            if wanted <= compiled.exported and (tensors := compiled.bound()) is not None:
+            with torch._C.DisableTorchFunction():
+                tensors = compiled.bound() if wanted <= compiled.exported else None
+            if tensors is not None:
                 break
         else:
             # A set of live results only grows, or two loops that differ in what they hold would compile in turn.
             for older in variants:
                 wanted |= older.exported
-            compiled = self._compile(entries, [slot for slot in numbering if numbering[slot] in wanted], purpose)
+            slots = [slot for slot in numbering if numbering[slot] in wanted]
+            compiled = self._compile(entries, slots, purpose, flags)
             variants.append(compiled)
             tensors = compiled.bound()
         assert tensors is not None
-        return compiled.run(entries, tensors)
+        with torch._C.DisableTorchFunction():  # our own looks at tensors are nobody's business
+            return compiled.run(entries, tensors)
 
-    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose) -> "CompiledTape":
+    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "CompiledTape":
         where = next((entry.where for entry in entries if entry.where), None)
         if len(self._loops.get(_loop(entries), ())) >= _MOST_PROGRAMS:
             reason = f"this loop has been compiled {_MOST_PROGRAMS} times; other shapes or constants are not compiled"
@@ -107,21 +106,14 @@ class ProgramCache:
             error.leaves = False
             raise error
         name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
-        if all(isinstance(entry.function, nn.Module) for entry in entries) and not any(
-            entry.ambient.grad for entry in entries
-        ):
+        if not any(entry.ambient.grad for entry in entries):
             name = "evaluation"
         start_s = time.perf_counter()
-        target = self.target
-        shares = target.device_count == target.workers == 1 and target.platform == "cpu"
-        with Mover(self.cells if shares else None) as mover:
+        with Mover(self.cells if self.target.is_one_cpu else None) as mover:
             if purpose is Purpose.COMMIT:
                 stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
                 mover.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
-            unknown = entries[-1].outputs is None
-            captured = self._captured(entries, name, where)
-            if unknown:
-                exports = entries[-1].outputs or []
+            captured = self._captured(entries, name, where, flags)
             compiled = CompiledTape(self, name, entries, captured, exports, purpose)
             compiled.compile(mover)
             self.added_bytes = max(self.added_bytes, compiled.added_bytes)
@@ -130,10 +122,10 @@ class ProgramCache:
         statistics().compile_time_s += time.perf_counter() - start_s
         return compiled
 
-    def _captured(self, entries: list[Entry], name: str, where: str | None) -> CapturedStep:
+    def _captured(self, entries: list[Entry], name: str, where: str | None, flags: GradFlags) -> CapturedStep:
         with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
             try:
-                captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants)
+                captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants, flags)
             except (CaptureError, NumberUsed):
                 raise
             except Exception as error:  # an error of the script's, most likely: torch will say which
@@ -167,9 +159,19 @@ class ProgramCache:
                 return
 
 
-def _loop(entries: list[Entry]) -> tuple:
+def _loop(entries: list[Entry]) -> int:
     """What is called, whatever the shapes."""
-    return tuple(entry.key[0][0] if isinstance(entry.function, nn.Module) else entry.key[0] for entry in entries)
+    assert entries[-1].call is not None
+    return entries[-1].call.loop
+
+
+def programs_of(entries: list[Entry], purpose: Purpose) -> list[CompiledTape]:
+    """The programs of entries, which are kept at the end of their path, and go with it."""
+    last = entries[-1].call
+    assert last is not None and entries[0].call is not None
+    is_path = entries[0].call.depth == 1 and last.depth == len(entries)
+    key = (purpose, None if is_path else tuple(entry.call.depth for entry in entries if entry.call is not None))
+    return last.programs.setdefault(key, [])
 
 
 def _described(shape: tuple) -> str:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 class _Depth(threading.local):
@@ -27,3 +28,20 @@ def undeferred() -> Iterator[None]:
         yield
     finally:
         _depth.value -= 1
+
+
+def outside_transforms() -> contextlib.AbstractContextManager:
+    """Leaves `torch.func`'s transforms for a while: what is computed inside of one belongs to it."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[None]:
+    """Ends `undeferred` for a while: a signal handler of the script may come in the midst of what torch runs for us."""
+    depth, _depth.value = _depth.value, 0
+    try:
+        yield
+    finally:
+        _depth.value = depth

@@ -4,34 +4,34 @@ A loop that reads `loss.item()` before `loss.backward()` would otherwise run its
 in the step. The gradients are held until the loop asks for them; a wrong guess is discarded, never committed.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.calls import CallBook
 from trainingcompiler.frameworks.pytorch.compiled_tape import Held, Purpose
+from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
+from trainingcompiler.frameworks.pytorch.recording import Call, Recording
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape
+from trainingcompiler.frameworks.pytorch.structure import flatten
+from trainingcompiler.frameworks.pytorch.tape import Entry, Slot, Tape
 
 
 class Speculation:
     """What followed each look at a tape, and what is held because it may follow again."""
 
-    def __init__(self, programs: ProgramCache, calls: CallBook):
+    def __init__(self, programs: ProgramCache, recording: Recording):
         self._programs = programs
-        self._calls = calls
-        self._followers: dict[tuple, Entry | None] = {}  # None: this look is not followed by one backward
-        self._looked_at: tuple | None = None
-        self._held: tuple[Entry, Held] | None = None
+        self._recording = recording
+        self._looked_at: Call | None = None
+        self._held: tuple[Call, Held] | None = None
 
     def look(self, tape: Tape, slot: Slot) -> bool:
         """Computes the live values of a tape, and with them the gradients that will be asked for next.
 
-        The first time, the guess is `loss.backward()` of the scalar looked at; after that, what has followed.
+        The guess is `loss.backward()` of the scalar looked at, unless that has been wrong here.
 
         Args:
             tape: Everything pending.
@@ -41,28 +41,34 @@ class Speculation:
             Whether the values have been computed.
         """
         self.forget()
-        key, numbering = self._programs.signature(tape.entries)
-        self._looked_at = key
-        if key not in self._followers:
-            if slot.meta.ndim or not slot.meta.requires_grad or slot.freed or not slot.live:
-                return False
-            guess = self._calls.entry(torch.Tensor.backward, (slot.wrapper(), None, None, False), {"inputs": None})
-            self._followers[key] = _template(guess, numbering)
-        follower = self._followers[key]
-        if follower is None:
+        self._looked_at = tape.place
+        if tape.place.backward_follows is False or tape.has_pieces:  # whose Python runs when backward is asked for
             return False
-        slots = {number: slot for slot, number in numbering.items()}
-        leaves = [slots[leaf.number] if isinstance(leaf, _Numbered) else leaf for leaf in follower.leaves]
-        backward = Entry(follower.function, follower.structure, leaves, follower.ambient, follower.key)
+        if slot.meta.ndim or not slot.meta.requires_grad or slot.freed or not slot.live:
+            return False
+        backward = self._backward(tape, slot)
         try:
             with undeferred():
-                held = self._programs.run([*tape.entries, backward], tape.live_slots(), Purpose.HOLD)
+                held = self._programs.run([*tape.entries, backward], tape.live_slots(), Purpose.HOLD, tape.grad_flags)
         except (CaptureError, NumberUsed):
-            self._followers[key] = None
+            tape.place.backward_follows = False
             return False
-        assert held is not None
-        self._held = backward, held
+        assert held is not None and backward.call is not None
+        self._held = backward.call, held
         return True
+
+    def _backward(self, tape: Tape, slot: Slot) -> Entry:
+        arguments: Any = (slot, None, None, False), {"inputs": None}
+        leaves, structure = flatten(arguments)
+        kinds = tuple(slot.kind if leaf is slot else (type(leaf), leaf) for leaf in leaves)
+        last = tape.place.last
+        modes = TorchModes.now()._replace(grad=True)
+        call = self._recording.follow(
+            tape.place, torch.Tensor.backward, structure, kinds, leaves, modes, tape.region, ()
+        )
+        if last is not None:
+            tape.place.last = last
+        return Entry(torch.Tensor.backward, structure, leaves, modes, call, where=call.where)
 
     def backward(self, tape: Tape, entry: Entry) -> Held | None:
         """Takes note of a backward, the last entry of the tape.
@@ -70,34 +76,19 @@ class Speculation:
         Returns:
             Its results, if it is the one that has been run already.
         """
-        if self._looked_at is None:
-            return None
-        key, numbering = self._programs.signature(tape.entries[:-1])
         looked_at, self._looked_at = self._looked_at, None
-        if self._held is None:
-            if key == looked_at and not tape.mutated:
-                self._followers.setdefault(key, _template(entry, numbering))
+        held, self._held = self._held, None
+        if held is None or looked_at is None:
             return None
-        (expected, held), self._held = self._held, None
-        if key == looked_at and expected.key == entry.key and expected.leaves == entry.leaves:
-            return held
-        self._followers[looked_at] = None
+        if held[0] is entry.call:
+            return held[1]
+        looked_at.backward_follows = False
         return None
 
     def forget(self) -> None:
         """Drops what is held."""
+        if self._held is not None and self._looked_at is not None:
+            self._looked_at.wrong_guesses += 1
+            if self._looked_at.wrong_guesses > 1:
+                self._looked_at.backward_follows = False
         self._looked_at = self._held = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbered:
-    """Stands for the slot with a number."""
-
-    number: int
-
-
-def _template(backward: Entry, numbering: dict[Slot, int]) -> Entry | None:
-    leaves: list[Any] = [_Numbered(numbering[leaf]) if isinstance(leaf, Slot) else leaf for leaf in backward.leaves]
-    if any(isinstance(leaf, Input) for leaf in leaves):
-        return None
-    return Entry(backward.function, backward.structure, leaves, backward.ambient, backward.key)

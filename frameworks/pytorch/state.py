@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from jax.sharding import Sharding
 
 from trainingcompiler.buffers import address, owned_array, placed_array, snapshot
+from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.arrays import gpu_array, numpy_view, tensor_of, tensor_over
-from trainingcompiler.frameworks.pytorch.devices import CPU, drawn_seed
+from trainingcompiler.frameworks.pytorch.devices import CPU
+from trainingcompiler.frameworks.pytorch.ownership import is_foreign, is_shared
 
 
 class _Buffer:
@@ -62,8 +63,9 @@ class _Copy:
 class Cell:
     """One tensor that the compiled step reads or writes.
 
-    Tensors that share their memory with others have to stay where they are: their values are copied into and out of
-    every step. All others are moved into a buffer of their own on first use.
+    Tensors that share their memory with other tensors have to stay where they are: their values are copied into and out
+    of every step. All others are moved into a buffer of their own on first use. What NumPy or another process sees is
+    read, and not written: they may write to it while a step runs, which would undo that.
 
     Attributes:
         tensor: A weak reference to the torch tensor.
@@ -87,15 +89,25 @@ class Cell:
         cell._buffer, cell._pointer = buffer, tensor.data_ptr()
         return cell, tensor
 
-    def array(self, sharding: Sharding | None) -> jax.Array:
+    @property
+    def stays(self) -> bool:
+        """Whether the tensor has been left where it is, as others see its memory."""
+        return self._buffer is None
+
+    def array(self, sharding: Sharding | None, written: bool = False) -> jax.Array:
         """The array to pass to the step, on one device; `sharding` is that of one of several workers, or None.
 
         A tensor whose memory was replaced (`p.data = ...`) is moved again.
+
+        Raises:
+            CaptureError: The step is to write to it, and somebody whom torch knows nothing of sees it.
         """
         tensor = self.tensor()
         assert tensor is not None, "a step was run with the state of a tensor that is gone"
         if self._buffer is None or tensor.data_ptr() != self._pointer:
             self._buffer = None
+            if written:
+                check_owned(tensor)
             copy, self._copy = self._copy, None
             if copy is None or not copy.is_of(tensor):
                 copy = _Copy(tensor)
@@ -176,11 +188,6 @@ def input_array(tensor: torch.Tensor) -> jax.Array:
     return snapshot(numpy_view(tensor))
 
 
-def seed_array(device: torch.device) -> jax.Array:
-    """A seed from torch's generator of a device, as programs read it."""
-    return snapshot(np.array(drawn_seed(device), np.int64))
-
-
 def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Replaces a tensor's memory, which torch is not to take for a write to it."""
     version = tensor._version
@@ -189,9 +196,15 @@ def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:
     torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def is_shared(tensor: torch.Tensor) -> bool:
-    """Whether others see the tensor's memory, so that it has to stay where it is."""
-    storage = tensor.untyped_storage()
-    if tensor._is_view() or storage.nbytes() != tensor.numel() * tensor.element_size():
-        return True
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own reference and `storage`'s
+def check_owned(tensor: torch.Tensor) -> None:
+    """Refuses a tensor that a step would write to while others may.
+
+    Raises:
+        CaptureError: NumPy or another process sees its memory.
+    """
+    if is_foreign(tensor):
+        kind = "parameter" if tensor.requires_grad else "tensor"
+        raise CaptureError(
+            f"a {kind} of shape {list(tensor.shape)} that the step updates lies in memory that NumPy or another "
+            "process sees too, and may write to; `p.data = p.data.clone()` gives it memory of its own, to be compiled"
+        )

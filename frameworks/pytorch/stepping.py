@@ -4,15 +4,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from trainingcompiler import planner
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import loss_scaling, tensor_hooks
+from trainingcompiler.frameworks.pytorch.critical import section
+from trainingcompiler.frameworks.pytorch.custom_steps import End, step_ends
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, parameters_of
+from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.statistics import current as statistics
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
@@ -36,25 +38,42 @@ class Stepping:
         session = self._session
         if session.is_unwatched():
             result = original(optimizer, *args, **kwargs)
-            if not is_replaying() and session.is_own_thread:
+            if not is_replaying() and session.is_own_thread and not session.is_closed:
                 session.book.stepped(optimizer, "eager")  # a parameter's hook makes it, inside of torch's own backward
+            elif not is_replaying():
+                session.stepped_elsewhere(optimizer)
             return result
+        with section:
+            return self._step(optimizer, original, args, kwargs)
+
+    def _step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
+        session = self._session
         if optimizer is self._stepped_already:
             return None  # a look at the call is all that is left to do
         closure = args[0] if args else kwargs.get("closure")
         if closure is not None and session.deferring and calls_closure_once(optimizer):
-            with torch.enable_grad():
+            with section.outside(), torch.enable_grad():
                 loss = closure()
             self.step(optimizer, original, (), {})
             return loss
-        if session.deferring and hooks_of(optimizer) and not session.fallbacks.covers(optimizer):
-            reason = f"{type(optimizer).__name__} has a step hook, so the step itself runs in torch"
-            session.fallbacks.leave(CaptureError(reason, user_line()), [optimizer])
+        if session.deferring and not session.fallbacks.covers(optimizer):
+            reason = self._reason_for_torch(optimizer)
+            if reason is not None and planner.current is None:
+                session.fallbacks.leave(
+                    CaptureError(f"{reason}, so the step itself runs in torch", user_line()), [optimizer]
+                )
+        if self._is_recorded(optimizer, closure):
+            return self._record(optimizer, original, args, kwargs)
         reason = self._reason_to_step_eagerly(optimizer, closure)
         if reason is None:
             self._cut(optimizer)
+            self._look_at_state(optimizer)
             function, arguments = self._unless_overflow(original, optimizer)
             session.append(function, arguments, {}, optimizers=(optimizer,))
+            session.tape.mutated = True
+            with torch._C.DisableTorchFunction():
+                trained = [p for p in parameters_of(optimizer) if p.requires_grad]
+                session.tape.written |= {p.untyped_storage()._cdata for p in trained}
             return self._end_step(optimizer)
         if planner.current is not None:
             planner.current.left(f"PyTorch would run it, because {reason}")
@@ -66,18 +85,80 @@ class Stepping:
             session.commit()  # forward and backward, up to the gradients
         elif session.tape:
             session.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
-        elif session.deferring and closure is not None:
+        elif session.deferring and closure is not None and of_torch(type(optimizer)):
             session.fallbacks.say(CaptureError(reason=reason, where=user_line()))
         else:
             self._tell_of_unseen(optimizer)
-        session.book.check_unconsumed(parameters_of(optimizer))
+        session.settle()
+        if closure is None:
+            session.book.check_unconsumed(parameters_of(optimizer))
         if self._overflow is not None and self._overflow.item():
             return None
-        with undeferred():
+        if closure is not None:
+            args, kwargs = self._with_closure(optimizer, closure, args, kwargs)
+        with section.outside(), undeferred():
             result = original(optimizer, *args, **kwargs)
+        session.is_in_torch = False
         session.book.stepped(optimizer, "eager")
         return result
 
+    def _is_recorded(self, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
+        """Whether a step runs its Python and is recorded: of an optimizer that is not torch's, after our backward."""
+        session = self._session
+        if of_torch(type(optimizer)) or planner.current is not None or self._overflow is not None:
+            return False
+        if not session.deferring or session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer):
+            return False
+        return session.has_backward or session.backward_compiled or (closure is not None and not session.is_in_torch)
+
+    def _record(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
+        session = self._session
+        if session.has_backward:
+            self._cut(optimizer)
+        steps = statistics().steps
+        result, end = session.custom_steps.run(optimizer, original, args, kwargs)
+        if end is End.RECORDED:
+            session.append(step_ends, (optimizer,), {}, optimizers=(optimizer,))
+            session.tape.mutated = True
+            self._end_step(optimizer)
+            return result
+        session.settle()
+        if (
+            end is End.ENDED_EARLY and statistics().steps == steps
+        ):  # and not a wrapper around an optimizer whose step ended the tape
+            reason = f"step() of {type(optimizer).__name__} asks for values that depend on gradients"
+            session.fallbacks.leave(
+                CaptureError(f"{reason}, so the step itself runs in torch", user_line()), [optimizer]
+            )
+        session.is_in_torch = False
+        session.book.stepped(optimizer, "eager")
+        return result
+
+    @staticmethod
+    def _reason_for_torch(optimizer: torch.optim.Optimizer) -> str | None:
+        """Why a step that we know is torch's nevertheless."""
+        kind = type(optimizer)
+        return f"{kind.__name__} has a step hook" if of_torch(kind) and hooks_of(optimizer) else None
+
+    def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Any, args: tuple, kwargs: dict) -> tuple:
+        """The arguments of `step`, with a closure that has to clear gradients which an earlier step did not keep."""
+        book = self._session.book
+
+        def checked(*given: Any) -> Any:
+            lost = [parameter for parameter in parameters_of(optimizer) if book.is_consumed(parameter)]
+            for parameter in lost:  # not a number, until somebody clears it
+                tensor_hooks.store_gradient(parameter, torch.full_like(parameter, float("nan")))
+            loss = closure(*given)
+            for parameter in lost:
+                gradient = tensor_hooks.stored_gradient(parameter)
+                if gradient is None or not gradient.isnan().any():
+                    book.forget_consumed(parameter)
+            book.check_unconsumed(parameters_of(optimizer))
+            return loss
+
+        return ((checked, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": checked})
+
+    @section.around
     def unscale(self, original: Callable, scaler: Any, optimizer: torch.optim.Optimizer) -> None:
         """Does what `GradScaler.unscale_` does."""
         if not self._may_scale(scaler, optimizer) or not loss_scaling.is_ready(scaler, optimizer):
@@ -87,6 +168,7 @@ class Stepping:
         found_inf = self._session.record(loss_scaling.unscale, (parameters, scaler._scale), {}, gradients_exist=True)
         return loss_scaling.unscaled(scaler, optimizer, found_inf)
 
+    @section.around
     def scaled_step(self, original: Callable, scaler: Any, optimizer: torch.optim.Optimizer, args, kwargs) -> Any:
         """Does what `GradScaler.step` does; whether the step is skipped is decided in the program."""
         if not self._may_scale(scaler, optimizer) or any(argument is not None for argument in args) or kwargs:
@@ -111,7 +193,15 @@ class Stepping:
     def _may_scale(self, scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
         session = self._session
         ours = session.deferring and session.has_backward and not session.is_unwatched()
-        return ours and scaler.is_enabled() and not session.fallbacks.covers(optimizer) and not hooks_of(optimizer)
+        plain = of_torch(type(optimizer)) and not hooks_of(optimizer)
+        return ours and plain and scaler.is_enabled() and not session.fallbacks.covers(optimizer)
+
+    def _look_at_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Computes what the script has put into an optimizer's state or groups and nobody has computed yet."""
+        for space in (*optimizer.state.values(), *optimizer.param_groups):
+            for name, value in space.items():
+                if type(value) is DeferredTensor:
+                    space[name] = self._session.value(value.slot)
 
     def _unless_overflow(self, original: Callable, optimizer: torch.optim.Optimizer) -> tuple[Callable, tuple]:
         if self._overflow is None:
@@ -119,15 +209,18 @@ class Stepping:
         return loss_scaling.step_unless, (original, optimizer, self._overflow)
 
     def _tell_of_unseen(self, optimizer: torch.optim.Optimizer) -> None:
-        """Says why nothing is compiled of a loop that calls no module, if nothing else has been said."""
+        """Says why nothing is compiled of a loop whose gradients come from elsewhere, if nothing has been said."""
         session = self._session
-        begins = session.book.habits(optimizer).steps < 2
-        if not session.deferring or begins or session.backward_compiled or session.fallbacks.has_spoken:
+        habits = session.book.habits(optimizer)
+        if habits.steps < 2 or habits.was_compiled or not session.deferring:
+            return
+        if session.backward_compiled or session.fallbacks.has_spoken:
             return
         if any(tensor_hooks.stored_gradient(parameter) is not None for parameter in parameters_of(optimizer)):
+            kind = type(optimizer).__name__
             reason = (
-                f"its gradients do not come from a module that {type(optimizer).__name__} trains and the loop calls: "
-                "model(x) is seen; model.forward(x), and operators on the parameters themselves, are not"
+                f"its gradients do not come from backward() of what {kind}'s parameters were seen to compute: those of "
+                "torch.func, or of another process, are not recorded"
             )
             session.fallbacks.say(CaptureError(reason, user_line()))
 
@@ -149,11 +242,9 @@ class Stepping:
         updated = set(map(id, parameters_of(optimizer)))
         for slot in session.tape.live_slots():
             if slot.meta.requires_grad and not slot.freed:
-                for function in session.tape.functions_behind(slot):
-                    if isinstance(function, nn.Module):
-                        parameters = session.calls.modules.fingerprint(function).parameters
-                        if any(id(parameter) in updated for parameter in parameters):
-                            slot.freed = True
+                behind = session.tape.entries_behind(slot)
+                if any(isinstance(leaf, torch.Tensor) and id(leaf) in updated for e in behind for leaf in e.leaves):
+                    slot.freed = True
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
         session = self._session
@@ -167,12 +258,16 @@ class Stepping:
                     where=user_line(),
                 )
             )
+        session.is_in_torch = False
         session.book.stepped(optimizer, "xla" if fallbacks == session.fallbacks.count else "eager")
 
+    @section.around
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `clip_grad_norm_` and `clip_grad_value_` do."""
         session = self._session
         if session.is_unwatched() or not session.has_backward:
+            if not session.is_unwatched():
+                session.settle()
             with undeferred():
                 return original(*args, **kwargs)
         parameters = args[0] if args else kwargs.pop("parameters")

@@ -5,15 +5,18 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainingcompiler.frameworks.pytorch import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
-from trainingcompiler.frameworks.pytorch.host import Place
-from trainingcompiler.frameworks.pytorch.modules import Fingerprint
+from trainingcompiler.frameworks.pytorch.modes import TorchModes
+from trainingcompiler.frameworks.pytorch.replaying import outside_transforms
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, unflatten
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.recording import Call
 
 
 class Slot:
@@ -22,22 +25,40 @@ class Slot:
     Attributes:
         meta: A fake tensor with its shape, dtype and `requires_grad`.
         device: Where torch would have it.
+        number: Its number among those of its tape.
+        kind: What a key has of it.
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
+        memory: The state tensor, or the other slot, that it is a view of; None if its memory is its own.
         finite: Whether the program sees to it that no value is infinite or not a number, so that nobody need look.
         wrapper: A weak reference to the `DeferredTensor` that the loop holds.
     """
 
-    __slots__ = ("__weakref__", "committed", "device", "finite", "freed", "meta", "value", "wrapper")
+    __slots__ = (
+        "__weakref__",
+        "committed",
+        "device",
+        "finite",
+        "freed",
+        "kind",
+        "memory",
+        "meta",
+        "number",
+        "value",
+        "wrapper",
+    )
 
-    def __init__(self, meta: torch.Tensor, device: torch.device = devices.CPU):
+    def __init__(self, meta: torch.Tensor, device: torch.device = devices.CPU, number: int = -1):
         self.meta = meta
         self.device = device
+        self.number = number
+        self.kind: tuple = ("slot", number)
         self.value: torch.Tensor | None = None
         self.committed = False
         self.freed = False
         self.finite = False
+        self.memory: Any = None
         self.wrapper: weakref.ref | None = None
 
     @property
@@ -57,7 +78,8 @@ class Input:
 
     Attributes:
         array: A snapshot that XLA reads, shared with nobody.
-        meta: Shape, dtype and device of the tensor.
+        shape, dtype, requires_grad, device: Those of the tensor.
+        origin: The module that was given the tensor, and the position or the key of the argument, where that is known.
     """
 
     array: Any
@@ -65,132 +87,120 @@ class Input:
     dtype: torch.dtype
     requires_grad: bool = False
     device: torch.device = devices.CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Ambient:
-    """torch's modes around a call, which decide what the call computes."""
-
-    grad: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    cuda_autocast: bool
-    cuda_autocast_dtype: torch.dtype
-    default_dtype: torch.dtype
-    precision: str
-    deterministic: bool
-
-    @classmethod
-    def now(cls) -> "Ambient":
-        """The modes that are set at this moment in this thread."""
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-            torch.is_autocast_enabled("cuda"),
-            torch.get_autocast_dtype("cuda"),
-            torch.get_default_dtype(),
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-        )
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Sets the modes for a replay."""
-        outside = Ambient.now()
-        warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        try:
-            self._set(warns)
-            with (
-                torch.set_grad_enabled(self.grad),
-                torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast or cuda_autocast.is_installed()),
-            ):
-                yield
-        finally:
-            outside._set(warns)
-
-    def _set(self, warns: bool) -> None:
-        torch.set_autocast_enabled("cuda", self.cuda_autocast)
-        torch.set_autocast_dtype("cuda", self.cuda_autocast_dtype)
-        torch.set_default_dtype(self.default_dtype)
-        torch.set_float32_matmul_precision(self.precision)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=warns)
+    origin: tuple[Any, Any] | None = None
 
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One call that the loop made: a module, a torch function, `backward`, `optimizer.step`.
+    """One call that the loop made: a torch function, `backward`, `optimizer.step`; a module, for a planner.
 
     Attributes:
         function: What was called.
         structure: Of `(args, kwargs)`.
         leaves: `Slot`, `Input`, a tensor that is state (by identity), or a constant.
         ambient: torch's modes at the call.
-        key: Everything that decides what the entry computes, but for which slots it reads.
-        outputs: The slots of its tensor results; None until a capture has found them.
-        result: The structure and leaves of what it returns, `Slot` in place of tensors, if a capture found them.
+        call: The call in the recording; what decides which program the tape is. None for entries that a planner holds.
+        outputs: The slots of its tensor results.
         modules: The modules that it calls, as far as is known.
-        versions: The in-place writes to the parameters of the module at the call, where no guard sees them.
-        closure: Tensors that the function reads without being given them, with snapshots of their values.
-        prints: The fingerprints of the modules at the call.
-        seed: A snapshot of the seed of its random numbers, if it draws any.
+        seed: The seed of its random numbers, if it draws any.
         numbers: Positions of leaves that are numbers which change between steps: inputs, not constants.
-        frees: The slots whose graph the entry frees.
         where: The script's line.
-        turn: How many entries before it call the same function.
         optimizers: The optimizers whose `step` it runs.
-        in_torch: What torch runs in its place, where that is not `function`.
+        groups: For each of them its hyperparameters at the call: a scheduler may change them before the tape runs.
         device: Where the tensors of the call are.
         reads_gradients: Whether it reads `.grad`, which no slot stands for: it depends on everything before it.
+        region: The checkpointed block that it belongs to; 0 is none.
+        writes: Positions of the leaves that the call writes to.
+        piece: Python that backward runs, which the call puts into the graph; or whose gradients it is about.
+        is_in_backward: Whether backward runs the call: it belongs to the last backward before it.
     """
 
     function: Callable
     structure: Structure
     leaves: list[Any]
-    ambient: Ambient
-    key: tuple
-    outputs: list[Slot] | None = field(default_factory=list)
-    result: tuple[Structure, list[Any]] | None = None
+    ambient: TorchModes
+    call: "Call | None" = None
+    outputs: list[Slot] = field(default_factory=list)
     modules: tuple[torch.nn.Module, ...] = ()
-    versions: tuple[int, ...] = ()
-    closure: tuple[tuple[torch.Tensor, Input], ...] = ()
-    prints: tuple[Fingerprint, ...] = ()
-    seed: Input | None = None
+    seed: int | None = None
     numbers: tuple[int, ...] = ()
     where: str | None = None
-    turn: int = 0
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
-    in_torch: Callable | None = None
+    groups: tuple[list[dict], ...] = ()
     device: torch.device = devices.CPU
     reads_gradients: bool = False
-
-    def leaf(self, position: int) -> Any:
-        """The leaf at a position; those of the closure come after the arguments'."""
-        count = len(self.leaves)
-        return self.leaves[position] if position < count else self.closure[position - count][1]
-
-    def host_numbers(self) -> list[tuple[Place, float]]:
-        """The changing numbers that the modules read of Python itself, as they were at the call."""
-        return [item for fingerprint in self.prints for item in fingerprint.inputs]
+    region: int = 0
+    writes: tuple[int, ...] = ()
+    piece: Any = None
+    is_in_backward: bool = False
 
     def slots(self) -> list[Slot]:
         """The slots that the entry reads."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]
+        return [leaf for leaf in self.leaves if type(leaf) is Slot]
+
+    @property
+    def acts_on_graph(self) -> bool:
+        """Whether it sets `requires_grad` or has no results, as a hook: what depends on it cannot be seen in leaves."""
+        return not self.outputs or getattr(self.function, "__name__", "") == "requires_grad_"
+
+    @property
+    def writes_state(self) -> bool:
+        """Whether it writes to a tensor that is no result of the tape, or to gradients."""
+        if self.reads_gradients or self.optimizers or self.function is torch.Tensor.backward:
+            return True
+        return any(isinstance(memory_of(self.leaves[position]), torch.Tensor) for position in self.writes)
+
+
+def memory_of(leaf: Any) -> Any:
+    """The tensor or slot whose memory a leaf of an entry is: itself, unless it is a view."""
+    return leaf.memory if type(leaf) is Slot and leaf.memory is not None else leaf
 
 
 class Tape:
-    """Entries in the order in which the loop asked for them."""
+    """Entries in the order in which the loop asked for them.
 
-    def __init__(self):
+    Attributes:
+        entries: Likewise.
+        mutated: Whether an entry writes to what another one produced, or to state: slices are not safe.
+        written: The storages of state that entries write to, by address.
+        place: The last call's place in the recording.
+        places: Those of the calls before each entry.
+        roots: The modules whose calls are on the tape.
+        state: Tensors that entries know by identity because they write to them, by identity.
+        inputs: The snapshots of tensors, by identity, with the version that each was taken of.
+        read: Real tensors that calls with gradients have read, with their version then, and the snapshots.
+        has_pieces: Whether the tape has Python that backward runs.
+        is_in_backward: Whether that is being recorded.
+        new_leaves: Results that `requires_grad_()` has made leaves: they have a `.grad`, which a program does not give.
+        grad_flags: `requires_grad` of each state tensor when the tape met it first, by identity.
+        region: The checkpointed block that is being recorded, if that is known.
+        region_count: The number of the last block.
+        block: Identifies it.
+    """
+
+    def __init__(self, place: "Call"):
         self.entries: list[Entry] = []
-        self.mutated = False  # an entry writes to what another one produced: slices are not safe
+        self.place = place
+        self.places: list[Call] = []
+        self.roots: list[torch.nn.Module] = []
+        self.state: dict[int, torch.Tensor] = {}
+        self.region = self.region_count = 0
+        self.block: Any = None
+        self.mutated = False
+        self.written: set[int] = set()
+        self.inputs: dict[int, tuple[torch.Tensor, int, Input, tuple]] = {}
+        self.read: list[tuple[torch.Tensor, int, Input]] = []
+        self.grad_flags: dict[int, tuple[torch.Tensor, bool]] = {}
+        self.new_leaves: list[Slot] = []
+        self.has_pieces = self.is_in_backward = False
+        self.slot_count = 0
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
     def producers(self) -> dict[Slot, int]:
         """The index of the entry that produced each pending slot."""
-        return {slot: index for index, entry in enumerate(self.entries) for slot in entry.outputs or ()}
+        return {slot: index for index, entry in enumerate(self.entries) for slot in entry.outputs}
 
     def live_slots(self) -> list[Slot]:
         """The pending slots that the loop still holds."""
@@ -201,7 +211,10 @@ class Tape:
 
         Neither one that a live value may still ask for, nor that of a backward which would stay on the tape.
         """
-        limit = self._first([slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed])
+        wanted = [slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed]
+        if not wanted:
+            return len(self.entries)
+        limit = self._first(wanted)
         while True:
             staying = [entry for entry in self.entries[limit:] if entry.function is torch.Tensor.backward]
             lower = min((self._first(entry.slots()) for entry in staying), default=limit)
@@ -215,15 +228,61 @@ class Tape:
     def slice_for(self, slots: list[Slot]) -> list[Entry]:
         """The entries that the values of `slots` depend on, not going behind slots whose value is known."""
         if self.mutated:
-            return list(self.entries)
+            if any(entry.optimizers for entry in self.entries):
+                return list(self.entries)
+            return self._slice_with_writes(slots)
         indices = self._ancestors(slots, lambda read: read.value is None)
         last = max((index for index in indices if self.entries[index].reads_gradients), default=-1)
         indices |= set(range(last))
         return [self.entries[index] for index in sorted(indices)]
 
-    def functions_behind(self, slot: Slot) -> list[Callable]:
+    def _slice_with_writes(self, slots: list[Slot]) -> list[Entry]:
+        """The entries behind `slots`, those that write to memory which one of these reads included."""
+        writers: dict[int, list[int]] = {}  # by the identity of what has the memory
+        for index, entry in enumerate(self.entries):
+            for position in entry.writes:
+                writers.setdefault(id(memory_of(entry.leaves[position])), []).append(index)
+        producers = self.producers()
+        found: set[int] = set()
+        pending: list[int] = []
+
+        def need(slot: Slot) -> None:
+            if slot in producers:
+                pending.extend((producers[slot], *writers.get(id(memory_of(slot)), ())))
+
+        for slot in slots:
+            need(slot)
+        while pending:
+            index = pending.pop()
+            if index in found:
+                continue
+            found.add(index)
+            entry = self.entries[index]
+            if entry.reads_gradients:
+                pending.extend(range(index))
+            for leaf in entry.leaves:
+                if type(leaf) is Slot:
+                    need(leaf)
+                elif isinstance(leaf, torch.Tensor):
+                    pending.extend(writer for writer in writers.get(id(leaf), ()) if writer < index)
+        return [self.entries[index] for index in sorted(found)]
+
+    def entries_behind(self, slot: Slot) -> list[Entry]:
         """What the gradient of a slot passes through."""
-        return [self.entries[index].function for index in self._gradient_path([slot])]
+        return [self.entries[index] for index in self._gradient_path([slot])]
+
+    def behind(self, slots: list[Slot]) -> set[int]:
+        """The indices of all entries that slots depend on."""
+        return self._ancestors(slots, lambda read: True)
+
+    def with_gradients(self) -> set[int]:
+        """The tensors whose gradients the backwards on the tape compute, by identity."""
+        found: set[int] = set()
+        for entry in self.entries:
+            if entry.function is torch.Tensor.backward:
+                for index in self._gradient_path(entry.slots()):
+                    found |= {id(leaf) for leaf in self.entries[index].leaves if isinstance(leaf, torch.Tensor)}
+        return found
 
     def free(self, slot: Slot) -> None:
         """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
@@ -256,20 +315,54 @@ class Tape:
         return found
 
 
-def replay(entry: Entry, resolve: Callable[[Any, int], Any]) -> Any:
+def replay(entry: Entry, resolve: Callable[[Any, int], Any], piece: Any = None) -> Any:
     """Runs an entry again.
 
     Args:
         entry: What to run.
         resolve: `(leaf, position)` to the value to pass in its place.
+        piece: What backward is to run, for an entry that puts something of it into the graph.
 
     Returns:
         What the entry's function returns.
     """
     leaves = [resolve(leaf, position) for position, leaf in enumerate(entry.leaves)]
     args, kwargs = unflatten(entry.structure, iter(leaves))
-    with entry.ambient.entered():
+    with contextlib.ExitStack() as stack:
+        if entry.ambient != TorchModes.now() or cuda_autocast.is_installed():
+            stack.enter_context(entry.ambient.entered())
+        if getattr(entry.function, "takes_piece", False):
+            return entry.function(piece, *args, **kwargs)
         return entry.function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def as_called(entry: Entry) -> Iterator[None]:
+    """Gives the optimizers that an entry steps the hyperparameters that they had at the call."""
+    with contextlib.ExitStack() as stack:
+        for optimizer, groups in zip(entry.optimizers, entry.groups, strict=False):
+            stack.enter_context(with_groups(optimizer, groups))
+        yield
+
+
+@contextlib.contextmanager
+def with_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> Iterator[None]:
+    """Gives an optimizer the hyperparameters of an earlier moment for a while."""
+    now = [dict(group) for group in optimizer.param_groups]
+    if len(now) != len(groups) or all(map(_same_items, now, groups)):
+        yield
+        return
+    for group, then in zip(optimizer.param_groups, groups, strict=True):
+        group.update(then)
+    try:
+        yield
+    finally:
+        for group, later in zip(optimizer.param_groups, now, strict=True):
+            group.update(later)
+
+
+def _same_items(one: dict, other: dict) -> bool:
+    return len(one) == len(other) and all(name in one and one[name] is value for name, value in other.items())
 
 
 def tensors_in(result: Any) -> list[torch.Tensor]:
@@ -279,26 +372,106 @@ def tensors_in(result: Any) -> list[torch.Tensor]:
     return list(distinct.values())
 
 
-def run_in_torch(entry: Entry) -> None:
-    """Runs an entry as torch would have, gradient history included, and gives its slots their values."""
+def results_of(entry: Entry, result: Any) -> list[torch.Tensor]:
+    """The tensors of a call's result that `Entry.outputs` stand for: those that are not arguments handed back."""
+    tensors = tensors_in(result)
+    shape = None if entry.call is None else entry.call.shape
+    return tensors if shape is None else [tensors[index] for index in shape.fresh if index < len(tensors)]
+
+
+@dataclass(slots=True)
+class Part:
+    """What one piece of backward's Python has asked torch for, on the tape behind its backward.
+
+    Attributes:
+        piece: Likewise.
+        given: The slots of the gradients that it was given.
+        positions: Of which of its results those are the gradients.
+        calls: Indices of the entries in between.
+        returned: The leaves of the gradients that it has returned; None while it is still running.
+        end: The index of the entry that has them.
+    """
+
+    piece: Any
+    given: list[Slot]
+    positions: tuple[int, ...]
+    calls: list[int] = field(default_factory=list)
+    returned: list[Any] | None = None
+    end: int = -1
+
+
+def parts_of(entries: list[Entry], backward: int) -> list[Part]:
+    """The pieces of Python that the backward at an index runs, in order."""
+    found: list[Part] = []
+    for index in range(backward + 1, len(entries)):
+        entry = entries[index]
+        if not entry.is_in_backward:
+            break
+        if entry.piece is not None and entry.outputs and entry.function.__name__ == "incoming":
+            found.append(Part(entry.piece, entry.outputs, entry.leaves[-1]))
+        elif entry.piece is not None and entry.function.__name__ == "outgoing":
+            found[-1].returned, found[-1].end = entry.leaves, index
+        else:
+            found[-1].calls.append(index)
+    return found
+
+
+def run_in_torch(entries: list[Entry]) -> None:
+    """Runs entries as torch would have, gradient history included, and gives their slots values."""
+    inputs: dict[Input, torch.Tensor] = {}
+    pieces: dict[int, _Recorded] = {}
 
     def resolve(leaf: Any, _: int) -> Any:
-        if isinstance(leaf, Slot):
+        if type(leaf) is Slot:
             return leaf.value
-        if isinstance(leaf, Input):
-            return tensor_of(leaf.array, leaf.device).clone()
+        if type(leaf) is Input:
+            if leaf not in inputs:  # one tensor, if calls were given one
+                inputs[leaf] = tensor_of(leaf.array, leaf.device).clone()
+            return inputs[leaf]
         return leaf
 
-    with contextlib.ExitStack() as stack:
-        if entry.seed is not None:
-            gpus = [] if entry.device.type == "cpu" else [entry.device]
-            stack.enter_context(torch.random.fork_rng(devices=gpus))
-            torch.manual_seed(int(entry.seed.array))
-        for fingerprint in entry.prints:
-            stack.enter_context(fingerprint.restored())
-        if entry.in_torch is not None:
-            entry = dataclasses.replace(entry, function=entry.in_torch)
-        results = tensors_in(replay(entry, resolve))
-    for slot, tensor in zip(entry.outputs or (), results, strict=False):
-        slot.value = tensor
-        slot.committed = True
+    def run(entry: Entry) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(as_called(entry))
+            if entry.seed is not None:
+                gpus = [] if entry.device.type == "cpu" else [entry.device]
+                stack.enter_context(torch.random.fork_rng(devices=gpus))
+                torch.manual_seed(entry.seed)
+            piece = entry.piece and pieces.setdefault(id(entry.piece), _Recorded(entry.piece))
+            results = results_of(entry, replay(entry, resolve, piece))
+        for slot, tensor in zip(entry.outputs, results, strict=False):
+            slot.value = tensor
+            slot.committed = True
+
+    with outside_transforms():
+        for index, entry in enumerate(entries):
+            if entry.is_in_backward:
+                continue
+            if entry.function is torch.Tensor.backward:
+                for part in parts_of(entries, index):
+                    if id(part.piece) in pieces:
+                        pieces[id(part.piece)].queue.append((part, entries, run, resolve))
+            run(entry)
+
+
+class _Recorded:
+    """A piece of backward's Python in a graph of torch's: what it has done on the tape, and after that itself."""
+
+    def __init__(self, piece: Any):
+        self._piece = piece
+        self.queue: list[tuple] = []
+
+    def backward(self, gradients: Any) -> Any:
+        if not self.queue:
+            return self._piece.backward(gradients)
+        part, entries, run, resolve = self.queue.pop(0)
+        for slot, position in zip(part.given, part.positions, strict=True):
+            slot.value, slot.committed = gradients[position], True
+        for index in part.calls:
+            run(entries[index])
+        return part.piece.returned([resolve(leaf, 0) for leaf in part.returned or ()])
+
+
+def copied(entry: Entry, **changes: Any) -> Entry:
+    """An entry like another one."""
+    return dataclasses.replace(entry, **changes)

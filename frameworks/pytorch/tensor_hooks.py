@@ -26,8 +26,11 @@ class _Gradient(property):
 class GradientWatcher(Protocol):
     """Who has to know of every look at a gradient."""
 
-    def reads_gradient(self, tensor: torch.Tensor) -> None:
-        """Is called before `tensor.grad` is read; raises an error if it is not there to be read."""
+    def reads_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Is called before `tensor.grad` is read, and returns it if torch does not have it.
+
+        It raises an error if it is not there to be read.
+        """
 
     def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Is called for `tensor.grad = gradient`; returns what to store."""
@@ -90,7 +93,7 @@ def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]])
         if not is_replaying():
             for watcher in _watchers:
                 watcher.clears_gradients(owner, parameters_of(owner), set_to_none)
-        with undeferred():
+        with undeferred(), torch._C.DisableTorchFunction():
             zero_grad(owner, set_to_none)
 
     return watched
@@ -105,7 +108,9 @@ _ZERO_GRADS = (
 def _read(tensor: torch.Tensor) -> torch.Tensor | None:
     if not is_replaying():
         for watcher in _watchers:
-            watcher.reads_gradient(tensor)
+            gradient = watcher.reads_gradient(tensor)
+            if gradient is not None:
+                return gradient
     return stored_gradient(tensor)
 
 

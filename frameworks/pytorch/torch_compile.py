@@ -71,7 +71,7 @@ class TorchCompile:
         session = self._session
         if not self._told and self._older is None:  # nothing has been compiled
             return contextlib.nullcontext()
-        begins = session.deferring and session.book.begins(module, session.calls.modules)
+        begins = session.deferring and session.book.begins(session.modules.tensors(module).parameters)
         return left_out() if begins else self._in_force()
 
     def _in_force(self) -> AbstractContextManager:

@@ -52,6 +52,7 @@ class Twins(TorchFunctionMode):
         recorder: Likewise.
         device: Where the script's tensors are, in place of which the stand-ins are on the CPU.
         lifted: The real tensors met so far, in order.
+        grad_flags: `requires_grad` of real tensors at the first recorded call that met them, by identity.
         reads_numbers: Whether `.item()` of a floating tensor gives a `TracedNumber`, as inside `optimizer.step()`.
     """
 
@@ -62,6 +63,7 @@ class Twins(TorchFunctionMode):
         self.device = devices.CPU
         self.lifted: list[torch.Tensor] = []
         self.reads_numbers = False
+        self.grad_flags: dict[int, tuple[torch.Tensor, bool]] = {}
         self._generator = TracedGenerator(self.recorder)
         self._fakes: dict[int, torch.Tensor] = {}
         self._first_values: dict[int, int] = {}
@@ -122,7 +124,8 @@ class Twins(TorchFunctionMode):
         if known is not None:
             return known
         self._check_liftable(real)
-        fake = self.fake_like(tuple(real.shape), real.dtype, real.stride(), real.requires_grad)
+        _, requires_grad = self.grad_flags.get(id(real), (real, real.requires_grad))
+        fake = self.fake_like(tuple(real.shape), real.dtype, real.stride(), requires_grad)
         self.lifted.append(real)
         self._first_values[id(real)] = self.recorder.value_of(fake)
         self._fakes[id(real)] = fake
@@ -173,6 +176,8 @@ class Twins(TorchFunctionMode):
         if func in _FUSED_OPTIMIZERS:
             return self._fused(func, args, kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
+            raise CaptureError("a tensor's memory is replaced inside of the step (p.data = ...)", user_line())
         if name in ("item", "__float__") and self.reads_numbers and args[0].is_floating_point():
             return TracedNumber(float("nan"), args[0].detach().to(torch.float64))
         numbers = _numbers(args) + _numbers(tuple(kwargs.values()))

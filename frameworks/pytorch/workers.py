@@ -7,7 +7,6 @@ barriers) goes through `torch.distributed` at once, in the order of the script, 
 which the others do not look at runs no program that waits for them.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -126,7 +125,6 @@ class Workers:
     def __init__(self, session: "Session"):
         self._session = session
         self._synchronized: dict[int, DistributedDataParallel] = {}  # called since the last backward
-        self._called: tuple[nn.Module, Callable] | None = None
         self._wrapped: set[int] = set()  # the wrappers that were called, and the modules inside, by identity
 
     def call(self, original: Callable, wrapper: DistributedDataParallel, args: tuple, kwargs: dict) -> Any:
@@ -139,9 +137,11 @@ class Workers:
             session.fallbacks.leave(CaptureError(reason, user_line()), [wrapper])
         if reason is not None or not session.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
+            session.keep_history(type(module).__name__, args, kwargs)
             with undeferred(), session.torch_compile.in_torch(module):
                 self._give_back(module)
-                return original(wrapper, *session.real(args), **session.real(kwargs))
+                kwargs = {name: session.real_arguments(value) for name, value in kwargs.items()}
+                return original(wrapper, *session.real_arguments(args), **kwargs)
         if session.has_backward:
             session.commit()
         if session.programs.division is not None:
@@ -149,28 +149,10 @@ class Workers:
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
-        outer, self._called = self._called, (module, self._in_torch(wrapper, synchronizes))
-        try:
-            result = session.call_module(original, module, args, kwargs)
-        finally:
-            self._called = outer
+        result = session.call_module(original, module, args, kwargs)
         if synchronizes:
             self._synchronized[id(wrapper)] = wrapper
         return result
-
-    def in_torch(self, function: Callable) -> Callable | None:
-        """What torch has to run where `function` is called now: the wrapper, if it is called through one."""
-        return self._called[1] if self._called is not None and self._called[0] is function else None
-
-    def _in_torch(self, wrapper: DistributedDataParallel, synchronizes: bool) -> Callable:
-        """The wrapper as a function that averages, or not, as it would have when it was called."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._give_back(wrapper.module)
-            with contextlib.nullcontext() if synchronizes else wrapper.no_sync():
-                return wrapper(*args, **kwargs)
-
-        return call
 
     def _give_back(self, module: nn.Module) -> None:
         """Lets the wrapper's own code, in C++, find the values of its tensors."""
@@ -287,6 +269,8 @@ class Talk:
     def _settle(self, tensor: DeferredTensor) -> None:
         """Makes a deferred tensor one that has a value for good, which others may write to."""
         value = self._session.value(tensor.slot)
+        if not isinstance(tensor, DeferredTensor):  # it has become the real tensor
+            return
         if not tensor.slot.committed:
             slot = Slot(tensor.slot.meta, tensor.slot.device)
             slot.value, slot.committed = value.detach().clone(), True

@@ -54,10 +54,13 @@ class EngineChoice:
                 self._round_over()
 
     def drop(self, engine: str) -> None:
-        """Takes out an engine that cannot run this step."""
+        """Takes out an engine that cannot run this step; without effect where it is no candidate, or one has won."""
+        if self.chosen is not None or engine not in self._times_s:
+            return
         self._times_s.pop(engine, None)
+        if self._waiting[:1] == [engine]:
+            self._left = _FEW + 1
         self._waiting = [one for one in self._waiting if one != engine]
-        self._left = _FEW + 1
         if len(self._times_s) == 1:
             (self.chosen,) = self._times_s
         elif not self._waiting:

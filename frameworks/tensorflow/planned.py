@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainingcompiler.errors import CaptureError, TrainingCompilerError, UsageError
-from trainingcompiler.frameworks.tensorflow.programs import TracedStep, is_input
+from trainingcompiler.frameworks.tensorflow.programs import captured
+from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Traces, is_input
 from trainingcompiler.program import StepProgram
 
 
@@ -16,22 +17,22 @@ class CalledStep:
     """A step and the arguments of its call; see `planner.PlannableStep`.
 
     Args:
-        function: The step.
+        traces: The step.
         args: Nested structures of arrays and tensors.
         labels: What a person calls their leaves.
-        autograph: Whether Python's control flow is converted while tracing.
+        shapes: See `StepRunner`.
         tensor_dims: See `StepRunner`.
     """
 
     def __init__(
         self,
-        function: Callable,
+        traces: Traces,
         args: tuple,
         labels: Sequence[str],
-        autograph: bool,
+        shapes: Shapes | None = None,
         tensor_dims: Callable[[], Mapping[int, int]] | None = None,
     ):
-        self._function, self._args, self._autograph = function, args, autograph
+        self._traces, self._args, self._shapes = traces, args, shapes
         self._tensor_dims = tensor_dims
         self._leaves = tf.nest.flatten(args)
         self._labels = labels
@@ -42,11 +43,11 @@ class CalledStep:
         return [(name, tuple(leaf.shape)) for name, leaf in named if is_input(leaf)]
 
     def program_at(self, rows: int, batch_size: int) -> StepProgram:
-        """Traces the step again; its values do not matter."""
+        """Exports the step again, and traces it again where its batch size is not open; values do not matter."""
         leaves = [_with_rows(leaf, rows, batch_size) for leaf in self._leaves]
         args = tf.nest.pack_sequence_as(self._args, leaves)
         try:
-            traced = TracedStep(self._function, "train_step", args, leaves, self._autograph)
+            traced = captured(self._traces, "train_step", args, leaves, self._shapes)
         except TrainingCompilerError:
             raise
         except Exception as error:  # the script's own code

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.events import phase
 from trainingcompiler.frameworks.tensorflow import bridge, state
 from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
-from trainingcompiler.garbage import collector_at_rest
+from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Trace, Traces, is_input
 from trainingcompiler.program import TensorSpec
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
@@ -23,6 +23,18 @@ from trainingcompiler.targets import Target
 
 class NothingTrained(CaptureError):
     """A step has been traced, and changes nothing."""
+
+
+class Refused(Exception):
+    """A compiled step has met a value that a kernel of TensorFlow may refuse, and has changed nothing.
+
+    Attributes:
+        operation: The first one that may.
+    """
+
+    def __init__(self, operation: Any):
+        super().__init__(operation.name)
+        self.operation = operation
 
 
 class TracedStep:
@@ -33,47 +45,33 @@ class TracedStep:
         template: The structure of what the step returns; `pack` fills it.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        name: str,
-        args: Any,
-        leaves: Sequence[Any],
-        autograph: bool,
-        target: Target | None = None,
-    ):
-        """Traces the step.
+    def __init__(self, trace: Trace, name: str, leaves: Sequence[Any], target: Target | None = None):
+        """Exports the step; none of its Python runs.
 
         Args:
-            function: Takes the arguments as `args` is structured; assigns variables.
+            trace: What TensorFlow has traced for the signature.
             name: The program's name.
-            args: The arguments of one call.
-            leaves: Its leaves: arrays and tensors become inputs, all others are constants.
-            autograph: Whether Python's control flow is converted.
+            leaves: The leaves of its arguments: arrays and tensors are inputs, all others are constants.
             target: What it is compiled for; None is one local device.
 
         Raises:
             CaptureError: It cannot be compiled.
         """
         self._is_input = [is_input(leaf) for leaf in leaves]
-        self._constants = [None if given else leaf for leaf, given in zip(leaves, self._is_input, strict=True)]
-        self._args = args
-        self._function = function
         self._target = target
-        self.template: Any = None
-        self._keys: list | None = None  # in tf.nest's order, where the step returns a dict of tensors, as Keras's do
-        self._results: list[Any] = []
-        traced = tf.function(self._flat, jit_compile=True, autograph=autograph)
-        specs = [_spec(index, leaf) for index, leaf in enumerate(leaves) if is_input(leaf)]
-        with phase("capture", name) as running, collector_at_rest():
-            self.bridged = bridge.export(traced, specs, name)
-            running.detail += f", {len(self.bridged.concrete.graph.get_operations()):,} operations"
+        specs = [tf.TensorSpec(leaf.shape, tf.as_dtype(leaf.dtype)) for leaf in leaves if is_input(leaf)]
+        self.bridged = bridge.export(trace, specs, name)
+        self.template = trace.concrete.structured_outputs
+        self._is_tensor = [item is not None for item in tf.nest.flatten(self.template, expand_composites=True)]
+        is_flat = type(self.template) is dict and all(isinstance(item, tf.Tensor) for item in self.template.values())
+        self._keys = sorted(self.template) if is_flat else None  # as tf.nest orders them; Keras's steps return dicts
         self._state = [state.cell_of(variable) for variable in self.bridged.state]
         self._read = [state.cell_of(item) if isinstance(item, tf.Variable) else item for item in self.bridged.inputs]
         self._read = [item if isinstance(item, state.Cell) else _array(item) for item in self._read]
         if not self._state:
             raise NothingTrained("it assigns no variable, so it trains nothing")
         self._executable: compiler.Executable | None = None
+        self._was_checked = False  # by a step whose values nothing has refused
 
     def divide(self, dims: Mapping[int, int]) -> None:
         """Says along which dims devices that share a layer divide variables; before `compile`.
@@ -104,7 +102,11 @@ class TracedStep:
             statistics().compile_time_s += time.perf_counter() - start_s
 
     def run(self, leaves: Sequence[Any]) -> Any:
-        """Runs the compiled program on arguments of the signature it was traced for; returns what the step returns."""
+        """Runs the compiled program on arguments of its signature; returns what the step returns.
+
+        Raises:
+            Refused: TensorFlow has to run this step; see `checks`.
+        """
         self.compile()
         batch = [_array(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
         with state.lock, jax.enable_x64(True):
@@ -122,6 +124,11 @@ class TracedStep:
             for cell in self._state:
                 if cell.is_pinned:
                     cell.give_back()
+        if self.bridged.trace.checks:
+            outputs, sound = outputs[:-1], np.asarray(outputs[-1])
+            if not sound.all():
+                raise Refused(self.bridged.trace.checks[int(sound.argmin())].operation)
+            self._was_checked = True
         return self.pack([state.tensor_of(output) for output in outputs])
 
     def _placed(self, of_state: tuple, of_inputs: Any) -> tuple[tuple, list]:
@@ -132,55 +139,60 @@ class TracedStep:
             [i.take(w) if isinstance(i, state.Cell) else i for i, w in zip(self._read, of_read, strict=True)],
         )
 
-    def run_in_tensorflow(self, leaves: Sequence[Any]) -> Any:
-        """Lets TensorFlow's own XLA run the function that was traced."""
-        return self.pack(list(self.bridged.concrete(*self.tensors(leaves))))
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing in further values of this signature can be refused, so that nobody has to look."""
+        return all(check.is_fixed for check in self.bridged.trace.checks) and (
+            self._was_checked or not self.bridged.trace.checks
+        )
 
-    def tensors(self, leaves: Sequence[Any]) -> list[tf.Tensor]:
-        """The inputs among the leaves, as tensors."""
-        return [tf.convert_to_tensor(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
+    def run_in_tensorflow(self, leaves: Sequence[Any], jit_compile: bool = False) -> Any:
+        """Lets TensorFlow run the function that was traced, by its kernels or by its XLA."""
+        result = self.bridged.trace.run(tensors_of(leaves), jit_compile)
+        self._was_checked |= not jit_compile
+        return result
 
     def pack(self, tensors: Sequence[tf.Tensor]) -> Any:
         """Returns what the step returns, given its tensors in order."""
         remaining = iter(tensors)
-        values = [next(remaining) if is_tensor else item for is_tensor, item in self._results]
+        values = [next(remaining) if is_tensor else None for is_tensor in self._is_tensor]
         if self._keys is not None:
             logs = dict(zip(self._keys, values, strict=True))
             return {key: logs[key] for key in self.template}
         return tf.nest.pack_sequence_as(self.template, values, expand_composites=True)
 
-    def _flat(self, *inputs: tf.Tensor) -> list[tf.Tensor]:
-        remaining = iter(inputs)
-        leaves = [
-            next(remaining) if given else constant
-            for constant, given in zip(self._constants, self._is_input, strict=True)
-        ]
-        self.template = self._function(*tf.nest.pack_sequence_as(self._args, leaves))
-        self._results, tensors = [], []
-        for item in tf.nest.flatten(self.template, expand_composites=True):
-            if item is None or isinstance(item, tf.Operation):
-                self._results.append((False, None))
-            else:
-                self._results.append((True, None))
-                tensors.append(tf.convert_to_tensor(item))
-        is_flat = type(self.template) is dict and all(isinstance(item, tf.Tensor) for item in self.template.values())
-        self._keys = sorted(self.template) if is_flat else None
-        return tensors
+
+def captured(
+    traces: Traces,
+    name: str,
+    args: tuple,
+    leaves: Sequence[Any],
+    shapes: Shapes | None = None,
+    target: Target | None = None,
+) -> TracedStep:
+    """Traces a step, if TensorFlow has not traced it for such arguments, and exports it for their sizes.
+
+    Args:
+        traces: What TensorFlow has traced of the step.
+        name: The program's name.
+        args: The arguments of one call, nested.
+        leaves: Their leaves.
+        shapes: See `Traces.of`.
+        target: What it is compiled for; None is one local device.
+
+    Raises:
+        CaptureError: It cannot be compiled.
+    """
+    with phase("capture", name) as running:
+        trace, is_new = traces.of(args, leaves, shapes)
+        operations = f"{len(trace.concrete.graph.get_operations()):,} operations"
+        running.detail += f", {operations}" if is_new else f", {operations}, traced before"
+        return TracedStep(trace, name, leaves, target)
 
 
-def is_input(leaf: Any) -> bool:
-    """Whether an argument of a step is data: an array or a tensor, and not a part of the program."""
-    kind = type(leaf)
-    if kind is EagerTensor or kind is np.ndarray:  # `isinstance` with `tf.Tensor`, a protocol, takes 20 us
-        return True
-    return isinstance(leaf, tf.Tensor | np.ndarray | np.generic) and not isinstance(leaf, tf.Variable)
-
-
-def _spec(index: int, leaf: Any) -> tf.TensorSpec:
-    dtype = tf.as_dtype(leaf.dtype)
-    if dtype == tf.string or dtype in (tf.resource, tf.variant):
-        raise CaptureError(f"input {index} is of dtype {dtype.name}, which XLA does not have")
-    return tf.TensorSpec(leaf.shape, dtype)
+def tensors_of(leaves: Sequence[Any]) -> list[tf.Tensor]:
+    """The inputs among the leaves, as tensors."""
+    return [tf.convert_to_tensor(leaf) for leaf in leaves if is_input(leaf)]
 
 
 def _array(leaf: Any) -> np.ndarray:

@@ -15,12 +15,15 @@ from trainingcompiler.cures import with_cures
 from trainingcompiler.errors import CaptureError, NotEnoughMemoryError, TrainingCompilerError
 from trainingcompiler.events import Note, Recompiled, emit
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.frameworks.tensorflow.lines import line_of
 from trainingcompiler.frameworks.tensorflow.planned import CalledStep
-from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, TracedStep, is_input
+from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, Refused, TracedStep, captured, tensors_of
+from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Trace, Traces, is_input
 from trainingcompiler.statistics import current as statistics
 from trainingcompiler.targets import Target
 
 _MOST_PROGRAMS = 32  # for one step; beyond, its shapes or constants change too often for compiling to pay
+_MOST_REFUSALS = 3  # steps that TensorFlow has run again without an error; then it runs all
 
 Native = Callable[..., Any]
 
@@ -34,13 +37,12 @@ class StepRunner:
 
     def __init__(
         self,
-        function: Callable,
+        traces: Traces,
         native: Native,
         config: TrainingCompilerConfig,
         *,
         name: str,
         labels: Callable[..., Sequence[str]] | None = None,
-        autograph: bool = False,
         engines: Sequence[str] = (XLA, TF_GRAPH, TF_XLA),
         native_is_graph: bool = True,
         where: str | None = None,
@@ -49,24 +51,24 @@ class StepRunner:
         """Prepares; nothing is traced before the first call.
 
         Args:
-            function: The step: its arguments are nested structures of tensors; it assigns variables.
+            traces: The step: its arguments are nested structures of tensors; it assigns variables.
             native: Does the same as TensorFlow would without us; called with the same arguments.
             config: The options; `engine` narrows `engines`.
             name: What the program is called.
             labels: What a person calls the leaves of the arguments, given the arguments.
-            autograph: Whether Python's control flow in `function` is converted while tracing.
             engines: Who may run the step.
-            native_is_graph: Whether `native` is a graph of TensorFlow, and not Python.
+            native_is_graph: Whether `native` is the traced `tf.function`, and not Python.
             where: The script's line that the step belongs to, if it is known.
             tensor_dims: Tells along which dims devices that share a layer divide variables, by identity; None where
                 nothing knows them by name.
         """
-        self._function, self._native, self._config = function, native, config
-        self._name, self._labels, self._autograph, self._where = name, labels, autograph, where
+        self._traces, self._native, self._config = traces, native, config
+        self._name, self._labels, self._where = name, labels, where
         self._native_is_graph = native_is_graph
         self._tensor_dims = tensor_dims
         self._steps: dict[tuple, TracedStep] = {}
-        self._graphs: dict[tuple, Callable] = {}
+        self._graphs: dict[tuple, Trace] = {}
+        self._refusals = 0
         self._typical: tuple | None = None
         self.is_native = config.engine == "tensorflow"
         self._target = Target.of(config)
@@ -74,8 +76,12 @@ class StepRunner:
         chooses = config.engine == "auto" and self._target.device_count == 1
         self._choice = EngineChoice(engines if chooses else (XLA,))
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, shapes: Shapes | None = None) -> Any:
         """Does one step, and returns what the function returns.
+
+        Args:
+            *args: The step's.
+            shapes: What TensorFlow would know of their leaves' shapes when it traces the step; None is all.
 
         Raises:
             FallbackError: It cannot be compiled, and `fallback="error"`.
@@ -84,30 +90,33 @@ class StepRunner:
             return self.run_native(*args)
         leaves = tf.nest.flatten(args)
         if planner.current is not None:
-            planner.current.take(self._called(args))
-        key = (_structure(args), *_signature(leaves))
+            planner.current.take(self._called(args, shapes))
+        key = ((shapes, _structure(args)), *_signature(leaves))
         start_s = time.perf_counter()
         step = self._steps.get(key)
         is_new = step is None
         if step is None:
             if self._choice.chosen == TF_GRAPH and self._native_is_graph:  # new shapes need no export for that
-                return self.run_native(*args)
+                return self._run_graph(key, args, leaves, shapes)
             try:
-                step = self._trace(key, args, leaves)
+                step = self._capture(key, args, leaves, shapes)
             except NothingTrained:
                 raise
             except CaptureError as error:
                 return self._fall_back(error, args)
         engine = self._choice.next
         if engine == XLA:
-            self._compile(step, args)
-        result = self._run(engine, key, step, leaves)
+            self._compile(step, args, shapes)
+        try:
+            result = self._run(engine, step, leaves)
+        except Refused as refused:
+            return self._run_refused(refused, step, args, leaves)
         self._choice.ran(engine, time.perf_counter() - start_s, not is_new and key == self._typical)
         statistics().step_finished("xla" if engine == XLA else "tensorflow", time.monotonic())
         return result
 
-    def _called(self, args: tuple) -> CalledStep:
-        return CalledStep(self._function, args, self._labels_of(args), self._autograph, self._tensor_dims)
+    def _called(self, args: tuple, shapes: Shapes | None) -> CalledStep:
+        return CalledStep(self._traces, args, self._labels_of(args), shapes, self._tensor_dims)
 
     def run_native(self, *args: Any) -> Any:
         """Lets TensorFlow do one step as it would without us."""
@@ -134,23 +143,55 @@ class StepRunner:
         fallback.leave(error, self._config, how="as TensorFlow runs it")
         self.is_native = True
 
-    def _run(self, engine: str, key: tuple, step: TracedStep, leaves: Sequence[Any]) -> Any:
+    def _run(self, engine: str, step: TracedStep, leaves: Sequence[Any]) -> Any:
         if engine == XLA:
             return step.run(leaves)
-        if engine == TF_XLA:
+        if engine == TF_XLA and step.is_sound:
             try:
-                return step.run_in_tensorflow(leaves)
+                return step.run_in_tensorflow(leaves, jit_compile=True)
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError) as error:
                 # One cluster of XLA: it has not run, and so has changed nothing.
                 emit(Note(text=f"TensorFlow's own XLA does not run this step: {str(error).splitlines()[0]}"))
                 self._choice.drop(TF_XLA)
                 return step.run(leaves)
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = tf.function(step._flat, autograph=self._autograph)
-        return step.pack(graph(*step.tensors(leaves)))
+        return step.run_in_tensorflow(leaves)
 
-    def _trace(self, key: tuple, args: tuple, leaves: Sequence[Any]) -> TracedStep:
+    def _run_graph(self, key: tuple, args: tuple, leaves: Sequence[Any], shapes: Shapes | None) -> Any:
+        trace = self._graphs.get(key)
+        if trace is None:
+            trace, _ = self._traces.of(args, leaves, shapes)
+            self._graphs[key] = trace
+        result = trace.run(tensors_of(leaves), jit_compile=False)
+        self.count_native(1)
+        return result
+
+    def _run_refused(self, refused: Refused, step: TracedStep, args: tuple, leaves: Sequence[Any]) -> Any:
+        """Lets TensorFlow run a step whose values its kernels may refuse: it raises its own error, or goes on."""
+        if self._native_is_graph:
+            result = step.run_in_tensorflow(leaves)
+            self.count_native(1)
+        else:
+            result = self.run_native(*args)
+        self._refusals += 1
+        if self._refusals == _MOST_REFUSALS:
+            operation = refused.operation
+            self.leave_to_tensorflow(
+                CaptureError(
+                    f"{_MOST_REFUSALS} times it has had values for {operation.type} ({operation.name}) that TensorFlow "
+                    "and XLA do not treat alike, as an index out of range, and TensorFlow had to run the step again",
+                    where=line_of(operation),
+                    operator=operation.type,
+                )
+            )
+        return result
+
+    def _capture(self, key: tuple, args: tuple, leaves: Sequence[Any], shapes: Shapes | None) -> TracedStep:
+        for known, step in list(self._steps.items()):  # the sizes may have come from another iterator
+            if known[0][1:] == key[0][1:] and known[1:] == key[1:]:
+                trace, _ = self._traces.of(args, leaves, shapes)
+                if step.bridged.trace is trace:
+                    self._steps[key] = step
+                    return step
         if len(self._steps) >= _MOST_PROGRAMS:
             raise CaptureError(f"its inputs have had {_MOST_PROGRAMS} different shapes; pad them to few")
         sparse = next((leaf for leaf in leaves if isinstance(leaf, tf.SparseTensor | tf.RaggedTensor)), None)
@@ -158,18 +199,22 @@ class StepRunner:
             raise CaptureError(f"an input is a {type(sparse).__name__}, whose size XLA cannot know; make it dense")
         start_s = time.perf_counter()
         try:
-            step = TracedStep(self._function, self._name, args, leaves, self._autograph, self._target)
+            step = captured(self._traces, self._name, args, leaves, shapes, self._target)
         except (TrainingCompilerError, KeyboardInterrupt):
             raise
-        except Exception as error:  # whatever the script's own code raises: TensorFlow is to say it, or to do better
+        except Exception as error:
+            if self._native_is_graph:  # TensorFlow has traced its own function, and so has said it already
+                raise
             text = next(iter(str(error).strip().splitlines()), "")
             raise CaptureError(f"tracing it raised {type(error).__name__}: {text[:300]}") from error
         if self._target.strategy.tensor_parallel > 1 and self._tensor_dims is not None:
             step.divide(self._tensor_dims())
+        if not all(check.is_fixed for check in step.bridged.trace.checks):
+            self._choice.drop(TF_XLA)  # which checks no values, and would train on where the graph raises an error
         statistics().compile_time_s += time.perf_counter() - start_s
         if self._choice.next == XLA:
             try:
-                self._compile(step, args)
+                self._compile(step, args, shapes)
             except jax.errors.JaxRuntimeError as error:
                 raise CaptureError(f"XLA could not compile it: {str(error).splitlines()[0][:300]}") from error
         self._explain(key, args, time.perf_counter() - start_s)
@@ -178,12 +223,12 @@ class StepRunner:
             self._typical = key
         return step
 
-    def _compile(self, step: TracedStep, args: tuple) -> None:
+    def _compile(self, step: TracedStep, args: tuple, shapes: Shapes | None) -> None:
         """Compiles a step, if that has not been done."""
         try:
             step.compile()
         except NotEnoughMemoryError as error:
-            raise with_cures(error, self._called(args), self._target) from None
+            raise with_cures(error, self._called(args, shapes), self._target) from None
 
     def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
         """Says what made a further program necessary."""
@@ -196,9 +241,13 @@ class StepRunner:
             for label, old, new in zip(labels, last[1:], key[1:], strict=False)
             if old != new
         ]
+        if last[0][1] != key[0][1]:
+            changed = ["the structure of its arguments"]
+        elif not changed:
+            changed = ["which sizes of its arguments TensorFlow leaves open when it traces the step"]
         emit(
             Recompiled(
-                changed=", ".join(changed) if last[0] == key[0] else "the structure of its arguments",
+                changed=", ".join(changed),
                 where=self._where,
                 count=len(self._steps) + 1,
                 compile_time_s=compile_time_s,

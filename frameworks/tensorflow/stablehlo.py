@@ -1,5 +1,7 @@
 """A StableHLO module that another framework has written, as a function that JAX can trace and compile."""
 
+import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +33,46 @@ class Module:
     results: tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
-def aliases(text: bytes) -> dict[int, int]:
-    """Which result of `main` replaces which of its parameters, by number, as the module itself says."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a module says of itself.
+
+    Attributes:
+        aliases: Which result of `main` replaces which of its parameters, by number.
+        shapes: Of the results of `main`; None for one that is not known before the program runs.
+        digest: Equal for modules that differ in nothing but names: TensorFlow counts layers and functions up, so that
+            the same model made again has others.
+    """
+
+    aliases: dict[int, int]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    digest: str
+
+
+def described(text: bytes) -> Described:
+    """Reads a module."""
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
-        if _ALIASES not in module.operation.attributes:
-            return {}
-        entries = [ir.DictAttr(entry) for entry in ir.ArrayAttr(module.operation.attributes[_ALIASES])]
-        return {
-            ir.DenseI64ArrayAttr(entry["output_index"])[0]: ir.IntegerAttr(
-                ir.DictAttr(entry["alias"])["parameter_number"]
-            ).value
-            for entry in entries
-        }
+        main: Any = ir.SymbolTable(module.operation)["main"]
+        results = [ir.RankedTensorType(result) for result in main.type.results]
+        shapes = tuple(tuple(result.shape) if result.has_static_shape else None for result in results)
+        found = {}
+        if _ALIASES in module.operation.attributes:
+            for item in ir.ArrayAttr(module.operation.attributes[_ALIASES]):
+                entry = ir.DictAttr(item)
+                parameter = ir.IntegerAttr(ir.DictAttr(entry["alias"])["parameter_number"]).value
+                found[ir.DenseI64ArrayAttr(entry["output_index"])[0]] = parameter
+        written = str(module.operation.get_asm(enable_debug_info=False, large_elements_limit=None))
+    return Described(aliases=found, shapes=shapes, digest=hashlib.sha256(_without_names(written).encode()).hexdigest())
+
+
+_SYMBOL = re.compile(r'@(?:"[^"]*"|[\w.$-]+)')
+
+
+def _without_names(text: str) -> str:
+    """The text with its functions numbered in the order in which they appear."""
+    names: dict[str, str] = {"@main": "@main"}
+    return _SYMBOL.sub(lambda found: names.setdefault(found[0], f"@{len(names)}"), text)
 
 
 def call(module: Module, arrays: tuple) -> tuple:

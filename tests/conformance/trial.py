@@ -15,9 +15,10 @@ from trainingcompiler.frameworks.pytorch.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.capture import capture
 from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lowering import lower
+from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves
-from trainingcompiler.frameworks.pytorch.tape import Ambient, Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape import Entry, tensors_in
 
 # Compiling is nearly all of the time, and how well XLA optimizes is not what this is about.
 COMPILER_OPTIONS = {
@@ -141,21 +142,26 @@ class Trial:
             CannotCompile: The step would run in torch.
         """
         leaves, structure = flatten(((self.arguments, self.cotangents), {}))
-        seed = Input(None, (), torch.int64)
-        entry = Entry(self.run_in_torch, structure, leaves, Ambient.now(), (), outputs=None, seed=seed)
+        positions: list[int | None] = []  # of each result among the distinct tensors; None is no tensor
+
+        def run(arguments: Any, cotangents: list[torch.Tensor]) -> Any:
+            found = self.run_in_torch(arguments, cotangents)
+            distinct = {id(tensor): position for position, tensor in enumerate(tensors_in(found))}
+            positions[:] = [distinct.get(id(leaf)) for leaf in flatten(found)[0]]
+            return found
+
+        entry = Entry(run, structure, leaves, TorchModes.now(), outputs=None, seed=0)
         try:
             captured = capture([entry])
         except (CaptureError, NumberUsed) as error:
             raise CannotCompile(getattr(error, "reason", "a number decides what is computed")) from error
         except Exception as error:  # as where a training step is captured
             raise CannotCompile(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-        assert entry.result is not None
-        _, found = entry.result
-        slots = [leaf for leaf in found if leaf is None or isinstance(leaf, Slot)][: len(self.expected)]
+        slots = [None if position is None else entry.outputs[position] for position in positions[: len(self.expected)]]
         written = [item for item in captured.lifted if item.new_value != item.value]
         self._written = [item.tensor() for item in written]
         self.expected += self.written()
-        self._values = [captured.outputs[slot] if isinstance(slot, Slot) else None for slot in slots]
+        self._values = [None if slot is None else captured.outputs[slot] for slot in slots]
         self._values += [item.new_value for item in written]
         self._inputs = [item.value for item in captured.lifted] + [value for _, value in captured.seeds]
         self.arrays = [self._value_of(item.tensor()) for item in captured.lifted] + [np.int64(0)]

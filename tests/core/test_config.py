@@ -30,6 +30,7 @@ def test_every_field_can_be_set_from_the_environment():
         "debug": True,
         "engine": "xla",
         "fallback": "error",
+        "verify": "always",
         "keep_gradients": True,
         "small_pages": True,
         "cache_dir": "kept",

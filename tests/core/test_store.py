@@ -188,9 +188,8 @@ def test_a_second_start_finds_its_programs_loaded(tmp_path, seen):
         future.result(60)
     loaded = [compiler.compile(program(digest)) for digest in ("one", "two")]
     assert [run(executable) for executable in loaded] == [[2.0, 1.0]] * 2
-    assert [event.detail for event in seen if isinstance(event, events.PhaseEnded)] == [
-        "kept_program, cache hit, loaded ahead, saved 0.0 s"
-    ] * 2
+    said = [event.detail.rpartition(", saved ")[0] for event in seen if isinstance(event, events.PhaseEnded)]
+    assert said == ["kept_program, cache hit, loaded ahead"] * 2
     seen.clear()
     assert run(compiler.compile(program())) == [2.0, 1.0]  # a second time: it was taken
     assert "loaded ahead" not in seen[-1].detail

@@ -15,12 +15,134 @@ _LAYERS = {
     "layer norm": _BIASED[1],
     "batch norm": "nn.BatchNorm1d(5)",
     "bilinear": "Squared()",
+    "counting": "Counting()",
+    "host random": "DropPath()",
+    "function": "WithFunction()",
+    "rounded": "Rounded()",
+    "hooked": "Hooked()",
+    "running mean": "Centered()",
+    "asking": "Asking()",
 }
-_SQUARED = """
+_CLASSES = {  # what layers and optimizers need
+    "bilinear": """
 class Squared(nn.Module):
     def forward(self, x):
         return x * x.square().mean(1, keepdim=True)
-"""
+""",
+    "counting": """
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 0.1 * (self.calls % 3)) if self.calls % 4 else -x
+""",
+    "host random": """
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x + x.tanh() * random.random() if random.random() < 0.7 else x
+""",
+    "function": """
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return 0.9 * gradient @ weight.t(), x.t() @ gradient
+
+class WithFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.4 * torch.randn(5, 5))
+
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+""",
+    "rounded": """
+class Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, calls):
+        ctx.calls = calls
+        return (x * 1e6).round() / 1e6
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + 0.1 * (ctx.calls % 2)), None
+
+class Rounded(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return Round.apply(x, self.calls)
+""",
+    "hooked": """
+class Hooked(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        y = 1.5 * x
+        if y.requires_grad:
+            y.register_hook(self.changed)
+        return y
+
+    def changed(self, gradient):
+        self.calls += 1
+        return gradient * 0.5 if self.calls % 3 else None
+""",
+    "running mean": """
+class Centered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+""",
+    "asking": """
+class Asking(nn.Module):
+    def forward(self, x):
+        return x.tanh() if x.detach().abs().mean() > 0.5 else 2 * x
+""",
+    "own": """
+class Own(torch.optim.Optimizer):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, dict(lr=lr))
+        self.steps, self.kept = 0, []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["n"] = state.get("n", 0) + 1
+                mean = state.setdefault("mean", torch.zeros_like(p))
+                mean.mul_(0.9).add_(p.grad, alpha=0.1)
+                p.sub_(mean / (1 - 0.9 ** state["n"]), alpha=group["lr"] * (1 + 0.5 * (self.steps % 3 == 0)))
+""",
+    "own of data": """
+class OfData(torch.optim.Optimizer):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, dict(lr=lr))
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["d"] = p.grad.data + 0.5 * state["d"] if "d" in state else p.grad.data.clone()
+                    p.data.add_(state["d"], alpha=-group["lr"])
+""",
+}
 _LOSSES = {
     "cross entropy": "F.cross_entropy({}, y)",
     "label smoothing": "F.cross_entropy({}, y, label_smoothing=0.1)",
@@ -35,13 +157,22 @@ _OPTIMIZERS = {
     "adamw": "AdamW({}, lr=0.01, amsgrad=True)",
     "rmsprop": "RMSprop({}, lr=0.01, momentum=0.5)",
     "adagrad": "Adagrad({}, lr=0.05)",
+    "own": "Own({}, lr=0.05)",
+    "own of data": "OfData({}, lr=0.05)",
 }
 _SCHEDULES = {
     "step": "StepLR({}, 3, 0.5)",
     "cosine": "CosineAnnealingLR({}, 10)",
     "warm-up": "LinearLR({}, 0.1, total_iters=5)",
 }
-_READS = ("loss before backward", "logits before backward", "loss before step", "gradient before step", "loss at end")
+_READS = (
+    "loss before backward",
+    "logits before backward",
+    "loss before step",
+    "gradient before step",
+    "gradient after step",
+    "loss at end",
+)
 _BEFORE = {  # what an event does before the step's forward
     "evaluate": "model.eval()\nwith torch.no_grad():\n    seen.append(model(data[0][0]).sum().item())\nmodel.train()",
     "train mode": "model.train()",
@@ -52,9 +183,11 @@ _BEFORE = {  # what an event does before the step's forward
     "unfreeze": "model[0].requires_grad_(True)",
     "halve the rate": "for group in optimizers[0].param_groups:\n    group['lr'] *= 0.5",
     "clear the state": "for optimizer in optimizers:\n    optimizer.state.clear()",
+    "add a hook": "model[0].register_forward_hook(lambda module, args, out: 0.9 * out)",
+    "patch forward": "model[-1].forward = lambda x, f=model[-1].forward: 1.1 * f(x)",
     "copy the model": "seen.append(copy.deepcopy(model)(data[0][0]).sum().item())",
 }
-_EVENTS = (*_BEFORE, "skip the step", "smaller batch", "two calls")
+_EVENTS = (*_BEFORE, "skip the step", "step twice", "smaller batch", "two calls", "give up")
 _ZERO = "for optimizer in optimizers:\n    optimizer.zero_grad({})"
 
 
@@ -73,6 +206,7 @@ class Loop:
         reads: What the loop looks at in every step.
         weight: What the loss is multiplied by: None, a constant, or `"annealed"`.
         events: Step number to what happens in it.
+        engine: Who trains it, besides eager: the launcher's `--engine`.
     """
 
     layers: tuple[str, ...]
@@ -85,6 +219,7 @@ class Loop:
     reads: frozenset[str]
     weight: Any
     events: tuple[tuple[int, str], ...]
+    engine: str = "xla"
 
 
 LOOPS = st.builds(
@@ -99,6 +234,7 @@ LOOPS = st.builds(
     reads=st.frozensets(st.sampled_from(_READS), max_size=3),
     weight=st.sampled_from([None, None, 0.5, "annealed"]),
     events=st.lists(st.tuples(st.integers(2, 9), st.sampled_from(_EVENTS)), max_size=4).map(tuple),
+    engine=st.sampled_from(["xla", "xla", "auto"]),
 )
 
 
@@ -115,8 +251,9 @@ def script(loop: Loop, turn: str = "") -> str:
     happening = {name for _, name in loop.events}
     parts = [
         "import copy\n" if "copy the model" in happening else "",
+        "import random\n\nrandom.seed(0)" if "host random" in loop.layers else "",
         "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n",
-        _SQUARED if "bilinear" in loop.layers else "",
+        *(_CLASSES[name] for name in dict.fromkeys((*loop.layers, *loop.optimizers)) if name in _CLASSES),
         "torch.set_default_dtype(torch.float64)\ntorch.manual_seed(0)",
         f"model = nn.Sequential({', '.join(_layers(loop))})",
         f"optimizers = [{', '.join(_optimizers(loop))}]",
@@ -148,7 +285,8 @@ def _optimizers(loop: Loop) -> list[str]:
     halves = ["model[:-1].parameters()", "model[-1].parameters()"]
     groups = halves if len(loop.optimizers) == 2 else ["model.parameters()"]
     return [
-        f"torch.optim.{_OPTIMIZERS[name].format(group)}" for name, group in zip(loop.optimizers, groups, strict=True)
+        ("" if name in _CLASSES else "torch.optim.") + _OPTIMIZERS[name].format(group)
+        for name, group in zip(loop.optimizers, groups, strict=True)
     ]
 
 
@@ -175,6 +313,10 @@ def _step(loop: Loop, turn: str) -> str:
     update = "for optimizer in optimizers:\n    optimizer.step()"
     skipped = steps.get("skip the step")
     lines.append(f"if step not in {skipped}:\n{_indented(update)}" if skipped else update)
+    if "step twice" in steps:
+        lines.append(_when(steps["step twice"], update))
+    if "gradient after step" in loop.reads:
+        lines.append("if model[-1].weight.grad is not None:\n    seen.append(model[-1].weight.grad.sum().item())")
     lines.append("for schedule in schedules:\n    schedule.step()" if loop.schedule else "")
     lines += [clear] if loop.zero == "last" else []
     lines.append("seen.append(last.item())" if "loss at end" in loop.reads else "")
@@ -193,9 +335,10 @@ def _micro_step(loop: Loop, steps: dict[str, list[int]], turn: str) -> str:
         _when(twice, f"loss = loss + {loss.format('model(-x)')}") if twice else "",
         f"loss = loss * {'(1 - step / 20)' if loop.weight == 'annealed' else loop.weight}" if loop.weight else "",
         "seen.append(loss.item())" if "loss before backward" in loop.reads else "",
+        "last = loss.detach()" if "loss at end" in loop.reads else "",
+        _when(steps["give up"], "continue") if "give up" in steps else "",
         f"({share}).backward()",
         "seen.append(loss.item())" if "loss before step" in loop.reads else "",
-        "last = loss.detach()" if "loss at end" in loop.reads else "",
     ]
     return "\n".join(line for line in lines if line)
 

@@ -42,7 +42,7 @@ FOUND = {
 }
 
 
-def run(source: str, *, compiled: bool) -> Run:
+def run(source: str, *, compiled: bool, engine: str = "xla") -> Run:
     """Runs a loop's script; `loop.py` is what it is called on the console."""
     names: dict[str, Any] = {"__name__": "__main__", "print": lambda *_: None}
 
@@ -52,7 +52,7 @@ def run(source: str, *, compiled: bool) -> Run:
 
     default = torch.get_default_dtype()
     try:
-        ran = train(dict, train_it, [], compiled=compiled)
+        ran = train(dict, train_it, [], compiled=compiled, **({"engine": engine} if compiled else {}))
     finally:
         torch.set_default_dtype(default)
     ran.objects = {"model": names["model"], **{f"optimizer{i}": o for i, o in enumerate(names["optimizers"])}}
@@ -65,7 +65,7 @@ def compare(loop: Loop) -> Run:
     In float64, against the noise of eager itself: a twin whose rows are summed in another order. One twin is one sample
     of it; where a gradient is nothing but rounding, and Adagrad divides it by its own size, three more are taken.
     """
-    eager, compiled = run(script(loop), compiled=False), run(script(loop), compiled=True)
+    eager, compiled = run(script(loop), compiled=False), run(script(loop), compiled=True, engine=loop.engine)
     twins: list[Run] = []
     for turn in TURNS:
         twins.append(run(script(loop, turn), compiled=False))
@@ -85,7 +85,7 @@ class Tally:
     Attributes:
         part: Which of several runs.
         loops: How many have run.
-        steps: Their optimizer steps.
+        steps: Their optimizer steps, of those that are not left to the faster engine.
         compiled_steps: Those that ran as a program.
         reasons: Why others ran eagerly, and in how many loops.
         failures: Scripts that train something else than eager does, each with what was seen.
@@ -106,8 +106,9 @@ class Tally:
         except Exception as error:
             self._failed(loop, "".join(traceback.format_exception_only(error)))
             return
-        self.steps += ran.statistics.steps
-        self.compiled_steps += ran.statistics.compiled_steps
+        if loop.engine == "xla":
+            self.steps += ran.statistics.steps
+            self.compiled_steps += ran.statistics.compiled_steps
         for reason in {event.reason for event in ran.fallbacks()}:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
 

@@ -66,7 +66,7 @@ def test_the_program_is_the_step():
     executable = compile_step(model, optimizer, loss_of, batch(), Target.local())
     program = executable.program
     values = {tuple(p.shape): p.detach().numpy().copy() for p in model.parameters()}
-    given = {"batch": iter([t.numpy() for t in batch().values()]), "rng": iter([np.int64(0)])}
+    given = {"batch": iter([t.numpy() for t in batch().values()]), "rng": iter([np.zeros(1, np.int64)])}
     given["hyperparameter"] = iter([np.array([0.1])])
     state = tuple(owned_array(values[spec.shape]) for spec in program.state)
     with jax.enable_x64(True):

@@ -139,7 +139,7 @@ def test_dropout_is_drawn_by_us(calls):
     with jax.enable_x64(True), compiling_for(Target.gpu("h200")):
         step = jax.jit(program.function)
         for value in (1, 1, 2):
-            inputs = (*inputs[:seed], np.int64(value), *inputs[seed + 1 :])
+            inputs = (*inputs[:seed], np.array([value]), *inputs[seed + 1 :])
             losses.append(float(step(state, inputs)[1][0]))
     assert not calls
     assert losses[0] == losses[1] != losses[2]

@@ -1,5 +1,6 @@
 """What the launcher recommends, in a Trainer's arguments."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from trainingcompiler import options
 from trainingcompiler.frameworks.huggingface.scaled import set_arguments
 from trainingcompiler.recommended import NotApplicable
 from trainingcompiler.scaling import Recipe, rescale
@@ -94,3 +96,46 @@ def test_what_the_arguments_do_not_hold(tmp_path):
     kept = arguments(tmp_path)
     set_arguments(kept, rescale(recipe(), batch_size=32, policy="none"), own_optimizer=own)
     assert kept.per_device_train_batch_size == 32
+
+
+def launched(tmp_path, source: str, *options: str) -> subprocess.CompletedProcess:
+    """Launches a script; returns the finished process."""
+    (tmp_path / "train.py").write_text(source)
+    environment = {**os.environ, "TRAININGCOMPILER_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "trainingcompiler.launch", *options, "train.py"]
+    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def test_the_groups_of_a_trainers_own_are_compared(tmp_path):
+    """A head at ten times the rate follows; one with a rate of its own is an error before the first step."""
+    own = """
+class Grouped(Trainer):
+    def create_optimizer(self, *rest):
+        head = list(self.model.classifier.parameters())
+        groups = [{"params": self.model.bert.parameters()}, {"params": head, "lr": RATE}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def training_step(self, *rest, **more):
+        self.rates = self.lr_scheduler.base_lrs
+        return super().training_step(*rest, **more)
+
+trainer = Grouped("""
+    source = SCRIPT.replace("trainer = Trainer(", own) + "print('rates', *trainer.rates)\n"
+    done = launched(tmp_path, source.replace("RATE", "10 * self.args.learning_rate"), "--batch-size=32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "rates 0.002 0.02"
+    done = launched(tmp_path, source.replace("RATE", "0.01"), "--batch-size=32")
+    assert done.returncode == 2 and "trained" not in done.stdout
+    assert "  the learning rate of AdamW's group 1: 0.02 decided, 0.01 in the script\n" in done.stderr
+    assert "The Trainer's arguments have been changed, and the script sets these itself" in done.stderr
+
+
+def test_what_transformers_makes_of_a_dataclass():
+    @dataclasses.dataclass
+    class Own:
+        learning_rate: float = 0.25
+
+    with options.watched() as seen:
+        hf.HfArgumentParser(Own).parse_args_into_dataclasses([])
+    assert seen["--learning_rate"] == 0.25

@@ -40,7 +40,7 @@ def test_being_imported_is_not_being_active(tmp_path):
 def test_the_flag_compiles_the_stock_trainer_and_no_other(tmp_path):
     plain = hf.TrainingArguments(str(tmp_path), **QUIET)
     flagged = TrainingArguments(str(tmp_path), training_compiler=True, **QUIET)
-    assert trained(flagged) == 3
+    assert trained(flagged) == 4
     assert trained(plain) == 0 and trained(TrainingArguments(str(tmp_path), **QUIET)) == 0
     tc.disable()
     assert hf.Trainer.train.__module__ == "transformers.trainer" and pytorch.session() is None
@@ -49,7 +49,7 @@ def test_the_flag_compiles_the_stock_trainer_and_no_other(tmp_path):
 def test_what_enable_has_turned_on_holds_for_every_trainer(tmp_path):
     tc.enable()
     TrainingArguments(str(tmp_path), training_compiler=True, **QUIET)
-    assert trained(hf.TrainingArguments(str(tmp_path), **QUIET)) == 3
+    assert trained(hf.TrainingArguments(str(tmp_path), **QUIET)) == 4
 
 
 @pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])

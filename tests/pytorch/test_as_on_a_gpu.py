@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainingcompiler.events import EngineChosen
-from trainingcompiler.frameworks.pytorch import devices, state, tape
+from trainingcompiler.frameworks.pytorch import devices, tape
 from trainingcompiler.targets import Target
 
 GPU = torch.device("cuda", 0)
@@ -31,10 +31,10 @@ def shown(apart, monkeypatch):
     """Besides, the script's tensors are said to be on a GPU while steps are captured."""
     of = devices.of
     monkeypatch.setattr(devices, "of", lambda tensors: None if of(tensors) is None else GPU)
-    monkeypatch.setattr(state, "drawn_seed", lambda device: 1)
+    monkeypatch.setattr(devices, "drawn_seed", lambda device: 1)
     monkeypatch.setattr(devices, "generator_state", lambda device: 1)
     begin = tape.Slot.__init__
-    monkeypatch.setattr(tape.Slot, "__init__", lambda slot, meta, device=None: begin(slot, meta))
+    monkeypatch.setattr(tape.Slot, "__init__", lambda slot, meta, device, number: begin(slot, meta, number=number))
 
 
 def loop(objects, data):

@@ -50,7 +50,7 @@ def inspect_one(model=mlp, optimizer=torch.optim.AdamW):
     """The inspections of a short training run."""
     seen = []
     inspection.inspector = seen.append
-    tc.enable(tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True))
+    tc.enable(tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True, verify="off"))
     try:
         objects = made(model, optimizer, lr=0.01)()
         train_on(objects["model"], objects["optimizer"], batches(3))
@@ -105,6 +105,55 @@ def test_a_difference_is_exit_code_1(tmp_path):
     done = run(tmp_path, textwrap.dedent(spoiled) + SCRIPT)
     assert done.returncode == 1, done.stderr
     assert "the first operator at fault is aten.relu.default at train.py:" in done.stderr
+
+
+EVALUATING = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+for _ in range(4):
+    optimizer.zero_grad()
+    model(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+model.eval()
+with torch.no_grad():
+    print(model(torch.ones(2, 8)).sum().item())
+print("not reached")
+"""
+
+
+def test_evaluations_are_looked_at(tmp_path):
+    done = run(tmp_path, EVALUATING, "--steps=3")
+    assert done.returncode == 0, done.stderr
+    assert "[check]      step 3 at train.py:" in done.stderr and "[check]      evaluation: " in done.stderr
+    assert "not reached" not in done.stdout
+
+
+def test_a_wrong_evaluation_is_a_difference(tmp_path):
+    spoiled = """
+    import trainingcompiler.frameworks.pytorch.lower as table
+    right = table.LOWERINGS["aten.relu.default"]
+    table.LOWERINGS["aten.relu.default"] = lambda x: right(x) * 1.01
+    """
+    evaluating = EVALUATING.replace("model.eval()", "model[1] = nn.ReLU(); model.eval()")
+    done = run(tmp_path, textwrap.dedent(spoiled) + evaluating, "--steps=3")
+    assert done.returncode == 1, done.stderr
+    assert "the first operator at fault is aten.relu.default at train.py:" in done.stderr
+
+
+@pytest.mark.parametrize("value", [3.6e272, np.nan, np.inf])
+def test_what_only_the_whole_program_has_wrong_is_never_rounding(value):
+    *_, last = inspect_one()
+    number = next(iter(last.names))
+    spoiled = np.array(last.results[number])
+    spoiled.reshape(-1)[0] = value if spoiled.dtype == np.float64 else np.float32(min(value, 3e38))
+    last.results[number] = spoiled
+    verdict = check(last)
+    assert verdict.differs and verdict.first is None
+    _, torchs, compiled, name = verdict.worst
+    assert np.isfinite(torchs) and not abs(compiled) < 1e38 and name == last.names[number]
 
 
 UNKNOWN = """

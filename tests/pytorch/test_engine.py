@@ -114,6 +114,25 @@ def test_another_optimizers_steps_are_not_timed(clock):
     assert choice.chosen is None
 
 
+def test_engines_change_where_a_batch_of_several_optimizers_ends(clock):
+    choice, first, second = EngineChoice("auto"), optimizer(), optimizer()
+    turns = []
+    for _ in range(4):
+        for of, is_same_batch in ((first, False), (second, True)):
+            clock.now_s += 0.1
+            turns.append(choice.defers)
+            choice.stepped(of, "xla" if choice.defers else "eager", is_same_batch)
+    assert turns[2:] == [True, True, False, False, True, True]
+
+
+def test_optimizers_that_never_clear_gradients_do_not_take_the_end_from_each_other(clock, chosen):
+    choice, both = EngineChoice("auto"), (optimizer(), optimizer())
+    for step in range(100):
+        clock.now_s += 0.1
+        choice.stepped(both[step % 2], "xla" if choice.defers else "eager", True)
+    assert choice.chosen == "xla" and chosen
+
+
 def test_nothing_compiled_ends_the_choice(clock, chosen):
     """A loop that always falls back runs eagerly whoever is chosen; there is nothing to time."""
     choice, of = EngineChoice("auto"), optimizer()
@@ -144,10 +163,10 @@ def test_what_has_won_runs_the_rest(winner, monkeypatch):
     now_s = 0.0
     stepped = EngineChoice.stepped
 
-    def timed(self, of, engine):
+    def timed(self, of, engine, is_same_batch):
         nonlocal now_s
         now_s += times[engine]
-        stepped(self, of, engine)
+        stepped(self, of, engine, is_same_batch)
 
     monkeypatch.setattr(EngineChoice, "stepped", timed)
     monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now_s))

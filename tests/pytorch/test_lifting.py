@@ -1,16 +1,11 @@
 """Tensors and numbers that no program got as an argument: what changes between steps counts, nothing is baked in."""
 
-import weakref
-from dataclasses import replace
-
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, made, mlp, sgd
+from small import batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
-
-from trainingcompiler.frameworks.pytorch import session
 
 
 class WithConstants(nn.Module):
@@ -65,20 +60,6 @@ def test_module_constants_changed_between_steps(change):
     assert_same_training(
         made(WithConstants, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=1 if in_memory else None
     )
-
-
-def test_a_constant_that_is_gone_is_not_taken_for_another_of_the_same_number():
-    def loop(objects, data):
-        losses = []
-        for x, y in data:
-            losses.append(trained(objects, x, y))
-            recorded = session()
-            for key, planned in recorded._plans.items() if recorded else ():  # as if `mask` had been replaced
-                gone = tuple(weakref.ref(torch.zeros(1)) for _ in planned.closure)
-                recorded._plans[key] = replace(planned, closure=gone)
-        return losses
-
-    assert_same_training(made(WithConstants, torch.optim.SGD, lr=0.1), loop, batches(), max_compiles=1)
 
 
 @pytest.mark.parametrize("in_forward", [True, False])
@@ -251,3 +232,29 @@ def test_a_penalty_made_of_plain_parameters_counts(order):
         return losses
 
     assert_same_training(sgd(), loop, batches(), may_fall_back=True)
+
+
+class Quantizer(nn.Module):
+    """Assigns its codes' memory in the forward that reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 3), nn.Linear(3, 4)
+        self.codes = nn.Parameter(torch.randn(6, 3), requires_grad=False)
+        self.register_buffer("sums", torch.randn(6, 3))
+
+    def forward(self, x):
+        z = self.first(x)
+        nearest = (z[:, None] - self.codes[None]).pow(2).sum(-1).argmin(1)
+        chosen = F.one_hot(nearest, 6).to(z.dtype)
+        self.sums.mul_(0.9).add_((chosen.T @ z).detach(), alpha=0.1)
+        self.codes.data = self.sums / (1 + chosen.sum(0))[:, None]
+        quantized = chosen @ self.codes.detach()
+        return self.last(z + (quantized - z).detach())
+
+
+def test_memory_assigned_in_a_forward():
+    def loop(objects, data):
+        return train_on(objects["model"], objects["optimizer"], data)
+
+    assert_same_training(sgd(Quantizer), loop, batches(), may_fall_back=True, dtypes=(torch.float64,))

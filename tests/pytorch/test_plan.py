@@ -57,7 +57,8 @@ def test_no_step_is_taken_and_every_size_is_compiled(plan, tmp_path):
     assert list(batches) == [8, 16, 64] and "stepped" not in done.stdout
     state = 4 * (16 * 64 + 64 + 64 * 4 + 4)
     assert {batch["parameter_bytes"] for batch in batches.values()} == {state}
-    assert {batch["optimizer_bytes"] for batch in batches.values()} == {2 * state + 4 * 4}  # averages, and step counts
+    # Two averages, four step counts, and the gradients, which stay readable after a step on one CPU.
+    assert {batch["optimizer_bytes"] for batch in batches.values()} == {3 * state + 4 * 4}
     batch_bytes = [batch["memory"]["argument_bytes"] for batch in batches.values()]
     assert batch_bytes[1] - batch_bytes[0] == 8 * (16 * 4 + 8)  # eight rows more of x and y
     assert batches[64]["flops"] > 5 * batches[8]["flops"]

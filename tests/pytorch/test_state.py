@@ -50,7 +50,8 @@ def test_evaluation_in_every_mode(mode):
                 seen.append(model(data[22][0]).sum().item())  # in train mode: BatchNorm learns from it
         return seen
 
-    assert_same_training(sgd(dropless), loop, batches(23), max_compiles=3)
+    # With gradients, the first look guesses that a backward follows, and later ones do not.
+    assert_same_training(sgd(dropless), loop, batches(23), max_compiles=4)
 
 
 def test_unread_forward_still_updates_buffers():

@@ -144,7 +144,7 @@ def test_a_gradient_scaler_skips_the_steps_that_eager_skips(kind, clips):
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_who_tells_a_skipped_step_by_the_call_is_told(watched):
-    """Accelerate replaces `optimizer.step` to see whether the scaler calls it: one value is read a step."""
+    """Accelerate replaces `optimizer.step` to see whether the scaler calls it."""
 
     def loop(objects, data):
         model, optimizer = objects["model"], objects["optimizer"]
@@ -162,7 +162,7 @@ def test_who_tells_a_skipped_step_by_the_call_is_told(watched):
 
     run = assert_same_training(adamw(), loop, batches())
     assert run.statistics.launches == run.statistics.compiled_steps == len(batches())
-    assert run.statistics.host_reads == 1 + watched * len(batches())
+    assert run.statistics.host_reads == 1  # of the loss; what is told lies in a tensor of torch's by then
 
 
 def test_a_fused_optimizer_and_a_gradient_scaler():

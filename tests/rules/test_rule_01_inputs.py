@@ -64,6 +64,6 @@ def test_a_buffer_of_the_model_is_written_between_call_and_backward(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="the model's state is changed between a call and its backward()",
+        says="the model's state is read or changed between a call and its backward()",
         line="model.shift.fill_",
     )

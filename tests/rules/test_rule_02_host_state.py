@@ -124,14 +124,10 @@ report(model)
 
 
 def test_a_number_that_decides(tmp_path):
-    """Its first values are compiled each; then it is said that there are too many."""
+    """Each way that Python takes by it is a program."""
     model = ATTRIBUTE.replace("self.net(x) * self.alpha", "self.net(x) * (2 if self.alpha > 0.8 else 1)")
-    holds(
-        model + LOOP.format(change="model.alpha = 1.0 - index / 40"),
-        tmp_path,
-        says="Model.alpha is another number at every step, and the forward decides by its value",
-        line="F.cross_entropy(model(x), y)",
-    )
+    ran = holds(model + LOOP.format(change="model.alpha = 1.0 - index / 40"), tmp_path)
+    assert ran.compiles == 2
 
 
 def test_a_counter_that_no_forward_reads_costs_nothing(tmp_path):
@@ -144,26 +140,22 @@ def test_a_counter_that_no_forward_reads_costs_nothing(tmp_path):
 )
 def test_host_randomness(noise, tmp_path):
     model = ATTRIBUTE.replace("self.net(x) * self.alpha", f"self.net(x) * {noise}")
-    holds(
-        "import random\nimport numpy as np\nrandom.seed(1)\nnp.random.seed(1)\n" + model + LOOP.format(change="pass"),
-        tmp_path,
-        says="forward draws random numbers from Python's or NumPy's generator",
-        line="F.cross_entropy(model(x), y)",
-    )
+    seeded = "import random\nimport numpy as np\nrandom.seed(1)\nnp.random.seed(1)\n"
+    drawn = "print(random.random(), np.random.rand())\n"  # as often as in eager
+    ran = holds(seeded + model + LOOP.format(change="pass") + drawn, tmp_path)
+    assert ran.compiles <= 2
 
 
 def test_a_forward_that_counts(tmp_path):
     model = GLOBAL.replace("return x * ALPHA", "global ALPHA; ALPHA *= 0.9; return x * ALPHA")
-    holds(
-        model + LOOP.format(change="pass"), tmp_path, says="forward changes ALPHA", line="F.cross_entropy(model(x), y)"
-    )
+    ran = holds(model + LOOP.format(change="pass") + "print(ALPHA)\n", tmp_path)
+    assert ran.compiles <= 2
 
 
 def test_fallback_error_stops_there(tmp_path):
-    model = GLOBAL.replace("return x * ALPHA", "global ALPHA; ALPHA *= 0.9; return x * ALPHA")
-    try:
+    model = ATTRIBUTE.replace(
+        "return self.net(x) * self.alpha", "y = self.net(x); y.register_hook(lambda g: g * g.sum().item()); return y"
+    )
+    with pytest.raises(AssertionError, match="asks for a value") as stopped:
         run(model + LOOP.format(change="pass"), tmp_path, "--engine=xla", "--fallback=error")
-    except AssertionError as error:
-        assert "forward changes ALPHA" in str(error) and "--fallback=eager" in str(error)
-    else:
-        raise AssertionError("the script went on")
+    assert "--fallback=eager" in str(stopped.value)

@@ -13,7 +13,7 @@ PENALTIES = {
 @pytest.mark.parametrize("norm", ["p.pow(2).sum()", "p.abs().sum()"], ids=["l2", "l1"])
 def test_a_regularizer_of_plain_parameters(place, norm, tmp_path):
     body = place.format(f"sum({norm} for p in model.parameters())")
-    holds(
+    ran = holds(
         f"""
 model = mlp()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -26,9 +26,8 @@ for x, y in DATA:
 report(model)
 """,
         tmp_path,
-        says="the loop uses a tensor that torch has computed from parameters",
-        line="penalty",
     )
+    assert ran.compiles == 1
 
 
 def test_a_leaf_of_the_loops_own_gets_its_gradient(tmp_path):

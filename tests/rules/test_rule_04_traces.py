@@ -4,7 +4,7 @@ from rule import holds
 
 
 def test_an_auxiliary_loss_stored_on_a_module(tmp_path):
-    holds(
+    ran = holds(
         """
         class Router(nn.Module):
             def __init__(self):
@@ -27,13 +27,12 @@ def test_an_auxiliary_loss_stored_on_a_module(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="forward changes Router.balance",
-        line="F.cross_entropy(model(x), y)",
     )
+    assert ran.compiles == 1
 
 
 def test_a_list_that_forward_fills(tmp_path):
-    holds(
+    ran = holds(
         """
         SEEN = []
 
@@ -56,6 +55,5 @@ def test_a_list_that_forward_fills(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="forward changes SEEN",
-        line="F.cross_entropy(model(x), y)",
     )
+    assert ran.compiles == 1

@@ -49,7 +49,7 @@ def test_a_checkpointed_model_trains_like_a_plain_one(tmp_path):
 
             def forward(self, x):
                 for block in self.blocks:
-                    x = x + checkpoint(lambda x: block(x).tanh(), x, use_reentrant=False)
+                    x = x + checkpoint(lambda x, block=block: block(x).tanh(), x, use_reentrant=False)
                 return self.head(x)
 
         model = Model()
@@ -100,7 +100,7 @@ def test_a_program_without_random_operators_draws_nothing(tmp_path):
 
 
 def test_a_forward_that_seeds_the_generator(tmp_path):
-    holds(
+    ran = holds(
         """
         class Model(nn.Module):
             def __init__(self):
@@ -122,6 +122,5 @@ def test_a_forward_that_seeds_the_generator(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="the step seeds torch's random generator",
-        line="torch.manual_seed(3)",
     )
+    assert ran.compiles == 1

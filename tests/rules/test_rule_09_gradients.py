@@ -79,7 +79,7 @@ def test_a_hook_on_a_result_runs(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="the loop uses register_hook on a result",
+        says="Python that backward() runs asks for a value",
         line="out.register_hook",
     )
 

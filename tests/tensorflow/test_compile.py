@@ -11,6 +11,7 @@ from trainingcompiler.errors import FallbackError, UsageError
 from trainingcompiler.events import EngineChosen, FellBack, Note, Recompiled, subscribe
 from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, XLA
+from trainingcompiler.frameworks.tensorflow.tracing import Traces
 from trainingcompiler.statistics import current as statistics
 
 
@@ -91,6 +92,18 @@ def test_numpy_arrays_and_keyword_arguments(config, events):
     assert loop.count.numpy() == 2 and not [event for event in events if isinstance(event, Recompiled)]
 
 
+def test_arguments_in_any_order_and_a_variable_among_them(config):
+    total = tf.Variable(0.0)
+
+    def step(x, y=2.0, *, into, b=1.0, a=1.0):
+        return into.assign_add(x * 1000 + y * 100 + b * 10 + a)
+
+    step = tc.compile(tf.function(step), config)
+    one, two, three, four = (tf.constant(float(number)) for number in (1, 2, 3, 4))
+    assert float(step(b=three, y=two, a=four, x=one, into=total)) == 1234
+    assert float(step(one, into=total)) == 1234 + 1211
+
+
 def test_another_constant_is_another_program(config, events):
     plain, ours = Loop(), Loop()
     step = tc.compile(ours.step, config)
@@ -130,10 +143,10 @@ def test_variables_are_taken_over_and_given_back(config):
 
 def test_the_program_names_its_state(config):
     loop = Loop()
-    traced = tf.function(loop.step, jit_compile=True, autograph=False)
-    bridged = bridge.export(tf.function(lambda x, y: [loop.step(x, y)["loss"]], jit_compile=True),
-                            [tf.TensorSpec((8, 3), tf.float64), tf.TensorSpec((8, 2), tf.float64)], "step")  # fmt: skip
-    assert traced is not None
+    traced = tf.function(lambda x, y: loop.step(x, y)["loss"])
+    args = [np.zeros((8, 3)), np.zeros((8, 2))]
+    trace, _ = Traces(traced.get_concrete_function, is_checked=True).of(tuple(args), args)
+    bridged = bridge.export(trace, [tf.TensorSpec(item.shape, item.dtype) for item in args], "step")
     program = bridged.program
     assert {spec.name: spec.role for spec in program.state} == {
         "w": "parameter",
@@ -264,7 +277,7 @@ def test_where_the_graph_has_won_new_shapes_are_tensorflows(config, events):
 def test_tensorflows_xla_is_dropped_where_it_fails(config, events, monkeypatch):
     from trainingcompiler.frameworks.tensorflow.programs import TracedStep
 
-    def fail(self, leaves):
+    def fail(self, leaves, jit_compile=False):
         raise tf.errors.InvalidArgumentError(None, None, "no cluster")
 
     monkeypatch.setattr(TracedStep, "run_in_tensorflow", fail)

@@ -189,7 +189,9 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.layer(x)
-        return x * 2 if self.looks and x.sum().item() > 0 else x
+        if self.looks:
+            x.register_hook(lambda gradient: gradient * gradient.isfinite().all().item())
+        return x
 
 
 model = DistributedDataParallel(Odd())
@@ -226,6 +228,11 @@ torch.set_default_dtype(torch.float64)
 torch.manual_seed(rank)
 
 
+@torch.jit.script
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
@@ -233,7 +240,7 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.norm(self.layer(x))
-        return x * 2 if self.looks and x.sum().item() > 100 else x
+        return twice(x) if self.looks else x
 
 
 model = DistributedDataParallel(Odd())

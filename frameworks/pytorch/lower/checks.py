@@ -13,18 +13,47 @@ from jax import lax
 
 from .operands import Array, Number, constant
 
-_conditions: ContextVar[list[Array] | None] = ContextVar("conditions", default=None)
+
+class Conditions(list[Array]):
+    """What must hold, each a bool array of any shape; and what an operator has left as it was where that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[int, tuple[Array, int]] = {}  # with the count of conditions then, by identity
+        self._all: tuple[int, Array] | None = None
+
+    def all(self) -> Array:
+        """Whether everything that has been stated so far holds."""
+        if self._all is None or self._all[0] != len(self):
+            self._all = len(self), all_hold(self)
+        return self._all[1]
+
+    def keep(self, value: Array) -> None:
+        """Notes that a value is the old one where something that has been stated so far does not hold."""
+        self._kept[id(value)] = value, len(self)
+
+    def keeps(self, value: Array) -> bool:
+        """Whether a value is the old one where anything does not hold."""
+        return self._kept.get(id(value), (None, -1))[1] == len(self)
+
+
+_conditions: ContextVar[Conditions | None] = ContextVar("conditions", default=None)
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[list[Array]]:
-    """Collects the conditions of everything that is lowered inside, each a bool array of any shape."""
-    conditions: list[Array] = []
+def collecting() -> Iterator[Conditions]:
+    """Collects the conditions of everything that is lowered inside."""
+    conditions = Conditions()
     token = _conditions.set(conditions)
     try:
         yield conditions
     finally:
         _conditions.reset(token)
+
+
+def stated() -> Conditions | None:
+    """The conditions of what has been lowered so far; None if nobody collects them."""
+    return _conditions.get()
 
 
 def require(condition: Array) -> None:

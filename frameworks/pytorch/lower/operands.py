@@ -5,6 +5,7 @@ a `jnp` function costs several times as much.
 """
 
 import math
+import platform
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
+
+from trainingcompiler.targets import current as current_target
 
 from .dtypes import jax_dtype, result_dtype
 
@@ -44,7 +47,32 @@ def cast(operand: Operand, dtype: jnp.dtype) -> Array:
     """`operand` as an array of `dtype`; the same array where it already is one."""
     if is_number(operand):
         return constant(operand, dtype)
-    return operand if operand.dtype == dtype else lax.convert_element_type(operand, dtype)
+    if operand.dtype == dtype:
+        return operand
+    if is_float(operand.dtype) and jnp.issubdtype(dtype, jnp.integer) and _is_x86():
+        return _truncated(operand, dtype)
+    return lax.convert_element_type(operand, dtype)
+
+
+def _truncated(array: Array, dtype: jnp.dtype) -> Array:
+    """An integer of each float, as torch's kernels for x86 make it: C++ leaves open what becomes of one out of range.
+
+    The processor gives the lowest integer of 64 or 32 bits for all of these, and for NaN; a narrower integer is the low
+    end of that. XLA gives the nearest integer, and 0 for NaN.
+    """
+    wide = INT64 if dtype == INT64 else INT32
+    array = cast(array, opmath(array.dtype))
+    limits = np.iinfo(wide)
+    integers = lax.convert_element_type(array, wide)  # what is too low, is at the lowest
+    is_below = lax.lt(array, constant(-float(limits.min), array.dtype))  # a power of two, which any float has exactly
+    integers = lax.select(is_below, integers, lax.full_like(integers, limits.min))
+    return integers if wide == dtype else lax.convert_element_type(integers, dtype)
+
+
+def _is_x86() -> bool:
+    """Whether the program is for a processor of that kind. On others, and on GPUs, torch has what XLA has."""
+    target = current_target()
+    return platform.machine() in ("x86_64", "AMD64") and (target is None or target.platform == "cpu")
 
 
 def expand(array: Array, shape: Sequence[int]) -> Array:

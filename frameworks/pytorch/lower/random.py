@@ -38,6 +38,7 @@ UINT64 = jnp.dtype("uint64")
 FLOAT64 = jnp.dtype("float64")
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_MIXING = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
 
 
 def node_key(seed: Array, index: int) -> Array:
@@ -55,9 +56,21 @@ def node_key(seed: Array, index: int) -> Array:
     return _mix(lax.add(start, np.uint64((index + 1) * _GOLDEN % 2**64)))
 
 
+def keyed(seed: int, index: int) -> np.uint64:
+    """`node_key` of a seed that is known, outside of any program."""
+    start = _mixed((seed + _GOLDEN) % 2**64)
+    return np.uint64(_mixed((start + (index + 1) * _GOLDEN) % 2**64))
+
+
+def _mixed(z: int) -> int:
+    for shift, factor in _MIXING:
+        z = ((z ^ (z >> shift)) * factor) % 2**64
+    return z ^ (z >> 31)
+
+
 def _mix(z: Array) -> Array:
     """The finalizer of splitmix64 (Steele, Lea and Flood, 2014), a bijection of 64 bits."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in _MIXING:
         z = lax.mul(lax.bitwise_xor(z, lax.shift_right_logical(z, np.uint64(shift))), np.uint64(factor))
     return lax.bitwise_xor(z, lax.shift_right_logical(z, np.uint64(31)))
 

@@ -132,3 +132,14 @@ def test_in_place_names():
 @pytest.mark.parametrize("weight", [0.1, 0.9, 0.5, -0.7])
 def test_lerp_of_number(weight):
     assert_lowering_matches("aten.lerp.Scalar", torch.randn(5), torch.randn(5), weight)
+
+
+OUT_OF_RANGE = [1e30, -1e30, math.nan, math.inf, -math.inf, 3e9, -3e9, 9.3e18, 70000.5, 300.7, -300.7, -1.5, 0.5]
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_integers_of_floats_out_of_range_are_torchs(source, integer):
+    values = torch.tensor(OUT_OF_RANGE, dtype=source)
+    assert_program_matches(lambda: values.to(integer))
+    assert_program_matches(lambda: values[0].to(integer))

@@ -1,0 +1,190 @@
+"""What a loop does with results, batches and buffers between its calls: the smallest loops that once went wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import assert_same_training
+from small import batches, made, mlp
+from torch import nn
+from torch.nn import functional as F
+
+FLOAT64 = (torch.float64,)  # as in test_recording.py: a path that is mistaken for another shows in every digit
+
+
+def one_step(loss_of):
+    """A training loop whose loss is `loss_of(model, x, y, index)`."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        torch.manual_seed(3)
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y, index)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    return loop
+
+
+def around_a_result(model, x, y, index):
+    out = model(x)
+    return F.cross_entropy(out, y) + (out - torch.normal(out.detach(), 0.5)).pow(2).mean()
+
+
+def as_wide_as_a_result(model, x, y, index):
+    mean, wide = model(x).chunk(2, -1)
+    action = torch.distributions.Normal(mean, wide.exp()).sample()
+    return -torch.distributions.Normal(mean, wide.exp()).log_prob(action).mean()
+
+
+def as_wide_as_a_result_around_a_number(model, x, y, index):
+    out = model(x)
+    return F.cross_entropy(out, y) + (out * torch.normal(0.0, out.detach().exp())).mean()
+
+
+def minus_zero(model, x, y, index):
+    out = model(x)
+    return F.cross_entropy(out, y) + (1 / (out.detach().abs().sum() * (0.0 if index % 2 else -0.0))).clamp(-1, 1)
+
+
+# `Normal` checks the values that it is given, which takes programs of their own.
+@pytest.mark.parametrize(
+    ("loss_of", "max_compiles"),
+    {around_a_result: 1, as_wide_as_a_result: 6, as_wide_as_a_result_around_a_number: 1, minus_zero: 2}.items(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_trains_what_eager_trains(loss_of, max_compiles):
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, one_step(loss_of), batches(), dtypes=FLOAT64, max_compiles=max_compiles)
+
+
+def test_a_leaf_made_by_assigning_requires_grad_has_a_gradient():
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for x, y in data:
+            optimizer.zero_grad()
+            hidden = model["encoder"](x)
+            leaf = hidden.detach()
+            leaf.requires_grad = True
+            loss = F.cross_entropy(model["head"](leaf), y)
+            loss.backward()
+            hidden.backward(leaf.grad)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    make = made(lambda: nn.ModuleDict({"encoder": nn.Linear(8, 6), "head": nn.Linear(6, 4)}), torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+@pytest.mark.parametrize("new", [torch.clone, torch.zeros_like])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_a_buffer_of_batch_norm_is_replaced(name, new):
+    def loop(objects, data):
+        losses = []
+        for index, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+            if index % 5 == 2:
+                setattr(objects["model"][1], name, new(getattr(objects["model"][1], name)))
+        return losses
+
+    net = made(lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)), torch.optim.SGD, lr=0.1)
+    assert_same_training(net, loop, batches(), dtypes=FLOAT64)
+
+
+def test_gradients_that_several_results_are_given_are_constants():
+    def loop(objects, data):
+        model, seen = objects["model"], []
+        for x, _ in data:
+            objects["optimizer"].zero_grad()
+            out, hidden = model(x), model[0](x)
+            with pytest.raises(RuntimeError, match="Mismatch in shape"):
+                torch.autograd.backward([out, hidden], [out[:1], hidden])
+            torch.autograd.backward([out, hidden], [0.1 * out, 0.1 * hidden])
+            objects["optimizer"].step()
+            seen.append(out.sum().item())
+        return seen
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+def halves_the_batch(x, queue, out):
+    x.mul_(0.5)
+
+
+def fills_the_queue(x, queue, out):
+    queue[:16] = out.detach()
+
+
+@pytest.mark.parametrize("write", [halves_the_batch, fills_the_queue])
+def test_what_a_gradient_needs_and_was_written_to_raises_at_backward(write):
+    """As torch's own check says; the script may catch it, and goes on."""
+
+    def loop(objects, data):
+        model, optimizer, losses, raised = objects["model"], objects["optimizer"], [], []
+        queue = torch.linspace(-1.0, 1.0, 32 * 4, dtype=torch.float64).reshape(32, 4)
+        for index, (x, y) in enumerate(data):
+            x = x.clone()
+            optimizer.zero_grad()
+            out = model(x)
+            loss = F.cross_entropy(out @ queue.T, y)
+            if index % 3 == 2:
+                write(x, queue, out)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+                raised.append(index)
+                continue
+            optimizer.step()
+            losses.append(loss.item())
+        return [*losses, *raised]
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+def test_what_no_gradient_needs_may_be_written_to():
+    def loss_of(model, x, y, index):
+        x = x.clone()
+        loss = F.cross_entropy(model(x + 1), y)
+        x.zero_()
+        return loss
+
+    assert_same_training(
+        made(mlp, torch.optim.SGD, lr=0.1), one_step(loss_of), batches(), dtypes=FLOAT64, max_compiles=2
+    )
+
+
+SHAMPOO = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(4):
+    optimizer.zero_grad()
+    out = model(torch.randn(8, 4))
+    loss = torch.linalg.eigvalsh(out.t() @ out).sum()
+    loss.backward()
+    optimizer.step()
+print(loss.item())
+"""
+
+
+def test_a_kept_program_that_calls_lapack_runs_at_a_second_start(tmp_path):
+    """Its functions were found when a program was lowered, which a kept one is not: the process ended with a signal."""
+    script = tmp_path / "train.py"
+    script.write_text(SHAMPOO)
+    command = [sys.executable, "-m", "trainingcompiler.launch", "--engine=xla", f"--cache-dir={tmp_path}", str(script)]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), second.stderr
+    assert "from the cache" in second.stderr and "from the cache" not in first.stderr
+    assert first.stdout == second.stdout
