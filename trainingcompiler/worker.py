@@ -25,7 +25,8 @@ BAD_INPUT = 2
 def main() -> None:
     """Runs the script named on the command line, sums up, and leaves with the script's exit code.
 
-    A script that succeeds without one optimizer step, although its steps were to be compiled, exits with code 2.
+    A script that succeeds without one optimizer step, although its steps were to be compiled, is told so; where no
+    fallback is wanted, it exits with code 2.
     """
     run(*sys.argv[1:])
 
@@ -64,16 +65,16 @@ def run(kind: str, name: str, *arguments: str) -> None:
         raise
     finally:
         if enabled and os.getpid() == process:  # a child forked by the script comes past here as well
-            _finish(succeeded)
+            _finish(succeeded, may_fall_back=config.fallback != "error")
 
 
-def _finish(succeeded: bool) -> None:
+def _finish(succeeded: bool, may_fall_back: bool) -> None:
     trained = statistics.current().steps > 0
     if trained or succeeded:
         events.end()
     else:
         events.forget_end()  # what failed is told by the traceback, which is to be the last word
-    if succeeded and not trained:
+    if succeeded and not trained and not may_fall_back:
         sys.exit(BAD_INPUT)
 
 

@@ -54,7 +54,7 @@ def _is_on_cpu(array: jax.Array) -> bool:
 
 def _from_host(values: np.ndarray) -> torch.Tensor:
     if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).data
     return torch.from_numpy(values)
 
 
@@ -86,4 +86,5 @@ def tensor_over(array: jax.Array, owner: object, dtype: torch.dtype) -> torch.Te
     kind: Any = type("Memory", (ctypes.c_char * array.nbytes,), {})  # a subclass: its instances can carry the owner
     memory = kind.from_address(address(array))
     memory.owner = owner
-    return torch.frombuffer(memory, dtype=dtype).view(array.shape)
+    # `data`: for torch it is no view, so that a script can `detach_()` it, as one may each tensor of its own.
+    return torch.frombuffer(memory, dtype=dtype).view(array.shape).data

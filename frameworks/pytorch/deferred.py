@@ -34,7 +34,20 @@ class Owner(Protocol):
         """The real tensor of a slot."""
 
 
-class DeferredTensor(torch.Tensor):
+class _EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
+    """A class that is `torch.Tensor` for `==`, and as a key of a dict: a script may choose by `type(x)`.
+
+    `is` cannot be answered; `isinstance` is true.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is torch.Tensor or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(torch.Tensor)
+
+
+class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
     """Stands for a tensor of known shape and dtype whose value is computed when somebody looks at it.
 
     Attributes:
@@ -83,6 +96,10 @@ class DeferredTensor(torch.Tensor):
             return leaf
 
         return func(*real(args), **{name: real(value) for name, value in (kwargs or {}).items()})
+
+    def as_subclass(self, cls):
+        """See `torch.Tensor.as_subclass`, which asks no mode."""
+        return self.owner.call(torch.Tensor.as_subclass, (self, cls), {})
 
     def __reduce_ex__(self, protocol):
         return self.owner.value(self.slot).detach().clone().__reduce_ex__(protocol)

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._device import _device_constructors
 
 from trainingcompiler.frameworks.pytorch import devices
-from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, READS, is_in_place
+from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, READS, DeferredTensor, is_in_place
 
 
 class Kind(enum.Enum):
@@ -18,9 +19,9 @@ class Kind(enum.Enum):
 
     `OPERATOR` computes tensors. `IN_PLACE` writes to its first argument. `FACTORY` makes a tensor of nothing but
     numbers. `QUERY` asks for shapes and the like. `READ` asks for values. `DRAW` makes random numbers and nothing
-    else. `SET` assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two
-    functions for it. `DRAW_INTO` fills a tensor with random numbers. `OPAQUE` reaches into the graph that autograd
-    would have. `NATIVE` is torch's own business.
+    else; `DRAW_FROM` makes them of probabilities, and `DRAW_INTO` fills a tensor with them. `SET` assigns an attribute.
+    `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two functions for it. `OPAQUE` reaches
+    into the graph that autograd would have. `NATIVE` is torch's own business.
     """
 
     OPERATOR = enum.auto()
@@ -29,6 +30,7 @@ class Kind(enum.Enum):
     QUERY = enum.auto()
     READ = enum.auto()
     DRAW = enum.auto()
+    DRAW_FROM = enum.auto()
     DRAW_INTO = enum.auto()
     SET = enum.auto()
     FLAG = enum.auto()
@@ -38,8 +40,11 @@ class Kind(enum.Enum):
     NATIVE = enum.auto()
 
 
-_OPAQUE = frozenset({"register_hook", "retain_grad", "grad", "register_post_accumulate_grad_hook", "_make_subclass"})
+_OPAQUE = frozenset(
+    "register_hook retain_grad grad register_post_accumulate_grad_hook _make_subclass as_subclass".split()
+)
 _DRAWS = frozenset("rand randn randint randperm normal rand_like randn_like randint_like".split())
+_DRAWS_FROM = frozenset("multinomial bernoulli poisson binomial".split())
 _DRAWS_INTO = frozenset("uniform_ normal_ random_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_".split())
 # They give tensors of the host's data, or are answered by the process.
 _NATIVE = frozenset(
@@ -84,6 +89,8 @@ def _classified(function: Any) -> Kind:
         return Kind.NATIVE
     if name in _DRAWS:
         return Kind.DRAW
+    if name in _DRAWS_FROM:
+        return Kind.DRAW_FROM
     if name in _DRAWS_INTO:
         return Kind.DRAW_INTO
     if function in _device_constructors():
@@ -142,4 +149,19 @@ class FunctionMode(TorchFunctionMode):
             yield
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_asked = types and torch._C._is_torch_function_enabled()  # not while one of them calls `func` itself
+        kinds = tuple(filter(_has_own_functions, types)) if is_asked else ()
+        if kinds:
+            with self.seeing():  # what it asks torch for itself
+                for kind in kinds:
+                    result = kind.__torch_function__(func, kinds, args, kwargs or {})
+                    if result is not NotImplemented:
+                        return result
         return self._watcher.function(func, args, kwargs or {})
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_own_functions(kind: Any) -> bool:
+    """Whether torch asks a class what its functions mean: a subclass of `torch.Tensor` that somebody else wrote."""
+    is_ours = kind is torch.Tensor or kind is DeferredTensor
+    return not is_ours and kind.__torch_function__ is not torch._C._disabled_torch_function_impl

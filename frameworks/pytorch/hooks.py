@@ -86,6 +86,7 @@ class Hooks:
         original_add, original_patch = Optimizer.add_param_group, Optimizer._patch_step_function
 
         def add_param_group(optimizer, param_group):
+            session.makes_leaves(param_group)
             original_add(optimizer, param_group)
             self._watch.made(optimizer)
             session.book.register(optimizer)
@@ -139,6 +140,9 @@ class Hooks:
             return session.call_unseen(function, scripted, (function, *args), kwargs)
 
         self._replace(torch.jit.ScriptFunction, "__call__", call)
+        for owner in (torch.jit, torch.jit._trace):
+            self._replace(owner, "trace_module", self._in_torch(torch.jit.trace_module))
+        self._replace(torch.jit._trace, "_trace_impl", self._in_torch(torch.jit._trace._trace_impl))
         for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):
             self._replace(eager_transforms, name, self._transforming(getattr(eager_transforms, name)))
         self._replace(apis, "vmap_impl", self._transforming(apis.vmap_impl))
@@ -177,6 +181,18 @@ class Hooks:
         self._replace(nn.SyncBatchNorm, "forward", batch_norm)
         if not torch.cuda.is_available():  # the wrapper refuses torch's own on a CPU; ours is in place there
             self._replace(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda wrapper, module: None)
+
+    def _in_torch(self, original):
+        """A function that runs modules to see what they ask torch for."""
+        session = self.session
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            session.state_is_read()
+            with undeferred():
+                return original(*args, **kwargs)
+
+        return run
 
     def _transforming(self, original):
         session = self.session

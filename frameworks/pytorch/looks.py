@@ -74,10 +74,21 @@ class Looks(TapeWriter):
         """Random numbers shaped like a deferred tensor, drawn by torch: the numbers are the ones that eager draws."""
         if function is torch.normal:
             return self._draw_normal(function, *args, **kwargs)
-        like = args[0].slot
+        return function(self._empty_like(args[0]), *args[1:], **kwargs)
+
+    def draw_into(self, function: Callable, tensor: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        """Fills a tensor with random numbers that torch draws; tensor or arguments are deferred."""
+        args, kwargs = self.real(args), self.real(kwargs)
+        if not isinstance(tensor, DeferredTensor):
+            self.before_write([tensor])
+            return function(tensor, *args, **kwargs)
+        drawn = function(self._empty_like(tensor), *args, **kwargs)
+        return self.record(torch.Tensor.copy_, (tensor, drawn), {})
+
+    def _empty_like(self, tensor: DeferredTensor) -> torch.Tensor:
+        slot = tensor.slot
         with torch._C.DisableTorchFunction():
-            empty = torch.empty(like.meta.shape, dtype=like.meta.dtype, device=like.device)
-        return function(empty, *args[1:], **kwargs)
+            return torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=slot.device)
 
     def _draw_normal(self, function: Callable, mean: Any, std: Any = 1.0, *, generator=None, out=None) -> Any:
         """`torch.normal` around means that are deferred, or so wide: torch draws, and the rest is recorded."""

@@ -16,8 +16,8 @@ _depth = _Depth()
 
 
 def is_replaying() -> bool:
-    """Whether `undeferred` is entered in this thread, or `torch.compile` reads the code that asks."""
-    return torch.compiler.is_dynamo_compiling() or _depth.value > 0
+    """Whether `undeferred` is entered in this thread, or torch itself traces: `torch.compile`, `torch.jit.trace`."""
+    return torch.compiler.is_dynamo_compiling() or _depth.value > 0 or torch._C._is_tracing()
 
 
 @contextlib.contextmanager

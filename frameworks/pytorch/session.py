@@ -201,6 +201,8 @@ class Session(Looks):
         if kind is Kind.SET and getattr(getattr(function, "__self__", None), "__name__", "") == "data":
             self.before_write([args[0]])
             return function(*self.real(args))  # `p.data = ...`: values without a history
+        if name == "as_subclass" and args[1:] == (torch.Tensor,):
+            return args[0]
         if kind in (Kind.OPAQUE, Kind.SET, Kind.NATIVE, Kind.FLAG) or kwargs.get("create_graph"):
             return self.run_with_history(name, function, args, kwargs)
         if kind is Kind.BACKWARD:
@@ -213,6 +215,11 @@ class Session(Looks):
             return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
         if kind is Kind.DRAW:  # it looks at shapes only: torch draws, with its own generator
             return self.draw(function, args, kwargs)
+        is_draw = kind is Kind.DRAW_FROM or kind is Kind.DRAW_INTO
+        if is_draw and (name == "multinomial" or not self.differentiates(args, kwargs)):  # its result has no gradient
+            if kind is Kind.DRAW_INTO:
+                return self.draw_into(function, args[0], args[1:], kwargs)
+            return function(*self.real(args), **self.real(kwargs))
         return self.record(function, args, kwargs)
 
     # -- threads and forks --------------------------------------------------------------------------------------

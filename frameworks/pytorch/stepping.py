@@ -77,11 +77,8 @@ class Stepping:
             return self._end_step(optimizer)
         if planner.current is not None:
             planner.current.left(f"PyTorch would run it, because {reason}")
-        if (
-            session.tape
-            and session.fallbacks.covers(optimizer)
-            and session.tape.committable() == len(session.tape.entries)
-        ):
+        is_torchs = session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer)
+        if session.tape and is_torchs and session.tape.committable() == len(session.tape.entries):
             session.commit()  # forward and backward, up to the gradients
         elif session.tape:
             session.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import devices
@@ -18,6 +19,7 @@ from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.function_mode import Kind, kind_of
+from trainingcompiler.frameworks.pytorch.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.recording import kind_of_constant, numbers_of
@@ -62,6 +64,9 @@ class TapeWriter(TapeRunner):
     @section.around
     def record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         """Writes a call on the tape and returns what it returns, its tensors deferred."""
+        if function in INDEXED and is_refused(function, args, kwargs):
+            self.run_eagerly(PassingCaptureError("an index is out of range: torch is to say which", user_line()))
+            return function(*self.real(args), **self.real(kwargs))
         given, structure = flatten_call(args, kwargs, _ATOMS)
         place = self.tape.place
         try:
@@ -133,6 +138,8 @@ class TapeWriter(TapeRunner):
             raise CaptureError("a TorchDispatchMode is to see every operator", user_line())
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise CaptureError("torch.func transforms a call", user_line())
+        if forward_ad._current_level >= 0:
+            raise CaptureError("gradients are computed in forward mode", user_line())
         tape, modes = self.tape, TorchModes.now()
         leaves: list[Any] = []
         kinds: list[tuple] = []
@@ -313,6 +320,19 @@ class TapeWriter(TapeRunner):
         slot.wrapper = weakref.ref(tensor)
 
     @section.around
+    def makes_leaves(self, group: dict) -> None:
+        """Makes tensors of their own of results that an optimizer is to train: `w.detach().requires_grad_()`."""
+        given = flatten(group.get("params"))[0] if isinstance(group, dict) else []
+        leaves = [one for one in given if isinstance(one, DeferredTensor) and one.slot in self.tape.new_leaves]
+        for leaf in leaves:
+            value = self.value(leaf.slot).detach().clone().requires_grad_()
+            self.tape.new_leaves.remove(leaf.slot)
+            leaf.slot.wrapper = None  # a tensor with weak references cannot be swapped
+            torch.utils.swap_tensors(leaf, value)
+        if leaves and not self.has_backward:
+            self.commit()
+
+    @section.around
     def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
         if slot is not None and slot.freed and slot.committed:
@@ -435,6 +455,10 @@ class TapeWriter(TapeRunner):
         stays = [e for e in self.tape.entries if e.function is not torch.Tensor.backward and not e.is_in_backward]
         self._rebuild(stays)
         return True
+
+    def differentiates(self, args: Any, kwargs: Any) -> bool:
+        """Whether autograd would follow a call with these arguments."""
+        return torch.is_grad_enabled() and self.needs_gradient(args, kwargs)
 
     def needs_gradient(self, args: Any, kwargs: Any) -> bool:
         for leaf in flatten((args, kwargs))[0]:

@@ -69,9 +69,11 @@ def test_nothing_heavy_is_imported_for_a_script_that_imports_nothing(folder):
 def test_a_script_that_trains_nothing_is_told_so_at_the_end(folder):
     write(folder, "hello.py", "print('hello')")
     done = launch(folder, "hello.py")
-    assert (done.returncode, done.stdout) == (2, "hello\n")
+    assert (done.returncode, done.stdout) == (0, "hello\n")
     assert done.stderr == f"[nothing]    {NOTHING_TRAINED}\n"
     assert launch(folder, "--quiet", "hello.py").stderr == done.stderr
+    refused = launch(folder, "--fallback=error", "hello.py")
+    assert (refused.returncode, refused.stderr) == (2, done.stderr)
 
 
 @pytest.mark.parametrize(("options", "variables"), [(["--no-compile"], {}), ([], {"TRAININGCOMPILER": "0"})])

@@ -342,6 +342,27 @@ def test_own_weight_decay_and_step():
     assert_same_training(make, loop, batches(), max_compiles=2)
 
 
+def test_gradients_are_detached_in_place():
+    """As `zero_grad` of old did, and many a loop written after it: torch refuses that for a view."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for x, y in data:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            for parameter in model.parameters():
+                parameter.grad.detach_()
+                parameter.grad.mul_(0.5)
+            optimizer.step()
+            for parameter in model.parameters():
+                parameter.grad.detach_()
+                parameter.grad.zero_()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), dtypes=(torch.float64,))
+
+
 def test_gradient_hooks_run():
     def make():
         objects = made(mlp, torch.optim.SGD, lr=0.1)()

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from parity import assert_same_training, train
-from small import adamw, batches, sgd, train_on
+from small import adamw, batches, mlp, sgd, train_on
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -17,6 +18,41 @@ def with_dropout():
 
 def plain_loop(objects, data):
     return train_on(objects["model"], objects["optimizer"], data)
+
+
+def chosen(model, x):
+    """An action that a policy chooses."""
+    return torch.distributions.Categorical(logits=model(x)).sample().double().mean()
+
+
+def kept(model, x):
+    with torch.no_grad():
+        return torch.bernoulli(model(x).sigmoid()).mean()
+
+
+def filled(model, x):
+    return (torch.empty_like(model(x)).exponential_() * model(x)).mean().sigmoid()
+
+
+def filled_by_probabilities(model, x):
+    with torch.no_grad():
+        return torch.zeros(16, 4).bernoulli_(model(x).sigmoid()).mean()
+
+
+@pytest.mark.parametrize("draw", [chosen, kept, filled, filled_by_probabilities], ids=lambda draw: draw.__name__)
+def test_what_a_loop_draws_by_results_is_eagers(draw):
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        torch.manual_seed(3)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y) * (1 + draw(model, x))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(mlp), loop, batches(), dtypes=(torch.float64,))
 
 
 def test_same_seed_same_run_another_seed_another_run():

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from parity import assert_same_training
 from small import batches, made, mlp
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 FLOAT64 = (torch.float64,)  # as in test_recording.py: a path that is mistaken for another shows in every digit
@@ -188,3 +190,101 @@ def test_a_kept_program_that_calls_lapack_runs_at_a_second_start(tmp_path):
     assert (first.returncode, second.returncode) == (0, 0), second.stderr
     assert "from the cache" in second.stderr and "from the cache" not in first.stderr
     assert first.stdout == second.stdout
+
+
+def by_its_class(model, x, y, index):
+    out = model(x)
+    return F.cross_entropy(out, y) * {torch.Tensor: 2.0}.get(type(out), 1.0) * (1.0 if type(out) == torch.Tensor else 0)  # noqa: E721
+
+
+def test_a_script_chooses_by_the_class_of_a_result():
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, one_step(by_its_class), batches(), dtypes=FLOAT64, max_compiles=1)
+
+
+class Doubling(torch.Tensor):
+    """A batch whose linear layers give twice as much, and whose results are of its class."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func is F.linear else result
+
+
+class Unwrapped(torch.Tensor):
+    """A batch whose results are plain tensors, as torchvision's."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if not all(issubclass(cls, kind) for kind in types):
+            return NotImplemented
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(torch.Tensor) if isinstance(result, cls) else result
+
+
+@pytest.mark.parametrize(("kind", "falls_back"), [(Doubling, True), (Unwrapped, False)])
+def test_a_batch_of_a_class_of_its_own(kind, falls_back):
+    def loss_of(model, x, y, index):
+        out = model(x.as_subclass(kind))
+        assert isinstance(out, Doubling) == falls_back
+        return F.cross_entropy(out, y)
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, one_step(loss_of), batches(), dtypes=FLOAT64, may_fall_back=falls_back)
+    assert len(run.fallbacks()) == falls_back
+
+
+def test_a_leaf_made_of_a_parameter_is_trained_by_a_new_optimizer():
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x) * scale, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if index % 4 == 3:
+                scale = (scale * 0.9).detach().requires_grad_(True)
+                optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+        return [*losses, *scale.tolist()]
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(12), dtypes=FLOAT64)
+
+
+@pytest.mark.parametrize("trace", [torch.jit.trace, torch.jit.trace_module], ids=lambda trace: trace.__name__)
+def test_a_model_is_traced_in_mid_run(trace):
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if index == 5:
+                with warnings.catch_warnings():  # torch says that tracing is on its way out
+                    warnings.simplefilter("ignore")
+                    traced = trace(model, {"forward": x} if trace.__name__ == "trace_module" else x)
+                seen.append(traced(x).sum().item())
+            loss.backward()
+            optimizer.step()
+        return seen
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's own use
+def test_forward_mode_gradients_beside_training():
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if index % 4 == 3:
+                with forward_ad.dual_level():
+                    out = model(forward_ad.make_dual(x, torch.ones_like(x)))
+                    seen.append(forward_ad.unpack_dual(out).tangent.sum().item())
+        return seen
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(12), dtypes=FLOAT64, may_fall_back=True)

@@ -188,6 +188,29 @@ def test_ignored_labels_are_no_error():
     assert not [event for event in run.events if isinstance(event, Note)]
 
 
+@pytest.mark.parametrize("wrong", [{"words": 10}, {"words": -1}, {"label": 4}, {"label": -3}], ids=str)
+def test_what_a_batch_has_out_of_range_raises_at_the_call(wrong):
+    """A script may catch it there."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for index, batch in enumerate(data):
+            x, y = spoiled(**wrong) if index % 4 == 3 else batch
+            optimizer.zero_grad()
+            try:
+                loss = F.cross_entropy(model(x), y)
+            except IndexError:
+                losses.append(-1.0)
+                continue
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    run = assert_same_training(made(Words, torch.optim.Adam, lr=0.01), loop, batches(), max_compiles=1)
+    assert [loss for loss in run.observed if loss < 0] == [-1.0] * 5
+
+
 def test_a_script_that_catches_the_error_goes_on():
     def loop(objects, data):
         losses = []
