@@ -91,6 +91,32 @@ class Hook(Piece):
         return values[0] if values else None
 
 
+class LeafHooks(Piece):
+    """The hooks that the script has registered on a parameter, as they are at a backward.
+
+    Args:
+        functions: Likewise, in their order.
+    """
+
+    def __init__(self, functions: list[Callable]):
+        name = getattr(functions[0], "__name__", type(functions[0]).__name__)
+        super().__init__(f"a hook of a parameter, {name},")
+        self._functions = functions
+
+    def backward(self, gradients: Gradients) -> Any:
+        """Calls the hooks, each with what the one before it has put in the gradient's place."""
+        gradient, is_another = gradients[0], False
+        for function in self._functions:
+            found = function(gradient)
+            if found is not None:
+                gradient, is_another = found, True
+        return gradient if is_another else None
+
+    def returned(self, values: list[Any]) -> Any:
+        """The gradient that the hooks have put in the place of torch's, or None."""
+        return values[0] if values else None
+
+
 class Handle:
     """What `register_hook` returns for a result of the tape.
 
@@ -218,7 +244,21 @@ def removed(piece: Any, result: torch.Tensor) -> None:
     """A hook is removed, as an entry of the tape: another path, on which the hook does nothing."""
 
 
-attached.takes_piece = hooked.takes_piece = removed.takes_piece = True  # type: ignore[attr-defined]
+def leaf_hooked(piece: Any, leaf: torch.Tensor) -> None:
+    """Registers a piece on a parameter before a backward, as an entry of the tape, in the place of the hooks it has."""
+    if piece is not None:
+        piece.suspend(leaf)
+        hooked(piece, leaf)
+
+
+def leaf_unhooked(piece: Any, leaf: torch.Tensor) -> None:
+    """The backward is over, as an entry of the tape: the parameter has its own hooks again."""
+    if piece is not None:
+        piece.resume()
+
+
+for function in (attached, hooked, removed, leaf_hooked, leaf_unhooked):
+    function.takes_piece = True  # type: ignore[attr-defined]
 
 
 def incoming(results: Sequence[torch.Tensor], positions: bytes) -> list[torch.Tensor]:
@@ -330,6 +370,30 @@ class BackwardPython:
                 session.record_piece(removed, (slot,), hook)
 
         return Handle(hook, remove)
+
+    def hook_leaves(self) -> list[tuple[LeafHooks, torch.Tensor]]:
+        """Puts the hooks that parameters have at this moment on the tape, before a backward.
+
+        Raises:
+            CaptureError: One has hooks that look at its `.grad`.
+        """
+        session, found = self._session, []
+        for leaf, _ in list(session.tape.grad_flags.values()):
+            if not leaf.requires_grad:
+                continue
+            if leaf._post_accumulate_grad_hooks or (leaf._backward_hooks and session.workers is not None):
+                raise CaptureError("a parameter has a gradient hook", user_line())
+            if leaf._backward_hooks:
+                piece = LeafHooks(list(leaf._backward_hooks.values()))
+                session.record_piece(leaf_hooked, (leaf,), piece)
+                found.append((piece, leaf))
+        session.tape.has_pieces |= bool(found)
+        return found
+
+    def unhook_leaves(self, hooked: list[tuple[LeafHooks, torch.Tensor]]) -> None:
+        """Ends what `hook_leaves` has begun, after the backward."""
+        for piece, leaf in hooked:
+            self._session.record_piece(leaf_unhooked, (leaf,), piece)
 
     def check(self, backward: Entry) -> None:
         """Has a backward fail where torch's would: what a gradient needs was written to meanwhile.

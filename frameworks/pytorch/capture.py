@@ -15,7 +15,17 @@ from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_
 from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.graph import Graph
 from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Part, Slot, as_called, parts_of, replay, results_of
+from trainingcompiler.frameworks.pytorch.tape import (
+    Entry,
+    Input,
+    Part,
+    ReplayedPiece,
+    Slot,
+    as_called,
+    parts_of,
+    replay,
+    results_of,
+)
 from trainingcompiler.frameworks.pytorch.twins import Twins
 
 
@@ -246,7 +256,7 @@ def capture(
     return CapturedStep(recorder.graph, lifted, leaves, seeds, numbers, outputs, gradients)
 
 
-class _Captured:
+class _Captured(ReplayedPiece):
     """A piece of backward's Python in a graph of fake tensors."""
 
     def __init__(self, index: int, run: Callable[[Part, Any], Any], order: list[tuple[int, bytes]] | None):

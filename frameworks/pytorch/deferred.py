@@ -11,7 +11,9 @@ from trainingcompiler.frameworks.pytorch.tape import Slot
 # What is known of a tensor without its values: attributes and methods.
 METADATA = frozenset(
     "shape dtype device requires_grad is_leaf layout ndim is_cuda grad_fn is_sparse is_quantized is_meta is_nested "
-    "itemsize nbytes is_cpu is_mps is_xpu is_mkldnn output_nr names is_inference".split()
+    "itemsize nbytes is_cpu is_mps is_xpu is_mkldnn output_nr names is_inference name is_ipu is_maia is_mtia is_vulkan "
+    "is_xla is_sparse_csr retains_grad volatile grad_dtype _version _base _cdata _backward_hooks "
+    "_post_accumulate_grad_hooks".split()
 )
 METADATA_METHODS = frozenset(
     "size dim numel nelement ndimension stride is_contiguous element_size is_floating_point is_complex is_signed "

@@ -117,7 +117,8 @@ class TapeRunner:
         """The real tensor of a slot, computed now if it has not been."""
         if slot.value is not None:
             return slot.value
-        self._check_not_in_backward("asks for a value")
+        if self.tape.is_in_backward:
+            return self._value_in_backward(slot)
         producers = self.tape.producers()
         if slot not in producers:
             raise AssertionError("a deferred tensor lost its tape")
@@ -146,12 +147,7 @@ class TapeRunner:
             FallbackError: The user wants no fallback.
         """
         self._check_not_in_backward(error.reason)
-        items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
-        if not self.tape.roots:
-            owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
-            items += {id(owner): owner for owner in owners if owner is not None}.values()
-        if error.culprit is not None:
-            items = [error.culprit]
+        items = self._culprits() if error.culprit is None else [error.culprit]
         try:
             self.fallbacks.leave(error, [item for item in (*items, culprit) if item is not None])
         except FallbackError:
@@ -210,6 +206,34 @@ class TapeRunner:
     def has_backward(self) -> bool:
         """Whether a backward is on the tape, so that only the tape knows the gradients."""
         return self._has_backward
+
+    def _value_in_backward(self, slot: Slot) -> torch.Tensor:
+        """A value that Python in backward asks for: this once, all of the tape is computed up to there.
+
+        From the next step on, torch runs what does so.
+
+        Raises:
+            LeftToTorch: It cannot be.
+        """
+        what = "Python that backward() runs asks for a value"
+        if self.workers is not None:
+            raise LeftToTorch(what)
+        try:
+            with undeferred():
+                self.programs.run(list(self.tape.entries), [slot], Purpose.PEEK, self.tape.grad_flags)
+        except (CaptureError, NotEnoughMemoryError, NumberUsed):
+            raise LeftToTorch(what) from None
+        self.tape.asked = CaptureError(what, user_line())
+        assert slot.value is not None
+        return slot.value
+
+    def _culprits(self) -> list[Any]:
+        """The modules and optimizers that are on the tape."""
+        items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
+        if not self.tape.roots:
+            owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
+            items += {id(owner): owner for owner in owners if owner is not None}.values()
+        return items
 
     def _peek(self, slot: Slot, apart: bool = False) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed.

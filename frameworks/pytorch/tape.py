@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
@@ -171,6 +172,7 @@ class Tape:
         read: Real tensors that calls with gradients have read, with their version then, and the snapshots.
         has_pieces: Whether the tape has Python that backward runs.
         is_in_backward: Whether that is being recorded.
+        asked: Why torch runs the next steps, if Python in backward has asked for a value.
         new_leaves: Results that `requires_grad_()` has made leaves: they have a `.grad`, which a program does not give.
         grad_flags: `requires_grad` of each state tensor when the tape met it first, by identity.
         region: The checkpointed block that is being recorded, if that is known.
@@ -193,6 +195,7 @@ class Tape:
         self.grad_flags: dict[int, tuple[torch.Tensor, bool]] = {}
         self.new_leaves: list[Slot] = []
         self.has_pieces = self.is_in_backward = False
+        self.asked: CaptureError | None = None
         self.slot_count = 0
 
     def __bool__(self) -> bool:
@@ -227,6 +230,9 @@ class Tape:
 
     def slice_for(self, slots: list[Slot]) -> list[Entry]:
         """The entries that the values of `slots` depend on, not going behind slots whose value is known."""
+        producers = self.producers()
+        if any(slot in producers and self.entries[producers[slot]].is_in_backward for slot in slots):
+            return list(self.entries)
         if self.mutated:
             if any(entry.optimizers for entry in self.entries):
                 return list(self.entries)
@@ -443,18 +449,39 @@ def run_in_torch(entries: list[Entry]) -> None:
             slot.value = tensor
             slot.committed = True
 
-    with outside_transforms():
-        for index, entry in enumerate(entries):
-            if entry.is_in_backward:
-                continue
-            if entry.function is torch.Tensor.backward:
-                for part in parts_of(entries, index):
-                    if id(part.piece) in pieces:
-                        pieces[id(part.piece)].queue.append((part, entries, run, resolve))
-            run(entry)
+    try:
+        with outside_transforms():
+            for index, entry in enumerate(entries):
+                if entry.is_in_backward:
+                    continue
+                if entry.function is torch.Tensor.backward:
+                    for part in parts_of(entries, index):
+                        if id(part.piece) in pieces:
+                            pieces[id(part.piece)].queue.append((part, entries, run, resolve))
+                run(entry)
+    finally:
+        for piece in pieces.values():
+            piece.resume()
 
 
-class _Recorded:
+class ReplayedPiece:
+    """Stands for a piece of backward's Python while torch, or a capture, runs the tape."""
+
+    _suspended: tuple[torch.Tensor, Any] | None = None
+
+    def suspend(self, leaf: torch.Tensor) -> None:
+        """Takes a parameter's own hooks away: they have run when the tape was written."""
+        self._suspended = leaf, leaf._backward_hooks
+        leaf._backward_hooks = None
+
+    def resume(self) -> None:
+        """Gives them back."""
+        if self._suspended is not None:
+            leaf, leaf._backward_hooks = self._suspended
+            self._suspended = None
+
+
+class _Recorded(ReplayedPiece):
     """A piece of backward's Python in a graph of torch's: what it has done on the tape, and after that itself."""
 
     def __init__(self, piece: Any):

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import devices
-from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython, LeftToTorch
+from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython, LeftToTorch, leaf_hooked, leaf_unhooked
 from trainingcompiler.frameworks.pytorch.call_shape import Argument, CallShape, Output, call_shape
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
@@ -356,15 +356,18 @@ class TapeWriter(TapeRunner):
             if changed:
                 self.append(rewritten, changed, {})
                 self.tape.read = [read for read in self.tape.read if read[2] not in changed]
+            hooked = self.backward_python.hook_leaves()
             entry = self.append(
                 torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
             )
-            if any(leaf.requires_grad and has_gradient_hooks(leaf) for leaf, _ in self.tape.grad_flags.values()):
-                raise CaptureError("a parameter has a gradient hook", user_line())
             with section.outside():
                 if changed:
                     self.backward_python.check(entry)
                 self.backward_python.run(entry)
+            self.backward_python.unhook_leaves(hooked)
+            if self.tape.asked is not None:
+                self.fallbacks.leave(self.tape.asked, self._culprits())
+                self.tape.asked = None
         except (CaptureError, LeftToTorch) as error:
             error = error.error if isinstance(error, LeftToTorch) else error
             self.take_back(place)
@@ -452,7 +455,8 @@ class TapeWriter(TapeRunner):
                 return False
         if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in self.tape.grad_flags.values()):
             return False
-        stays = [e for e in self.tape.entries if e.function is not torch.Tensor.backward and not e.is_in_backward]
+        goes = (torch.Tensor.backward, leaf_hooked, leaf_unhooked)
+        stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
         self._rebuild(stays)
         return True
 
@@ -477,11 +481,6 @@ class TapeWriter(TapeRunner):
 def rewritten(*tensors: torch.Tensor) -> None:
     """Says that these were written to after they were read: where a gradient needs them, `backward()` raises."""
     torch.autograd.graph.increment_version(tensors)
-
-
-def has_gradient_hooks(tensor: torch.Tensor) -> bool:
-    """Whether somebody's Python runs when a tensor's gradient has been computed."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _geometry(leaf: Any) -> tuple:

@@ -285,7 +285,7 @@ class Twins(TorchFunctionMode):
                 f"(shape {tuple(real.shape)}, made by {real.grad_fn.name()})",
                 where=user_line(),
             )
-        if real._backward_hooks or real._post_accumulate_grad_hooks:
+        if real._post_accumulate_grad_hooks:
             raise CaptureError(reason="a parameter has a gradient hook", where=user_line())
         with torch._C.DisableTorchFunction():
             device = real.device

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, made
+from small import batches, made, mlp
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -246,6 +246,96 @@ def test_runs_as_often_as_in_eager():
 
     make = made(lambda: Net(lambda net, h: Counted.apply(Counted.apply(h))), torch.optim.SGD, lr=0.1)
     assert_same_training(make, loop, batches(), dtypes=FLOAT64)
+
+
+def test_hooks_of_parameters_run_in_their_order_until_they_are_removed():
+    mask, seen = (torch.arange(32 * 8).reshape(32, 8) % 3 > 0).double(), []
+
+    def make():
+        seen.clear()
+        objects = made(mlp, torch.optim.SGD, lr=0.1, momentum=0.9)()
+        weight, bias = objects["model"][0].weight, objects["model"][3].bias
+        weight.register_hook(lambda gradient: gradient * mask)
+        weight.register_hook(lambda gradient: seen.append(gradient))
+        objects["handle"] = bias.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        return objects
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            for rows in (slice(0, 8), slice(8, 16)):
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            losses.append(seen[-1].sum().item() if index % 2 else 0.0)
+            optimizer.step()
+            if index == 15:
+                objects.pop("handle").remove()
+                model[0].bias.register_hook(lambda gradient: 2 * gradient)
+        hooks = [len(parameter._backward_hooks or ()) for parameter in model.parameters()]
+        return [*losses, *hooks, *(gradient.sum().item() for gradient in seen)]
+
+    assert_same_training(make, loop, batches(), dtypes=FLOAT64)
+
+
+@pytest.mark.parametrize("of", ["a parameter", "a result"])
+def test_a_hook_that_begins_to_look_at_values_runs_as_often_as_in_eager(of):
+    """torch runs what does so from then on; in the step where it begins, nothing runs twice."""
+    calls = []
+
+    def counts(gradient):
+        calls.append(1.0)
+        return gradient * 2
+
+    def looks(gradient):
+        calls.append(gradient.norm().item() if len(calls) > 12 else 0.0)
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        if of == "a parameter":
+            for hook in (counts, looks):
+                model[0].weight.register_hook(hook)
+        for x, y in data:
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            if of == "a result":
+                for hook in (counts, looks):
+                    hidden.register_hook(hook)
+            loss = F.cross_entropy(model[1:](hidden), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return [*losses, *calls]
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+    assert [event.reason for event in run.fallbacks()] == ["Python that backward() runs asks for a value"]
+
+
+def test_an_error_in_a_hook_of_a_parameter_is_the_scripts_and_the_hook_stays():
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+
+        def hook(gradient):
+            seen.append(1)
+            if len(seen) == 5:
+                raise ValueError("the fifth")
+            return 0.5 * gradient
+
+        handle = model[0].weight.register_hook(hook)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            try:
+                loss.backward()
+            except ValueError:
+                continue
+            optimizer.step()
+        handle.remove()
+        return [len(seen), len(model[0].weight._backward_hooks)]
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(12), dtypes=FLOAT64)
 
 
 def test_micro_batches_and_evaluations():

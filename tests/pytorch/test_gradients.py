@@ -361,22 +361,3 @@ def test_gradients_are_detached_in_place():
         return losses
 
     assert_same_training(sgd(), loop, batches(), dtypes=(torch.float64,))
-
-
-def test_gradient_hooks_run():
-    def make():
-        objects = made(mlp, torch.optim.SGD, lr=0.1)()
-        objects["model"][0].weight.register_hook(lambda gradient: gradient * 0.5)
-        return objects
-
-    def loop(objects, data):
-        losses = []
-        for x, y in data:
-            objects["optimizer"].zero_grad()
-            loss = F.cross_entropy(objects["model"](x), y)
-            loss.backward()
-            objects["optimizer"].step()
-            losses.append(loss.item())
-        return losses
-
-    assert_same_training(make, loop, batches(), may_fall_back=True)

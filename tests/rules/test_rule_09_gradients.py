@@ -59,8 +59,8 @@ def test_a_hook_on_a_parameter_runs(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="a parameter has a gradient hook",
-        line="F.cross_entropy(model(x), y)",
+        says="Python that backward() runs asks for a value",
+        line="norms.append",
     )
 
 
