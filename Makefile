@@ -7,11 +7,12 @@ READY  := $(VENV)/.ready
 TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test bench conformance models fuzz gpu-plan tested-models lint clean
+.PHONY: help demo test test-all bench conformance models fuzz gpu-plan tested-models lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
 	@echo "make test      lint, type check and tests, on the CPU"
+	@echo "make test-all  the slow tests too, and in float32 as well as in float64 (an hour)"
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make tested-models  the original's table of largest batches, planned (two hours, no GPU needed)"
@@ -40,6 +41,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+test-all: lint
+	$(BIN)/python -m pytest -n auto --all
 
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/operators.md

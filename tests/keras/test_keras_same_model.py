@@ -119,6 +119,7 @@ def test_recurrent_layers(cell):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.slow(but=["float64"])
 def test_a_transformer(dtype):
     assert_same_training(
         transformer, (classes(20, 6), classes(3)), dtype=dtype, optimizer=adam, loss="sparse_categorical_crossentropy",
@@ -183,6 +184,7 @@ def test_several_steps_per_execution():
     assert len(run.logs) == 6 and int(run.model.optimizer.iterations.numpy()) == 20
 
 
+QUICK_OPTIMIZERS = "Adam AdamW Muon MultiOptimizer momentum schedule global_clipnorm gradient_accumulation ema".split()
 OPTIMIZERS = {
     **{
         name: lambda name=name: getattr(keras.optimizers, name)(0.01)
@@ -206,6 +208,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.slow(but=QUICK_OPTIMIZERS)
 def test_optimizers(optimizer):
     assert_same_training(dense, data(ROWS), optimizer=optimizer, loss="mse")
 

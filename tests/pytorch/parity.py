@@ -7,6 +7,7 @@ and to 1e-4 where the twin is quieter. float64 leaves no room for rounding: 1e-7
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from trainingcompiler.events import Event, FellBack, subscribe
 from trainingcompiler.statistics import RunStatistics
 from trainingcompiler.statistics import current as statistics
 
+DTYPES = (torch.float64, torch.float32) if os.environ.get("TEST_ALL") else (torch.float64,)
+"""What to train in; float32, with its two twins, takes twice as long as float64 and shows less."""
 FLOAT64_TOLERANCE = 1e-7  # two orders of summation of 10^3 terms differ by about 1e-13; 20 steps may amplify it
 FLOAT32_TOLERANCE = 1e-4  # the same in float32: about 1e-6 a step, amplified over 20 steps
 TWIN_FACTOR = 3.0  # the twin is one sample of the noise; a second sample is rarely three times as large
@@ -86,7 +89,7 @@ def assert_same_training(
     *,
     max_compiles: int | None = None,
     may_fall_back: bool = False,
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
     float64_tolerance: float = FLOAT64_TOLERANCE,
     **config,
 ) -> Run:

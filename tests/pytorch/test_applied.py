@@ -58,6 +58,7 @@ def trained(done: subprocess.CompletedProcess) -> tuple[int, float, int, float]:
     return int(batch), float(lr), int(accumulated), float(total)
 
 
+@pytest.mark.slow
 def test_keeping_the_global_batch_trains_the_same_model(launch, tmp_path):
     plain = trained(launch(PLAIN))
     done = launch(PLAIN, "--batch-size=keep-global", *OPTIONS, f"--record={tmp_path / 'run.json'}")

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from parity import assert_same_training
-from small import adamw, batches, made, mlp, sgd
+from small import adamw, batches, mlp, sgd
 from torch import nn
 from torch.nn import functional as F
 

@@ -22,7 +22,7 @@ def test_tutorial_loop(make):
             losses.append(loss.item())
         return losses
 
-    run = assert_same_training(make, loop, batches(), max_compiles=1)
+    run = assert_same_training(make, loop, batches(), max_compiles=1, dtypes=(torch.float64, torch.float32))
     assert run.statistics.eager_steps == 0
 
 
