@@ -258,7 +258,7 @@ def leaf_unhooked(piece: Any, leaf: torch.Tensor) -> None:
 
 
 for function in (attached, hooked, removed, leaf_hooked, leaf_unhooked):
-    function.takes_piece = True  # type: ignore[attr-defined]
+    vars(function)["takes_piece"] = True
 
 
 def incoming(results: Sequence[torch.Tensor], positions: bytes) -> list[torch.Tensor]:

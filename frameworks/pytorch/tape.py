@@ -477,7 +477,8 @@ class ReplayedPiece:
     def resume(self) -> None:
         """Gives them back."""
         if self._suspended is not None:
-            leaf, leaf._backward_hooks = self._suspended
+            leaf, hooks = self._suspended
+            leaf._backward_hooks = hooks
             self._suspended = None
 
 
