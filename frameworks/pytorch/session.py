@@ -190,8 +190,9 @@ class Session(Looks):
             if self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
                 self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
             return function(*self.real(args), **self.real(kwargs))
-        if kind is Kind.FLAG:  # the method, or the attribute that is set
-            return self.require_gradient(function, args, kwargs)
+        if kind is Kind.FLAG:
+            result = self.require_gradient(function, args, kwargs)
+            return None if name == "__set__" else result  # torch never lets go of what an assignment gives
         if name == "register_hook" and torch.is_grad_enabled() and self.needs_gradient(args, {}):
             try:
                 return self.backward_python.hook(*args, **kwargs)

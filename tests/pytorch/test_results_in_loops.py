@@ -83,6 +83,24 @@ def test_a_leaf_made_by_assigning_requires_grad_has_a_gradient():
     assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
 
 
+def test_a_leaf_that_nobody_holds_any_more_is_part_of_the_program():
+    """Wav2Vec2 makes its input one, for gradient checkpointing."""
+
+    def net():
+        class Assigning(nn.Sequential):
+            def forward(self, x):
+                hidden = x[:, None]
+                hidden.requires_grad = True
+                return super().forward(hidden)[:, 0]
+
+        return Assigning(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+    def of_model(model, x, y, index):
+        return F.cross_entropy(model(x), y)
+
+    assert_same_training(made(net, torch.optim.SGD, lr=0.1), one_step(of_model), batches(), dtypes=FLOAT64)
+
+
 @pytest.mark.parametrize("new", [torch.clone, torch.zeros_like])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_a_buffer_of_batch_norm_is_replaced(name, new):
