@@ -3,6 +3,8 @@
 Scripts print numbers in float64. What the compiled run says about itself is on standard error.
 """
 
+import atexit
+import functools
 import math
 import os
 import re
@@ -64,13 +66,31 @@ class Ran:
         return int(found.group(1)) if found else 0
 
 
-def run(script: str, folder: Path, *options: str) -> Ran:
-    """Runs a script, after `PREAMBLE`, through the launcher; without options by itself."""
+@functools.cache
+def _plain() -> subprocess.Popen:
+    server = [sys.executable, str(Path(__file__).with_name("plain.py"))]
+    process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    atexit.register(process.communicate)
+    return process
+
+
+def plainly(script: str, folder: Path) -> Ran:
+    """Runs a script, after `PREAMBLE`, by itself."""
     path = folder / "train.py"
     path.write_text(PREAMBLE + textwrap.dedent(script))
-    launcher = ["-m", "trainingcompiler.launch", *options] if options else []
+    print(path, file=_plain().stdin)
+    code = _plain().stdout.readline()
+    out, said = (Path(f"{path}.{name}").read_text() for name in ("out", "err"))
+    assert code == "0\n", said
+    return Ran(out=out.splitlines(), said=said.splitlines())
+
+
+def run(script: str, folder: Path, *options: str) -> Ran:
+    """Runs a script, after `PREAMBLE`, through the launcher."""
+    path = folder / "train.py"
+    path.write_text(PREAMBLE + textwrap.dedent(script))
     done = subprocess.run(
-        [sys.executable, *launcher, str(path)],
+        [sys.executable, "-m", "trainingcompiler.launch", *options, str(path)],
         capture_output=True,
         text=True,
         env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
@@ -92,7 +112,7 @@ def holds(script: str, folder: Path, *, says: str | None = None, line: str | Non
     Returns:
         The compiled run.
     """
-    eager = run(script, folder)
+    eager = plainly(script, folder)
     compiled = run(script, folder, "--engine=xla")
     assert eager.out, "the script prints nothing"
     same(eager.out, compiled.out)

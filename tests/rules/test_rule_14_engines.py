@@ -1,7 +1,7 @@
 """The engine is chosen by timing once, and what was chosen is said with its figures."""
 
 import pytest
-from rule import run, same
+from rule import plainly, run, same
 
 LOOP = """
 model = mlp()
@@ -60,7 +60,7 @@ report(model)
 @pytest.mark.parametrize("engine", ["auto", "xla"])
 def test_a_container_that_forward_fills_is_the_scripts(engine, call, start, values, tmp_path):
     script = FILLS.format(call=call, start=start, values=values)
-    same(run(script, tmp_path).out, run(script, tmp_path, f"--engine={engine}").out)
+    same(plainly(script, tmp_path).out, run(script, tmp_path, f"--engine={engine}").out)
 
 
 GAN = """
@@ -91,4 +91,4 @@ BETWEEN = {
 def test_the_engine_changes_where_nothing_is_pending(between, tmp_path):
     """The first optimizer's step changes the engine, and the generator's result still needs a gradient."""
     script = GAN.format(between=between)
-    same(run(script, tmp_path).out, run(script, tmp_path, "--engine=auto").out)
+    same(plainly(script, tmp_path).out, run(script, tmp_path, "--engine=auto").out)
