@@ -6,11 +6,10 @@ preemption whose handler saves a checkpoint, a timer) wait until the section end
 exceptions included. Threads that want a value of the tape wait for the section's lock.
 """
 
-import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -70,22 +69,9 @@ class CriticalSection:
 
         return whole  # type: ignore[return-value]
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self) -> "_Outside":
         """Leaves the section for a while, for code of the script that torch runs as it would without us."""
-        is_main = threading.get_ident() == self._main
-        depth = self._depth
-        held = self._lock._release_save() if self._lock._is_owned() else None
-        try:
-            if is_main:
-                self._depth = 0
-                self._deliver()
-            yield
-        finally:
-            if is_main:
-                self._depth = depth
-            if held is not None:
-                self._lock._acquire_restore(held)
+        return _Outside(self)
 
     # -- forks --------------------------------------------------------------------------------------------------
 
@@ -161,6 +147,36 @@ class CriticalSection:
                     self.handling -= 1
         finally:
             self._deliver()
+
+
+class _Outside:
+    """See `CriticalSection.outside`.
+
+    No generator: an exception that a handler raises at the very beginning of `__exit__` leaves the section's frames
+    without it, which they expect. A generator's end would come when it is collected, and enter the section for good.
+    """
+
+    def __init__(self, section: CriticalSection):
+        self._section = section
+
+    def __enter__(self) -> None:
+        section = self._section
+        self._is_main = threading.get_ident() == section._main
+        self._depth = section._depth
+        self._held = section._lock._release_save() if section._lock._is_owned() else None
+        if self._is_main:
+            section._depth = 0
+            try:
+                section._deliver()
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            self._section._depth = self._depth
+        if self._held is not None:
+            self._section._lock._acquire_restore(self._held)
 
 
 section = CriticalSection()

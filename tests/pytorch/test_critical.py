@@ -1,6 +1,7 @@
 """State always has an owner: signals at any moment, threads that read, save and train, and forks."""
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -179,6 +180,26 @@ def _signal_at(call: int):
         yield count
     finally:
         sys.settrace(before)
+
+
+def test_whatever_call_of_the_section_a_handler_raises_in_it_is_left(watched):
+    def press(*_):
+        raise Pressed
+
+    @watched.around
+    def work():
+        with watched.outside(), watched:
+            pass
+
+    signal.signal(_NUMBER, press)
+    with _signal_at(-1) as count:
+        work()
+    assert count[0] > 10
+    for call in range(1, count[0] + 1):
+        with contextlib.suppress(Pressed), _signal_at(call):
+            work()
+        gc.collect()  # a generator that was left behind would end now
+        assert watched._depth == 0 and not watched._lock._is_owned(), call
 
 
 @pytest.mark.parametrize("saves", [False, True], ids=["raises", "saves"])
