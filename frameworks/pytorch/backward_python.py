@@ -16,6 +16,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture import backward_order
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
 from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.regions import SecondRun
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.tape import Entry
 
@@ -409,7 +410,7 @@ class BackwardPython:
                 raise RuntimeError(str(error.__cause__)) from None
             raise
 
-    def _find_order(self, backward: Entry) -> tuple[tuple[int, bytes], ...]:
+    def _find_order(self, backward: Entry) -> tuple[tuple[int, bytes | int], ...]:
         call, tape = backward.call, self._session.tape
         assert call is not None
         if call.pieces is None:
@@ -425,18 +426,50 @@ class BackwardPython:
             CaptureError: The tape is none that can be run on fake tensors.
         """
         session, tape = self._session, self._session.tape
-        if not tape.has_pieces:
+        if not tape.has_pieces and not tape.blocks:
             return
         order = self._find_order(backward)
         tape.is_in_backward = True
         session.depth += 1
         try:
             with torch.no_grad(), session.mode.seeing():  # `backward()` is a torch function itself
-                for index, positions in order:
-                    self._run_piece(tape.entries[index], positions)
+                for index, what in order:
+                    if isinstance(what, int):
+                        self._run_block_again(index, what)
+                    else:
+                        self._run_piece(tape.entries[index], what)
         finally:
             tape.is_in_backward = False
             session.depth -= 1
+
+    def _run_block_again(self, start: int, count: int) -> None:
+        """Runs the Python of a checkpointed block a second time, as eager does."""
+        tape = self._session.tape
+        region = tape.entries[start].region
+        block = tape.blocks.get(region)
+        if block is None or block.has_inner or self._session.workers is not None:
+            return
+        first = [entry for entry in tape.entries[start:] if entry.region == region]
+        second = tape.second_run = SecondRun(region, first, -1 if block.is_reentrant else count)
+        is_first = region not in tape.ran_again
+        tape.is_in_backward = False  # what it asks for, forward has been answered
+        session, buffers, depth = self._session, self._session.buffers, self._session.depth
+        session.depth = block.depth
+        session.buffers = buffers | {id(leaf) for e in first for leaf in e.leaves if isinstance(leaf, torch.Tensor)}
+        try:
+            with torch.enable_grad():
+                block.again()
+        except torch.utils.checkpoint._StopRecomputationError:
+            pass
+        finally:
+            tape.second_run, tape.is_in_backward = None, True
+            session.buffers, session.depth = buffers, depth
+        tape.ran_again.add(region)
+        reason = "a checkpointed block computes something else when it runs again"
+        if second.differs and not is_first:
+            raise LeftToTorch(reason)
+        if second.differs:
+            tape.asked = tape.asked or CaptureError(reason, tape.entries[start].where)
 
     def _run_piece(self, entry: Entry, positions: bytes) -> None:
         session, piece = self._session, entry.piece

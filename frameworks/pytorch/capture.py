@@ -89,7 +89,7 @@ def capture(
     entries: list[Entry],
     constants: Callable[[torch.optim.Optimizer], frozenset] = lambda _: frozenset(),
     flags: dict[int, tuple[torch.Tensor, bool]] | None = None,
-    order: list[tuple[int, bytes]] | None = None,
+    order: list[tuple[int, bytes | int]] | None = None,
 ) -> CapturedStep:
     """Replays entries on fake tensors and records what torch dispatches.
 
@@ -196,10 +196,16 @@ def capture(
                 if type(leaf) is Input or (type(leaf) is Slot and leaf not in inside):
                     resolve_in(index, entries[index])(leaf, position)
 
+        runs = [0]
+
         def recompute(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
             outer = {slot: fakes.get(slot) for slot in given}
             fakes.update(zip(given, arguments, strict=True))
+            runs[0] += 1
+            place = len(order or ())
             for index in range(start, end):
+                if order is not None and runs[0] == 2:  # in backward, up to where torch stops it
+                    order[place:] = [(start, index + 1 - start)]
                 run(index, entries[index])
             found = tuple(fakes[slot] for slot in results)
             fakes.update({slot: fake for slot, fake in outer.items() if fake is not None})
@@ -259,7 +265,7 @@ def capture(
 class _Captured(ReplayedPiece):
     """A piece of backward's Python in a graph of fake tensors."""
 
-    def __init__(self, index: int, run: Callable[[Part, Any], Any], order: list[tuple[int, bytes]] | None):
+    def __init__(self, index: int, run: Callable[[Part, Any], Any], order: list[tuple[int, bytes | int]] | None):
         self._index, self._run, self._order = index, run, order
         self.parts: list[Part] = []
 
@@ -271,7 +277,9 @@ class _Captured(ReplayedPiece):
         return self._run(self.parts.pop(0), gradients) if self.parts else None
 
 
-def backward_order(entries: list[Entry], flags: dict[int, tuple[torch.Tensor, bool]]) -> tuple[tuple[int, bytes], ...]:
+def backward_order(
+    entries: list[Entry], flags: dict[int, tuple[torch.Tensor, bool]]
+) -> tuple[tuple[int, bytes | int], ...]:
     """The order in which the last entry, a backward, runs the Python that entries have put into the graph.
 
     Args:
@@ -279,9 +287,10 @@ def backward_order(entries: list[Entry], flags: dict[int, tuple[torch.Tensor, bo
         flags: See `capture`.
 
     Returns:
-        For each piece of Python the index of its entry, and the positions of its results that get a gradient.
+        For each piece of Python the index of its entry, and the positions of its results that get a gradient; for each
+        checkpointed block the index of its first entry, and how many are computed again.
     """
-    order: list[tuple[int, bytes]] = []
+    order: list[tuple[int, bytes | int]] = []
     capture(entries, flags=flags, order=order)
     return tuple(order)
 

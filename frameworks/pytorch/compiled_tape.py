@@ -322,7 +322,7 @@ class CompiledTape:
             leaf = entries[entry].leaves[place]
             inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
         inputs.append(np.array([entries[entry].seed for entry in self._seeds], np.int64))
-        inputs.append(np.array([_number(entries, source) for source in self._numbers], np.float64))
+        inputs.append(np.array([number_of(entries, source) for source in self._numbers], np.float64))
         if self.cache.target.platform == "cuda":
             self._get_ready(entries)
         given = (
@@ -460,7 +460,8 @@ def _cleared_inside(captured: CapturedStep) -> set[int]:
     return replaced & {id(parameter()) for parameter, value in captured.gradients if value is not None}
 
 
-def _number(entries: list[Entry], source: NumberSource) -> float:
+def number_of(entries: list[Entry], source: NumberSource) -> float:
+    """The value of a number that entries read."""
     if source.optimizer is not None:
         entry = entries[source.entry]
         groups = next(g for o, g in zip(entry.optimizers, entry.groups, strict=True) if o is source.optimizer())

@@ -10,10 +10,12 @@ from torch._functorch import apis, eager_transforms
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils import checkpoint
 
 from trainingcompiler.frameworks.pytorch import tensor_hooks, workers
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.first_step_watch import FirstStepWatch
+from trainingcompiler.frameworks.pytorch.regions import noting
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.session import Session
 from trainingcompiler.frameworks.pytorch.structure import map_leaves
@@ -143,6 +145,8 @@ class Hooks:
         for owner in (torch.jit, torch.jit._trace):
             self._replace(owner, "trace_module", self._in_torch(torch.jit.trace_module))
         self._replace(torch.jit._trace, "_trace_impl", self._in_torch(torch.jit._trace._trace_impl))
+        generator = "_checkpoint_without_reentrant_generator"
+        self._replace(checkpoint, generator, noting(session, getattr(checkpoint, generator)))
         for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):
             self._replace(eager_transforms, name, self._transforming(getattr(eager_transforms, name)))
         self._replace(apis, "vmap_impl", self._transforming(apis.vmap_impl))

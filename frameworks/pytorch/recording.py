@@ -82,7 +82,7 @@ class Call:
         self.shape: CallShape | None = None
         self.failure: CaptureError | None = None
         self.optimizers: tuple = ()
-        self.pieces: tuple[tuple[int, bytes], ...] | None = None
+        self.pieces: tuple[tuple[int, bytes | int], ...] | None = None
         self.programs: dict[Any, list] = {}
         self.children: dict[tuple, Call] = {}
         self.backward_follows: bool | None = None

@@ -24,10 +24,12 @@ from trainingcompiler.frameworks.pytorch.planned import RecordedStep, pretend
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.recording import Recording, numbers_of
-from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.replaying import is_replaying, outside_transforms, undeferred
 from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, as_called, memory_of, run_in_torch
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, as_called, memory_of
+from trainingcompiler.frameworks.pytorch.tape_in_torch import run_in_torch
+from trainingcompiler.frameworks.pytorch.torch_peek import value_of
 from trainingcompiler.frameworks.pytorch.workers import Workers
 from trainingcompiler.targets import Target
 
@@ -122,6 +124,8 @@ class TapeRunner:
         producers = self.tape.producers()
         if slot not in producers:
             raise AssertionError("a deferred tensor lost its tape")
+        if self.tape.second_run is not None and self.tape.entries[producers[slot]].second is not None:
+            raise LeftToTorch("a checkpointed block that computes something else when it runs again asks for a value")
         apart = self.workers is not None and self.workers.may_be_looked_at(self.tape, slot)
         if self.depth and self._peek_few(slot):
             return slot.value
@@ -147,7 +151,12 @@ class TapeRunner:
             FallbackError: The user wants no fallback.
         """
         self._check_not_in_backward(error.reason)
-        items = self._culprits() if error.culprit is None else [error.culprit]
+        items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
+        if not self.tape.roots:
+            owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
+            items += {id(owner): owner for owner in owners if owner is not None}.values()
+        if error.culprit is not None:
+            items = [error.culprit]
         try:
             self.fallbacks.leave(error, [item for item in (*items, culprit) if item is not None])
         except FallbackError:
@@ -172,6 +181,10 @@ class TapeRunner:
     def _begin_in_torch(self) -> None:
         """Runs the tape in torch, and lets torch run what follows until the step ends."""
         entries, flags = self.tape.entries, self.tape.grad_flags
+        blocks = {
+            region: None if block.has_inner or region in self.tape.ran_again else block.again
+            for region, block in self.tape.blocks.items()
+        }
         self._drop()
         self.is_in_torch = True
         self.backward_compiled = False
@@ -179,7 +192,7 @@ class TapeRunner:
             for tensor, flag in flags.values():
                 if tensor.requires_grad != flag and tensor.is_leaf:
                     tensor.requires_grad_(flag)
-            run_in_torch(entries)
+            run_in_torch(entries, blocks)
         for entry in entries:
             for slot in entry.outputs:
                 materialize(slot)
@@ -208,32 +221,24 @@ class TapeRunner:
         return self._has_backward
 
     def _value_in_backward(self, slot: Slot) -> torch.Tensor:
-        """A value that Python in backward asks for: this once, all of the tape is computed up to there.
+        """A value that Python in backward asks for: torch computes it from the tape up to there.
 
-        From the next step on, torch runs what does so.
+        When all of that Python has run, once, torch runs the step, and those that follow.
 
         Raises:
-            LeftToTorch: It cannot be.
+            LeftToTorch: It cannot be computed now: torch has to run that Python again.
         """
         what = "Python that backward() runs asks for a value"
-        if self.workers is not None:
+        if not self.programs.target.is_one_cpu or self.workers is not None:
             raise LeftToTorch(what)
         try:
-            with undeferred():
-                self.programs.run(list(self.tape.entries), [slot], Purpose.PEEK, self.tape.grad_flags)
-        except (CaptureError, NotEnoughMemoryError, NumberUsed):
+            with undeferred(), outside_transforms():
+                constants = lambda optimizer: self.book.habits(optimizer).constants  # noqa: E731
+                slot.value = value_of(list(self.tape.entries), slot, constants, self.tape.grad_flags)
+        except (CaptureError, NumberUsed):
             raise LeftToTorch(what) from None
-        self.tape.asked = CaptureError(what, user_line())
-        assert slot.value is not None
+        self.tape.asked = self.tape.asked or CaptureError(what, user_line())
         return slot.value
-
-    def _culprits(self) -> list[Any]:
-        """The modules and optimizers that are on the tape."""
-        items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
-        if not self.tape.roots:
-            owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
-            items += {id(owner): owner for owner in owners if owner is not None}.values()
-        return items
 
     def _peek(self, slot: Slot, apart: bool = False) -> None:
         """Computes values without ending the tape: nothing is committed, the entries will be replayed.
@@ -266,6 +271,8 @@ class TapeRunner:
     def _forget_unread(self, slot: Slot) -> None:
         """Takes calls off the tape whose results nobody holds any more: forwards of batches that were skipped."""
         if any(entry.writes or entry.optimizers or entry.acts_on_graph for entry in self.tape.entries):
+            return
+        if self.tape.blocks:  # a block that runs again is compared with all of its first run
             return
         needed = self.tape.behind([slot, *self.tape.live_slots()])
         if len(needed) < len(self.tape.entries):
@@ -333,6 +340,10 @@ class TapeRunner:
             return
         tape.roots, tape.state, tape.region_count = old.roots, old.state, old.region_count
         tape.new_leaves, tape.has_pieces = old.new_leaves, old.has_pieces
+        stays = set(map(id, entries))
+        gone = {entry.region for entry in old.entries if id(entry) not in stays}
+        tape.blocks = {region: block for region, block in old.blocks.items() if region not in gone}
+        tape.ran_again = old.ran_again
         with torch._C.DisableTorchFunction():  # our own looks at tensors that the tape writes to
             for entry in entries:
                 self._append_again(tape, entry)

@@ -29,11 +29,12 @@ from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.function_mode import FunctionMode, Kind, kind_of, leaves_history
 from trainingcompiler.frameworks.pytorch.looks import Looks
 from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.regions import begin_region, begun, run_again
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
 from trainingcompiler.frameworks.pytorch.state import check_owned
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves
-from trainingcompiler.frameworks.pytorch.tape import run_in_torch
+from trainingcompiler.frameworks.pytorch.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.torch_compile import TorchCompile, as_written
 from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined, obstacle
 from trainingcompiler.statistics import current as statistics
@@ -289,14 +290,16 @@ class Session(Looks):
         tape = self.tape
         tensors, is_deferred = tensors_among(args, {})
         grad = torch.is_grad_enabled() and (self.needs_gradient(args, {}) or any(t.requires_grad for t in tensors))
-        outer = tape.region
-        tape.region_count += 1
-        tape.region = tape.region_count
-        try:
-            with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad):
+            if tape.second_run is not None:
                 return function(*args)
-        finally:
-            tape.region = outer
+            outer = tape.region
+            with begun(self):
+                tape.region = begin_region(self, run_again(function, args), is_reentrant=True)
+                try:
+                    return function(*args)
+                finally:
+                    tape.region = outer
 
     def call_unseen(self, function: Any, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Calls what torch runs without asking its modes: a scripted function."""

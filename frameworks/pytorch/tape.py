@@ -11,9 +11,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import cuda_autocast, devices
-from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
-from trainingcompiler.frameworks.pytorch.replaying import outside_transforms
 from trainingcompiler.frameworks.pytorch.structure import Structure, flatten, unflatten
 
 if TYPE_CHECKING:
@@ -68,9 +66,14 @@ class Slot:
         return self.freed or (self.committed and self.meta.requires_grad)
 
     @property
+    def held(self) -> Any:
+        """The tensor that the loop holds of it, if it still does."""
+        return None if self.wrapper is None else self.wrapper()
+
+    @property
     def live(self) -> bool:
         """Whether the loop still holds the tensor."""
-        return self.wrapper is not None and self.wrapper() is not None
+        return self.held is not None
 
 
 @dataclass(eq=False, slots=True)
@@ -114,6 +117,8 @@ class Entry:
         writes: Positions of the leaves that the call writes to.
         piece: Python that backward runs, which the call puts into the graph; or whose gradients it is about.
         is_in_backward: Whether backward runs the call: it belongs to the last backward before it.
+        second: Of a call that a checkpointed block makes only when it runs again: the block's number, and how many
+            calls of its first run come before.
     """
 
     function: Callable
@@ -134,6 +139,7 @@ class Entry:
     writes: tuple[int, ...] = ()
     piece: Any = None
     is_in_backward: bool = False
+    second: tuple[int, int] | None = None
 
     def slots(self) -> list[Slot]:
         """The slots that the entry reads."""
@@ -172,12 +178,15 @@ class Tape:
         read: Real tensors that calls with gradients have read, with their version then, and the snapshots.
         has_pieces: Whether the tape has Python that backward runs.
         is_in_backward: Whether that is being recorded.
-        asked: Why torch runs the next steps, if Python in backward has asked for a value.
+        asked: Why torch is to run the step, if Python in backward has done what is not compiled.
         new_leaves: Results that `requires_grad_()` has made leaves: they have a `.grad`, which a program does not give.
         grad_flags: `requires_grad` of each state tensor when the tape met it first, by identity.
         region: The checkpointed block that is being recorded, if that is known.
         region_count: The number of the last block.
         block: Identifies it.
+        blocks: The checkpointed blocks, by their numbers.
+        second_run: Of the block whose Python is running again.
+        ran_again: The blocks whose Python has.
     """
 
     def __init__(self, place: "Call"):
@@ -188,6 +197,9 @@ class Tape:
         self.state: dict[int, torch.Tensor] = {}
         self.region = self.region_count = 0
         self.block: Any = None
+        self.blocks: dict[int, Any] = {}
+        self.second_run: Any = None
+        self.ran_again: set[int] = set()
         self.mutated = False
         self.written: set[int] = set()
         self.inputs: dict[int, tuple[torch.Tensor, int, Input, tuple]] = {}
@@ -413,6 +425,8 @@ def parts_of(entries: list[Entry], backward: int) -> list[Part]:
         entry = entries[index]
         if not entry.is_in_backward:
             break
+        if entry.second is not None:
+            continue
         if entry.piece is not None and entry.outputs and entry.function.__name__ == "incoming":
             found.append(Part(entry.piece, entry.outputs, entry.leaves[-1]))
         elif entry.piece is not None and entry.function.__name__ == "outgoing":
@@ -422,46 +436,10 @@ def parts_of(entries: list[Entry], backward: int) -> list[Part]:
     return found
 
 
-def run_in_torch(entries: list[Entry]) -> None:
-    """Runs entries as torch would have, gradient history included, and gives their slots values."""
-    inputs: dict[Input, torch.Tensor] = {}
-    pieces: dict[int, _Recorded] = {}
-
-    def resolve(leaf: Any, _: int) -> Any:
-        if type(leaf) is Slot:
-            return leaf.value
-        if type(leaf) is Input:
-            if leaf not in inputs:  # one tensor, if calls were given one
-                inputs[leaf] = tensor_of(leaf.array, leaf.device).clone()
-            return inputs[leaf]
-        return leaf
-
-    def run(entry: Entry) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(as_called(entry))
-            if entry.seed is not None:
-                gpus = [] if entry.device.type == "cpu" else [entry.device]
-                stack.enter_context(torch.random.fork_rng(devices=gpus))
-                torch.manual_seed(entry.seed)
-            piece = entry.piece and pieces.setdefault(id(entry.piece), _Recorded(entry.piece))
-            results = results_of(entry, replay(entry, resolve, piece))
-        for slot, tensor in zip(entry.outputs, results, strict=False):
-            slot.value = tensor
-            slot.committed = True
-
-    try:
-        with outside_transforms():
-            for index, entry in enumerate(entries):
-                if entry.is_in_backward:
-                    continue
-                if entry.function is torch.Tensor.backward:
-                    for part in parts_of(entries, index):
-                        if id(part.piece) in pieces:
-                            pieces[id(part.piece)].queue.append((part, entries, run, resolve))
-                run(entry)
-    finally:
-        for piece in pieces.values():
-            piece.resume()
+def again_of(entries: list[Entry], start: int, end: int) -> list[int]:
+    """The indices of what the checkpointed block at `entries[start:end]` computes when it runs again."""
+    others = [i for i, entry in enumerate(entries) if entry.second and entry.second[0] == entries[start].region]
+    return [*range(start, start + entries[others[0]].second[1]), *others] if others else list(range(start, end))
 
 
 class ReplayedPiece:
@@ -480,24 +458,6 @@ class ReplayedPiece:
             leaf, hooks = self._suspended
             leaf._backward_hooks = hooks
             self._suspended = None
-
-
-class _Recorded(ReplayedPiece):
-    """A piece of backward's Python in a graph of torch's: what it has done on the tape, and after that itself."""
-
-    def __init__(self, piece: Any):
-        self._piece = piece
-        self.queue: list[tuple] = []
-
-    def backward(self, gradients: Any) -> Any:
-        if not self.queue:
-            return self._piece.backward(gradients)
-        part, entries, run, resolve = self.queue.pop(0)
-        for slot, position in zip(part.given, part.positions, strict=True):
-            slot.value, slot.committed = gradients[position], True
-        for index in part.calls:
-            run(entries[index])
-        return part.piece.returned([resolve(leaf, 0) for leaf in part.returned or ()])
 
 
 def copied(entry: Entry, **changes: Any) -> Entry:

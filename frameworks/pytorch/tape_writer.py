@@ -23,7 +23,7 @@ from trainingcompiler.frameworks.pytorch.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.recording import kind_of_constant, numbers_of
-from trainingcompiler.frameworks.pytorch.regions import region_of
+from trainingcompiler.frameworks.pytorch.regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.running import TapeRunner
 from trainingcompiler.frameworks.pytorch.state import input_array
@@ -47,6 +47,7 @@ class TapeWriter(TapeRunner):
         backward_python: Python that runs inside of backward.
         new_root: A module whose call begins with the next entry.
         origins: Under which name a module was given each tensor, by identity.
+        open_blocks: The checkpointed blocks that the script's Python is in.
     """
 
     stepping: "Stepping"
@@ -56,6 +57,7 @@ class TapeWriter(TapeRunner):
     def __init__(self, config: Any):
         super().__init__(config)
         self.origins: dict[int, tuple[nn.Module, Any]] = {}
+        self.open_blocks: list[Block] = []
 
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
@@ -68,6 +70,10 @@ class TapeWriter(TapeRunner):
             self.run_eagerly(PassingCaptureError("an index is out of range: torch is to say which", user_line()))
             return function(*self.real(args), **self.real(kwargs))
         given, structure = flatten_call(args, kwargs, _ATOMS)
+        if self.tape.second_run is not None:
+            first = self.tape.second_run.repeated(function, given, structure)
+            if first is not None:
+                return self._answer_again(first, given)
         place = self.tape.place
         try:
             entry = self._append(function, given, structure)
@@ -118,6 +124,10 @@ class TapeWriter(TapeRunner):
             CaptureError: It cannot be recorded; the tape is as it was.
         """
         given, structure = flatten_call(args, {}, _ATOMS)
+        if self.tape.second_run is not None:
+            first = self.tape.second_run.repeated(function, given, structure)
+            if first is not None:
+                return self._answer_again(first, given)
         place = self.tape.place
         try:
             entry = self._append(function, given, structure)
@@ -147,11 +157,14 @@ class TapeWriter(TapeRunner):
             encoded, kind = self._encode(leaf, modes.grad)
             leaves.append(encoded)
             kinds.append(kind)
-        region = region_of(tape)
+        region = region_of(self)
         extra = self.patterns(function, optimizers)
         call = self.recording.follow(tape.place, function, structure, tuple(kinds), leaves, modes, region, extra)
         entry = Entry(function, structure, leaves, modes, call, where=call.where, device=self.device, region=region)
-        entry.is_in_backward = tape.is_in_backward
+        second = tape.second_run
+        entry.is_in_backward = tape.is_in_backward or second is not None
+        if second is not None:
+            entry.second = second.region, second.matched
         if call.numbers:
             entry.numbers = numbers_of(call, leaves)
         if optimizers:
@@ -167,7 +180,7 @@ class TapeWriter(TapeRunner):
 
     def take_back(self, place: Any) -> None:
         """Takes the entries behind a place of the recording off the tape."""
-        while self.tape.place is not place:
+        while self.tape.place is not place and self.tape.entries:
             self.tape.entries.pop()
             self.tape.place = self.tape.places.pop()
 
@@ -270,7 +283,21 @@ class TapeWriter(TapeRunner):
                 for slot in outputs:
                     slot.freed = True
                 break
-        wrappers = [DeferredTensor(slot, self) for slot in outputs]
+        answer = self._answer(outputs, shape, given)
+        if tape.second_run is not None:
+            tape.second_run.called()
+        return answer
+
+    def _answer_again(self, entry: Entry, given: list[Any]) -> Any:
+        """What a call of a checkpointed block returns when its Python runs again: what the first run was given."""
+        assert entry.call is not None
+        shape = entry.call.shape
+        answer = None if shape is None else self._answer(entry.outputs, shape, given)
+        self.tape.second_run.called()
+        return answer
+
+    def _answer(self, outputs: list[Slot], shape: CallShape, given: list[Any]) -> Any:
+        wrappers = [DeferredTensor(slot, self) if slot.held is None else slot.held for slot in outputs]
         if shape.is_single:
             return wrappers[0]
         leaves: list[Any] = []
@@ -365,9 +392,6 @@ class TapeWriter(TapeRunner):
                     self.backward_python.check(entry)
                 self.backward_python.run(entry)
             self.backward_python.unhook_leaves(hooked)
-            if self.tape.asked is not None:
-                self.fallbacks.leave(self.tape.asked, self._culprits())
-                self.tape.asked = None
         except (CaptureError, LeftToTorch) as error:
             error = error.error if isinstance(error, LeftToTorch) else error
             self.take_back(place)
@@ -376,6 +400,8 @@ class TapeWriter(TapeRunner):
         except BaseException:  # the script's own error, in Python that backward runs
             self.take_back(place)
             raise
+        if self.tape.asked is not None:
+            return self.run_eagerly(self.tape.asked)
         if not retain_graph:
             self.tape.free(slot)
         self._has_backward = True

@@ -1,12 +1,13 @@
 """Gradient checkpointing: the same training, what is computed again is computed again, and memory falls."""
 
 import functools
+import random
 
 import jax
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, made, train_on
+from small import batches, made, mlp, train_on
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -187,3 +188,109 @@ def test_autocast_and_a_mask_made_outside_of_the_block():
 
 def loop(objects, data):
     return train_on(objects["model"], objects["optimizer"], data)
+
+
+# -- a block's Python, which eager runs again in backward -----------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A block that leaves traces before, between and behind what a gradient needs.
+
+    Args:
+        scale: Gives a factor for its argument, at each call.
+        asks: Whether it asks for a value.
+    """
+
+    def __init__(self, scale, asks):
+        super().__init__()
+        self.asks = asks
+        self.layers, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.scale, self.trace = scale, []
+
+    def forward(self, x):
+        self.trace.append(1)
+        y = self.norm(self.layers(x * self.scale()))
+        if self.asks and y.detach().abs().max() > 1e9:  # a question whose answer is the first run's
+            y = y / 2
+        self.trace.append(2)
+        y = torch.sin(y + 0.01 * torch.randn_like(y))
+        self.trace.append(3)  # torch stops a block that is not reentrant before
+        return y + 1
+
+
+def traced(kind, scale=lambda: 1.0, asks=True):
+    """A model and its optimizer: two blocks, of which the second sees the first's result."""
+
+    def make():
+        random.seed(1)
+        model = nn.ModuleDict({"stem": nn.Linear(8, 8), "block": Counting(scale, asks), "head": nn.Linear(8, 4)})
+        return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.05)}
+
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        block, lengths = model["block"], []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            hidden = model["stem"](x)
+            for _ in range(2):
+                hidden = checkpoint(block, hidden, use_reentrant=kind)
+            lengths.append(float(len(block.trace)))
+            loss = F.cross_entropy(model["head"](hidden), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return [*losses, *lengths, *block.trace, random.random(), torch.rand(1).item()]
+
+    return make, loop
+
+
+@pytest.mark.parametrize("kind", [False, True], ids=["non-reentrant", "reentrant"])
+def test_a_blocks_python_runs_again_in_backward(kind):
+    make, loop = traced(kind)
+    run = assert_same_training(make, loop, batches(), dtypes=(torch.float64,), max_compiles=3)  # two looks
+    assert run.observed.count(3.0) == (48 if kind is False else 96)  # traces of 24 steps
+
+
+def test_a_block_that_computes_something_else_when_it_runs_again():
+    """Backward's gradients are those of the second run's numbers: torch runs such steps, and Python runs as often."""
+    steps = []
+
+    def scale():
+        steps.append(1)
+        return random.random() if len(steps) > 40 else 1.0
+
+    make, loop = traced(False, scale=scale, asks=False)
+
+    def counted(objects, data):
+        steps.clear()
+        return loop(objects, data)
+
+    run = assert_same_training(make, counted, batches(), dtypes=(torch.float64,), may_fall_back=True)
+    assert [event.reason for event in run.fallbacks()] == [
+        "a checkpointed block computes something else when it runs again"
+    ]
+
+
+def test_a_block_of_a_step_that_torch_runs_runs_again_too():
+    calls = []
+
+    def block(x):
+        calls.append(1)
+        return torch.tanh(x)
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(checkpoint(block, model(x), use_reentrant=False), y)
+            if index == 8:  # a hook that torch has to run
+                model[0].weight.register_post_accumulate_grad_hook(lambda parameter: calls.append(0))
+            loss.backward()
+            optimizer.step()
+            seen += [loss.item(), len(calls)]
+        return seen
+
+    assert_same_training(
+        made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=(torch.float64,), may_fall_back=True
+    )
