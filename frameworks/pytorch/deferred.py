@@ -99,6 +99,9 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
 
         return func(*real(args), **{name: real(value) for name, value in (kwargs or {}).items()})
 
+    def __getattr__(self, name):
+        raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+
     def as_subclass(self, cls):
         """See `torch.Tensor.as_subclass`, which asks no mode."""
         return self.owner.call(torch.Tensor.as_subclass, (self, cls), {})

@@ -182,6 +182,8 @@ class Session(Looks):
             statistics().host_reads += 1
         if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
             self._leave_tape_to_torch()
+        if name == "numpy" and args[0].slot.meta.requires_grad and kwargs.get("force") is not True and not args[1:]:
+            return function(_refused())
         if is_replaying() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():
@@ -340,6 +342,9 @@ class Session(Looks):
         if self.has_backward:
             self.settle()
         self.book.writes_gradient(tensor, gradient)
+        if gradient is not None and torch._debug_has_internal_overlap(gradient) == 1:  # a program could not write to it
+            self.backward_compiled = False
+            self.fallbacks.say(PassingCaptureError("a gradient whose elements share memory is assigned", user_line()))
         return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
 
     @section.around
@@ -347,8 +352,8 @@ class Session(Looks):
         """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
         if self.is_unwatched():
             return
-        if self.has_backward and not self.drop_backward({id(parameter) for parameter in parameters}):
-            self.commit()
+        if self.has_backward and not (set_to_none and self.drop_backward({id(parameter) for parameter in parameters})):
+            self.commit()  # to be zeros, gradients have to be there
         if self.has_backward and not self.tape.with_gradients().isdisjoint(map(id, parameters)):
             self.settle()
         self.book.clears_gradients(owner, parameters, set_to_none)
@@ -497,6 +502,12 @@ class Session(Looks):
         """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
         if self.tape and not self.has_backward and not self.tape.live_slots():
             self.commit()
+
+
+def _refused() -> torch.Tensor:
+    """A result with a history, which torch refuses where it refuses any."""
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        return torch.ones(1, requires_grad=True) * 1
 
 
 def _is_inside_torch() -> bool:

@@ -135,7 +135,11 @@ class Stepping:
     def _reason_for_torch(optimizer: torch.optim.Optimizer) -> str | None:
         """Why a step that we know is torch's nevertheless."""
         kind = type(optimizer)
-        return f"{kind.__name__} has a step hook" if of_torch(kind) and hooks_of(optimizer) else None
+        if of_torch(kind) and hooks_of(optimizer):
+            return f"{kind.__name__} has a step hook"
+        if isinstance(optimizer, torch.optim.Adam) and any(map(torch.is_complex, parameters_of(optimizer))):
+            return f"{kind.__name__} trains complex numbers"  # whose real and imaginary parts have averages of their own
+        return None
 
     def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Any, args: tuple, kwargs: dict) -> tuple:
         """The arguments of `step`, with a closure that has to clear gradients which an earlier step did not keep."""

@@ -309,11 +309,12 @@ class Tape:
             for output in self.entries[index].outputs:
                 output.freed = True
         spent = {output for index in ancestors for output in self.entries[index].outputs}
-        for entry in self.entries:  # whatever else was computed from them cannot be differentiated either
+        for entry in self.entries:  # what else was computed from them cannot be differentiated either, but for detached
             if any(read in spent for read in entry.slots()):
                 for output in entry.outputs:
-                    output.freed = True
-                    spent.add(output)
+                    if output.meta.requires_grad:
+                        output.freed = True
+                        spent.add(output)
 
     def _gradient_path(self, slots: list[Slot]) -> set[int]:
         """The entries that a gradient of any of `slots` passes through: a detached value ends it."""

@@ -281,7 +281,7 @@ class TapeWriter(TapeRunner):
         for leaf in entry.leaves:
             if type(leaf) is Slot and leaf.freed:
                 for slot in outputs:
-                    slot.freed = True
+                    slot.freed = slot.meta.requires_grad
                 break
         answer = self._answer(outputs, shape, given)
         if tape.second_run is not None:
@@ -322,6 +322,9 @@ class TapeWriter(TapeRunner):
     def _record_write(self, function, args, kwargs, targets: list, shape: CallShape, place: Any) -> Any:
         """A call that writes to tensors which are no state and no results of the tape: `total += loss`."""
         self.take_back(place)
+        for target in targets:
+            if isinstance(target, DeferredTensor):  # of an earlier tape: an epoch's sum of losses
+                self._become_pending(target)
         real = [target for target in targets if not isinstance(target, DeferredTensor)]
         is_result = any(id(target) not in self.replaced for target in real)
         if is_result and all(_is_alone(target) and not target.requires_grad for target in real):
@@ -338,6 +341,15 @@ class TapeWriter(TapeRunner):
                 _check_plain(target)
                 self.tape.state[id(target)] = target
         return self.record(function, args, kwargs)
+
+    def _become_pending(self, tensor: DeferredTensor) -> None:
+        """Makes a result that has been computed for good a result of the tape again, of the same value."""
+        is_cut, value = tensor.slot.is_cut, tensor.slot.value
+        assert value is not None
+        slot = self.record(torch.clone, (value.detach(),), {}).slot
+        slot.freed = is_cut  # a backward through it is refused, as torch refuses it
+        slot.wrapper = weakref.ref(tensor)
+        tensor.slot = slot
 
     def _become_deferred(self, tensor: torch.Tensor) -> None:
         result = self.record(torch.clone, (tensor.detach(),), {})
@@ -362,6 +374,8 @@ class TapeWriter(TapeRunner):
     @section.around
     def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
+        if slot is not None and not slot.freed and not slot.committed:
+            _check_root(slot.meta, gradient)
         if slot is not None and slot.freed and slot.committed:
             raise RuntimeError(
                 "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
@@ -502,6 +516,22 @@ class TapeWriter(TapeRunner):
     def real(self, value: Any) -> Any:
         """`value` with real tensors in place of deferred ones."""
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
+
+
+def _check_root(root: torch.Tensor, gradient: Any) -> None:
+    """Refuses what `backward()` refuses of a result, in its words: here, and not when the step is computed.
+
+    Raises:
+        RuntimeError: As torch's.
+    """
+    if not root.requires_grad:
+        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+    if gradient is None and root.numel() != 1:
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    if isinstance(gradient, torch.Tensor) and gradient.shape != root.shape:
+        raise RuntimeError(
+            f"Mismatch in shape: grad_output[0] has a shape of {gradient.shape} and output[0] has a shape of {root.shape}."
+        )
 
 
 def rewritten(*tensors: torch.Tensor) -> None:
