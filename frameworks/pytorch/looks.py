@@ -58,8 +58,8 @@ class Looks(TapeWriter):
             return tensor
         if not flag and not slot.meta.is_leaf and slot not in self.tape.new_leaves:
             raise RuntimeError(
-                "you can only change requires_grad flags of leaf variables. If you want to use a computed variable in a "
-                "subgraph that doesn't require differentiation use var_no_grad = var.detach()."
+                "you can only change requires_grad flags of leaf variables. If you want to use a computed variable in "
+                "a subgraph that doesn't require differentiation use var_no_grad = var.detach()."
             )
         if not flag or slot.committed:
             return self.run_with_history("requires_grad_", function, args, kwargs)

@@ -49,7 +49,7 @@ def traced(
                         else item
                         for place, item in enumerate(value)
                     )
-            if type(optimizer) in _FUSABLE and not group.get("differentiable"):
+            if _is_fused(optimizer, group):
                 group["fused"], group["foreach"] = True, False
                 continue
             if "foreach" in group:
@@ -71,11 +71,18 @@ def traced(
             group.update(old)
 
 
+def _is_fused(optimizer: torch.optim.Optimizer, group: dict) -> bool:
+    """Whether a group's update is one operator; torch has none for complex numbers."""
+    is_complex = any(map(torch.is_complex, group["params"]))
+    return type(optimizer) in _FUSABLE and not group.get("differentiable") and not is_complex
+
+
 @contextlib.contextmanager
 def _asking_no_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Lets torch's optimizers take their tensor-only paths, and `min` and `max` in their code know traced numbers."""
     with contextlib.ExitStack() as stack:
-        if type(optimizer) not in _FUSABLE and any("capturable" in group for group in optimizer.param_groups):
+        groups = optimizer.param_groups
+        if any("capturable" in group and not _is_fused(optimizer, group) for group in groups):
             # Or they read their step counts on the host; and the capturable path asks for a GPU, unless compiled.
             stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", lambda: True))
         code = inspect.unwrap(type(optimizer).step).__globals__

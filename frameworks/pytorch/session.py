@@ -184,6 +184,8 @@ class Session(Looks):
             self._leave_tape_to_torch()
         if name == "numpy" and args[0].slot.meta.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
+        if function is torch.Tensor.backward and args[0].slot.late is not None and self.is_own_thread:
+            return self.record_backward(*args, **kwargs)
         if is_replaying() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():

@@ -11,6 +11,7 @@ from trainingcompiler.frameworks.pytorch import loss_scaling, tensor_hooks
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.custom_steps import End, step_ends
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.late_backward import kept
 from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
@@ -138,7 +139,9 @@ class Stepping:
         if of_torch(kind) and hooks_of(optimizer):
             return f"{kind.__name__} has a step hook"
         if isinstance(optimizer, torch.optim.Adam) and any(map(torch.is_complex, parameters_of(optimizer))):
-            return f"{kind.__name__} trains complex numbers"  # whose real and imaginary parts have averages of their own
+            return (
+                f"{kind.__name__} trains complex numbers"  # whose real and imaginary parts have averages of their own
+            )
         return None
 
     def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Any, args: tuple, kwargs: dict) -> tuple:
@@ -236,15 +239,20 @@ class Stepping:
     def _cut(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives up gradients that the step is about to make impossible.
 
-        A result that was computed with parameters which the step changes cannot be differentiated afterwards: torch
-        refuses it, because they were modified in place. A validation loss outside of `no_grad` is the usual case.
+        A result that was computed with parameters which the step changes cannot be differentiated afterwards, as torch
+        mostly refuses too. A validation loss outside of `no_grad`, which was read, is the usual case; of another result
+        is kept what a late backward needs.
         """
         session = self._session
         updated = set(map(id, parameters_of(optimizer)))
+        keeps = session.programs.target.is_one_cpu and session.workers is None
         for slot in session.tape.live_slots():
             if slot.meta.requires_grad and not slot.freed:
                 behind = session.tape.entries_behind(slot)
                 if any(isinstance(leaf, torch.Tensor) and id(leaf) in updated for e in behind for leaf in e.leaves):
+                    if keeps and slot.value is None:
+                        with undeferred():
+                            slot.late = kept(session.tape, slot, parameters_of(optimizer))
                     slot.freed = True
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -30,6 +30,7 @@ class Slot:
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
         memory: The state tensor, or the other slot, that it is a view of; None if its memory is its own.
+        late: What its backward needs, if a step has changed parameters behind it.
         finite: Whether the program sees to it that no value is infinite or not a number, so that nobody need look.
         wrapper: A weak reference to the `DeferredTensor` that the loop holds.
     """
@@ -41,6 +42,7 @@ class Slot:
         "finite",
         "freed",
         "kind",
+        "late",
         "memory",
         "meta",
         "number",
@@ -57,6 +59,7 @@ class Slot:
         self.committed = False
         self.freed = False
         self.finite = False
+        self.late: Any = None
         self.memory: Any = None
         self.wrapper: weakref.ref | None = None
 

@@ -376,6 +376,8 @@ class TapeWriter(TapeRunner):
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
         if slot is not None and not slot.freed and not slot.committed:
             _check_root(slot.meta, gradient)
+        if slot is not None and slot.late is not None and not create_graph and not inputs:
+            return self._record_late(slot, gradient, retain_graph)
         if slot is not None and slot.freed and slot.committed:
             raise RuntimeError(
                 "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
@@ -427,6 +429,16 @@ class TapeWriter(TapeRunner):
                 held.apply()
             self._committed(self.tape.entries, [])
         return None
+
+    def _record_late(self, slot: Slot, gradient: Any, retain_graph: bool | None) -> None:
+        """A backward after a step: torch runs it."""
+        self.settle()
+        reason = "backward() goes through parameters that a step has changed since"
+        self.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
+        self.backward_compiled = False
+        late, slot.late = slot.late, slot.late if retain_graph else None
+        with undeferred():
+            late.run(self.real(gradient), retain_graph)
 
     def _rewritten(self) -> tuple[Input, ...]:
         """What calls have read and has been written to since, or is by a call that is pending."""
@@ -529,9 +541,8 @@ def _check_root(root: torch.Tensor, gradient: Any) -> None:
     if gradient is None and root.numel() != 1:
         raise RuntimeError("grad can be implicitly created only for scalar outputs")
     if isinstance(gradient, torch.Tensor) and gradient.shape != root.shape:
-        raise RuntimeError(
-            f"Mismatch in shape: grad_output[0] has a shape of {gradient.shape} and output[0] has a shape of {root.shape}."
-        )
+        shapes = f"grad_output[0] has a shape of {gradient.shape} and output[0] has a shape of {root.shape}"
+        raise RuntimeError(f"Mismatch in shape: {shapes}.")
 
 
 def rewritten(*tensors: torch.Tensor) -> None:

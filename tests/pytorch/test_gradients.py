@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from parity import assert_same_training
-from small import adamw, batches, mlp, sgd
+from small import adamw, batches, made, mlp, sgd
 from torch import nn
 from torch.nn import functional as F
 
@@ -361,3 +361,40 @@ def test_gradients_are_detached_in_place():
         return losses
 
     assert_same_training(sgd(), loop, batches(), dtypes=(torch.float64,))
+
+
+@pytest.mark.parametrize("of", ["optimizer", "model"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_gradients_that_are_zeroed_before_the_step_are_there(of, optimizer):
+    """The step goes on with momentum and decay; one whose gradients are None would not."""
+
+    def loop(objects, data):
+        losses = []
+        for index, (x, y) in enumerate(data):
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            if index % 5 == 3:
+                objects[of].zero_grad(set_to_none=False)
+            objects["optimizer"].step()
+            objects["optimizer"].zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    make = made(mlp, optimizer, lr=0.01, weight_decay=0.1, **options)
+    assert_same_training(make, loop, batches(), dtypes=(torch.float64,))
+
+
+def test_a_gradient_whose_elements_share_memory():
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            model[3].bias.grad = model[3].bias.grad[:1].expand(4)
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(sgd(), loop, batches(), dtypes=(torch.float64,), may_fall_back=True)

@@ -306,3 +306,24 @@ def test_a_list_that_the_forward_reads_counts():
         return losses
 
     assert_same_training(adamw(Agent), loop, batches(), max_compiles=2)
+
+
+@pytest.mark.parametrize("place", ["before backward", "after step"])
+def test_a_sum_of_losses_over_an_epoch(place):
+    def loop(objects, data):
+        model, optimizer, totals = objects["model"], objects["optimizer"], []
+        for _ in range(3):
+            total = 0
+            for x, y in data[:8]:
+                loss = nn.functional.cross_entropy(model(x), y)
+                if place == "before backward":
+                    total += loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if place == "after step":
+                    total += loss
+            totals.append(total.item() / 8)
+        return totals
+
+    assert_same_training(sgd(), loop, batches(), dtypes=(torch.float64,), may_fall_back=True)

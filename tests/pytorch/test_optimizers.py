@@ -103,3 +103,25 @@ def test_a_warm_up_from_zero_is_one_program(name):
     make = made(matrices if name == "Muon" else mlp, getattr(torch.optim, name))
     loose = {"float64_tolerance": 2e-2} if name == "Muon" else {}  # as above
     assert_same_training(make, loop, batches(12), max_compiles=1, dtypes=(torch.float64,), **loose)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_complex_parameters(optimizer):
+    """Adam has an average of squares for real parts and one for imaginary parts; torch makes its steps."""
+
+    def make():
+        weight = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+        return {"weight": [weight], "optimizer": [optimizer([weight], lr=0.01)]}  # which are compared by the loop
+
+    def loop(objects, data):
+        (weight,), (stepper,), seen = objects["weight"], objects["optimizer"], []
+        for index in range(21):
+            stepper.zero_grad()
+            loss = (weight - 1j * index).abs().pow(2).sum()
+            loss.backward()
+            stepper.step()
+            seen.append(loss.item())
+        return [*seen, *torch.view_as_real(weight.detach()).flatten().tolist()]
+
+    falls_back = optimizer is not torch.optim.SGD
+    assert_same_training(make, loop, [], dtypes=(torch.float64,), may_fall_back=falls_back)

@@ -1,5 +1,6 @@
 """What a loop does with results, batches and buffers between its calls: the smallest loops that once went wrong."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -306,3 +307,26 @@ def test_forward_mode_gradients_beside_training():
         return seen
 
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+
+
+REFUSED = {
+    "no scalar": (lambda out: out.backward(), "grad can be implicitly created only for scalar outputs"),
+    "another shape": (lambda out: out.backward(out[:1].detach()), "Mismatch in shape: grad_output[0] has a shape of"),
+    "no history": (lambda out: out.detach().sum().backward(), "element 0 of tensors does not require grad"),
+    "numpy": (lambda out: out.numpy(), "Can't call numpy() on Tensor that requires grad"),
+    "a flag": (lambda out: out.requires_grad_(False), "you can only change requires_grad flags of leaf variables"),
+}
+
+
+@pytest.mark.parametrize(("ask", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_torch_refuses_of_a_result_is_refused_at_once(ask, says):
+    def loss_of(model, x, y, index):
+        out = model(x)
+        with pytest.raises(RuntimeError, match=re.escape(says)):
+            ask(out)
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such'"):
+            _ = out.no_such
+        return F.cross_entropy(out, y)
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, one_step(loss_of), batches(), dtypes=FLOAT64, max_compiles=2)
