@@ -66,6 +66,15 @@ def looper(job: Job, clip: float | None = None):
         ("llama", "adamw", 1.0, (torch.float64,)),
     ],
 )
+@pytest.mark.slow(
+    but=[
+        "mlp-adam-None-dtypes0",
+        "resnet-sgd-None-dtypes1",
+        "lstm-sgd-0.25-dtypes3",
+        "gpt2-adamw-1.0-dtypes7",
+        "bert-adamw-None-dtypes8",
+    ]
+)
 def test_trains_like_eager_in_one_program(name, optimizer, clip, dtypes):
     job = JOBS[name]
     run = assert_same_training(
@@ -80,6 +89,7 @@ def test_trains_like_eager_in_one_program(name, optimizer, clip, dtypes):
 
 
 @pytest.mark.parametrize("name", NOISY_JOBS)
+@pytest.mark.slow(but=["mlp", "vae", "gpt2"])
 def test_learns_under_noise_of_its_own(name):
     job = NOISY_JOBS[name]
     data = [job.batches(1)[0]] * 30  # one batch again and again: a model that learns at all must get better at it

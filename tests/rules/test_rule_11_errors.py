@@ -21,6 +21,6 @@ def test_an_index_out_of_range_is_torchs_own_error(tmp_path):
         report(model)
         """,
         tmp_path,
-        says="a value is out of range",
+        says="an index is out of range",
         line="F.cross_entropy(model(words), y)",
     )
