@@ -152,11 +152,16 @@ class ProgramCache:
                         where=where,
                         count=len(seen),
                         compile_time_s=compile_time_s,
-                        cure="DataLoader(..., drop_last=True), if it is the last, smaller batch of an epoch; "
-                        "pad to few lengths otherwise",
+                        cure=_cure(entries[new[0]].leaves[new[1]]),
                     )
                 )
                 return
+
+
+def _cure(changed: Input) -> str:
+    last = "DataLoader(..., drop_last=True), if it is the last, smaller batch of an epoch"
+    selects = "torch.where or a mask, which keep the shape, if the script selects values"
+    return f"{last}; {'' if changed.origin is not None else selects + '; '}pad to few lengths otherwise"
 
 
 def _loop(entries: list[Entry]) -> int:

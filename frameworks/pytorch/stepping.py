@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
 
 
+_MANY_NEW = 4  # first steps in a row, beyond one for each optimizer that there is
+
+
 class Stepping:
     """The end of a step, in a session.
 
@@ -33,6 +36,7 @@ class Stepping:
         self.clippings: set[Callable] = set()
         self._overflow: DeferredTensor | None = None  # inside `GradScaler.step`: whether to skip the optimizer's
         self._stepped_already: torch.optim.Optimizer | None = None
+        self._first_steps = 0
 
     def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
@@ -78,6 +82,8 @@ class Stepping:
             return self._end_step(optimizer)
         if planner.current is not None:
             planner.current.left(f"PyTorch would run it, because {reason}")
+        if session.deferring and not session.book.habits(optimizer).steps:
+            self._tell_of_new_ones()
         is_torchs = session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer)
         if session.tape and is_torchs and session.tape.committable() == len(session.tape.entries):
             session.commit()  # forward and backward, up to the gradients
@@ -211,6 +217,13 @@ class Stepping:
         if self._overflow is None:
             return original, (optimizer,)
         return loss_scaling.step_unless, (original, optimizer, self._overflow)
+
+    def _tell_of_new_ones(self) -> None:
+        """Says so where every step is that of a new optimizer, which PyTorch makes."""
+        self._first_steps += 1
+        if self._first_steps == len(self._session.book.optimizers()) + _MANY_NEW:
+            reason = "each step is the first one of a new optimizer: make the optimizer once, before the loop"
+            self._session.fallbacks.say(CaptureError(reason, user_line()))
 
     def _tell_of_unseen(self, optimizer: torch.optim.Optimizer) -> None:
         """Says why nothing is compiled of a loop whose gradients come from elsewhere, if nothing has been said."""

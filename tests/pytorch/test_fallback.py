@@ -78,6 +78,24 @@ class WithSelection(nn.Module):
         return out + out[out > 0].mean()
 
 
+def test_a_new_optimizer_at_every_step_is_torchs_and_said():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            optimizer = torch.optim.SGD(objects["model"].parameters(), lr=0.1)
+            loss = nn.functional.cross_entropy(objects["model"](x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    run = assert_same_training(lambda: {"model": mlp()}, loop, batches(), may_fall_back=True)
+    (fallback,) = run.fallbacks()
+    assert fallback.reason.startswith("each step is the first one of a new optimizer: make the optimizer once")
+    assert run.statistics.compiles == 0
+
+
 CASES = {
     "operator": (WithUnknownOperator, "trainingcompiler_tests.twice.default has no lowering"),
     "function": (WithFunction, "Doubled writes to its arguments"),
