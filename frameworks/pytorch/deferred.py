@@ -37,16 +37,16 @@ class Owner(Protocol):
 
 
 class _EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
-    """A class that is `torch.Tensor` for `==`, and as a key of a dict: a script may choose by `type(x)`.
+    """A class that is `torch.Tensor` for `==`: a script may ask `type(x) == torch.Tensor`.
 
-    `is` cannot be answered; `isinstance` is true.
+    `is` cannot be answered; `isinstance` is true. The hash is its own: torch collects in a set the classes that it has to
+    ask what a function means, and must not take this one for one that it has.
     """
 
     def __eq__(cls, other: object) -> bool:
         return other is torch.Tensor or other is cls
 
-    def __hash__(cls) -> int:
-        return hash(torch.Tensor)
+    __hash__ = type.__hash__
 
 
 class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):

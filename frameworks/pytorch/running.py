@@ -150,7 +150,7 @@ class TapeRunner:
         Raises:
             FallbackError: The user wants no fallback.
         """
-        self._check_not_in_backward(error.reason)
+        self._check_not_in_backward(f"does what only torch can: {error.reason}")
         items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
         if not self.tape.roots:
             owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
