@@ -39,8 +39,8 @@ class Owner(Protocol):
 class _EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
     """A class that is `torch.Tensor` for `==`: a script may ask `type(x) == torch.Tensor`.
 
-    `is` cannot be answered; `isinstance` is true. The hash is its own: torch collects in a set the classes that it has to
-    ask what a function means, and must not take this one for one that it has.
+    `is` cannot be answered; `isinstance` is true. The hash is its own: torch collects in a set the classes that it has
+    to ask what a function means, and must not take this one for one that it has.
     """
 
     def __eq__(cls, other: object) -> bool:
