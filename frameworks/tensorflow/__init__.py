@@ -50,6 +50,8 @@ def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
     )
     if unknown:
         emit(Note(text=unknown))
+    if config.verify == "always":
+        emit(Note(text="--verify=always compares programs of PyTorch; those of TensorFlow and Keras are not compared"))
 
 
 def disable() -> None:
