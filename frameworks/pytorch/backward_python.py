@@ -360,8 +360,14 @@ class BackwardPython:
         return original(kind, *self._session.real(args))
 
     def hook(self, result: DeferredTensor, function: Callable) -> Handle:
-        """Does what `result.register_hook(function)` does."""
+        """Does what `result.register_hook(function)` does.
+
+        Raises:
+            CaptureError: It cannot be recorded.
+        """
         session, slot = self._session, result.slot
+        if _is_of_torch(function):
+            raise CaptureError("a result has a gradient hook of torch's own", user_line())
         hook = Hook(function)
         session.record_piece(hooked, (result,), hook)
         session.tape.has_pieces = True
@@ -382,10 +388,12 @@ class BackwardPython:
         for leaf, _ in list(session.tape.grad_flags.values()):
             if not leaf.requires_grad:
                 continue
-            if leaf._post_accumulate_grad_hooks or (leaf._backward_hooks and session.workers is not None):
+            hooks = list((leaf._backward_hooks or {}).values())
+            is_torchs = session.workers is not None or any(map(_is_of_torch, hooks))
+            if leaf._post_accumulate_grad_hooks or (hooks and is_torchs):
                 raise CaptureError("a parameter has a gradient hook", user_line())
-            if leaf._backward_hooks:
-                piece = LeafHooks(list(leaf._backward_hooks.values()))
+            if hooks:
+                piece = LeafHooks(hooks)
                 session.record_piece(leaf_hooked, (leaf,), piece)
                 found.append((piece, leaf))
         session.tape.has_pieces |= bool(found)
@@ -482,6 +490,11 @@ class BackwardPython:
             given[position] = gradient
         found = piece.backward(given)
         session.record_piece(outgoing, (found if isinstance(found, list) else [found],), piece, returns=False)
+
+
+def _is_of_torch(hook: Callable) -> bool:
+    """Whether a hook is torch's own, as those of `register_multi_grad_hook`: they ask autograd where they are."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def _requires_gradient(tensor: torch.Tensor) -> bool:

@@ -278,6 +278,26 @@ def test_hooks_of_parameters_run_in_their_order_until_they_are_removed():
     assert_same_training(make, loop, batches(), dtypes=FLOAT64)
 
 
+def test_a_hook_of_several_gradients_is_torchs():
+    calls = []
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        parameters = list(model.parameters())
+        torch.autograd.graph.register_multi_grad_hook(parameters, lambda gradients: calls.append(len(gradients)))
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return [*losses, *calls]
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+
+
 @pytest.mark.parametrize("of", ["a parameter", "a result"])
 def test_a_hook_that_begins_to_look_at_values_runs_as_often_as_in_eager(of):
     """torch runs what does so from then on; in the step where it begins, nothing runs twice."""
