@@ -426,8 +426,12 @@ class BackwardPython:
                 call.pieces = backward_order(tape.entries, tape.grad_flags)
         return call.pieces
 
-    def run(self, backward: Entry) -> None:
+    def run(self, backward: Entry, retains_graph: bool) -> None:
         """Runs the Python that a backward runs, the last entry of the tape.
+
+        Args:
+            backward: Likewise.
+            retains_graph: Whether another backward may go through the same graph.
 
         Raises:
             LeftToTorch: It asks for what only torch can give.
@@ -449,13 +453,17 @@ class BackwardPython:
         finally:
             tape.is_in_backward = False
             session.depth -= 1
+        if not retains_graph:  # what blocks were given is nobody's any more, and no result of a program
+            tape.block = None
+            for region in tape.ran_again & tape.blocks.keys():
+                tape.blocks[region].again = None
 
     def _run_block_again(self, start: int, count: int) -> None:
         """Runs the Python of a checkpointed block a second time, as eager does."""
         tape = self._session.tape
         region = tape.entries[start].region
         block = tape.blocks.get(region)
-        if block is None or block.has_inner or self._session.workers is not None:
+        if block is None or block.again is None or block.has_inner or self._session.workers is not None:
             return
         first = [entry for entry in tape.entries[start:] if entry.region == region]
         second = tape.second_run = SecondRun(region, first, -1 if block.is_reentrant else count)

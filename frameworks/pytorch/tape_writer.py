@@ -406,7 +406,7 @@ class TapeWriter(TapeRunner):
             with section.outside():
                 if changed:
                     self.backward_python.check(entry)
-                self.backward_python.run(entry)
+                self.backward_python.run(entry, bool(retain_graph))
             self.backward_python.unhook_leaves(hooked)
         except (CaptureError, LeftToTorch) as error:
             error = error.error if isinstance(error, LeftToTorch) else error

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import weakref
 
 import jax
 import pytest
@@ -294,3 +295,24 @@ def test_a_block_of_a_step_that_torch_runs_runs_again_too():
     assert_same_training(
         made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=(torch.float64,), may_fall_back=True
     )
+
+
+@pytest.mark.parametrize("kind", [False, True], ids=["non-reentrant", "reentrant"])
+def test_what_a_block_was_given_is_let_go_after_backward(kind):
+    """Or it would be a result of the program."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            given = weakref.ref(hidden)
+            loss = F.cross_entropy(checkpoint(model[1:], hidden, use_reentrant=kind), y)
+            del hidden
+            loss.backward()
+            assert given() is None or index < 2  # a new path is run on fake tensors: its frames wait for gc
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=(torch.float64,), max_compiles=1)
