@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._device import _device_constructors
 
 from trainingcompiler.frameworks.pytorch import devices
-from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, READS, DeferredTensor, is_in_place
+from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, READS, is_in_place
 
 
 class Kind(enum.Enum):
@@ -163,5 +163,5 @@ class FunctionMode(TorchFunctionMode):
 @functools.lru_cache(maxsize=1024)
 def _has_own_functions(kind: Any) -> bool:
     """Whether torch asks a class what its functions mean: a subclass of `torch.Tensor` that somebody else wrote."""
-    is_ours = kind is torch.Tensor or kind is DeferredTensor
+    is_ours = kind is torch.Tensor or kind.__module__.startswith("trainingcompiler.")  # or a parameter's, on a device
     return not is_ours and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
