@@ -375,7 +375,7 @@ class TapeWriter(TapeRunner):
     def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
         if slot is not None and not slot.freed and not slot.committed:
-            _check_root(slot.meta, gradient)
+            _check_root(slot.meta, gradient, self.tape.mutated)
         if slot is not None and slot.late is not None and not create_graph and not inputs:
             return self._record_late(slot, gradient, retain_graph)
         if slot is not None and slot.freed and slot.committed:
@@ -530,13 +530,18 @@ class TapeWriter(TapeRunner):
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
 
 
-def _check_root(root: torch.Tensor, gradient: Any) -> None:
+def _check_root(root: torch.Tensor, gradient: Any, may_have_history: bool) -> None:
     """Refuses what `backward()` refuses of a result, in its words: here, and not when the step is computed.
+
+    Args:
+        root: Of its shape, and whether it was made with a history.
+        gradient: What `backward()` was given.
+        may_have_history: Whether something that has one may have been written into it since.
 
     Raises:
         RuntimeError: As torch's.
     """
-    if not root.requires_grad:
+    if not root.requires_grad and not may_have_history:
         raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
     if gradient is None and root.numel() != 1:
         raise RuntimeError("grad can be implicitly created only for scalar outputs")
