@@ -80,6 +80,7 @@ def test_another_global_batch_follows_the_rule(launch, tmp_path):
     assert json.loads(record.read_text())["batch"]["factor"] == 2
 
 
+@pytest.mark.slow
 def test_a_script_that_asks_is_not_rewritten(launch):
     ask = """
 import trainingcompiler as tc

@@ -189,7 +189,9 @@ def test_the_weight_decay_follows_where_its_option_is_named(launch):
         ("args.lr *= 3", "  the base rate of Adam: 0.02 decided, 0.06 in the run\n  the learning rate of Adam: 0.02"),
         ("args.accumulate = 2", "  the rows of each batch that the step adds up: 64 decided, 64, 64 in the run\n"),
     ],
+    ids=["rate", "accumulation"],
 )
+@pytest.mark.slow(but=["rate"])
 def test_the_run_is_held_against_the_rehearsal(launch, change, said):
     """A script that does something else where it is not planned: an error before its first step."""
     first = f"import trainingcompiler.planner as planner\nif planner.current is None: {change}"
