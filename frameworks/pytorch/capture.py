@@ -204,7 +204,7 @@ def capture(
             runs[0] += 1
             place = len(order or ())
             for index in range(start, end):
-                if order is not None and runs[0] == 2:  # in backward, up to where torch stops it
+                if order is not None and runs[0] > 1:  # in backward, up to where torch stops it
                     order[place:] = [(start, index + 1 - start)]
                 run(index, entries[index])
             found = tuple(fakes[slot] for slot in results)

@@ -316,3 +316,25 @@ def test_what_a_block_was_given_is_let_go_after_backward(kind):
         return losses
 
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=(torch.float64,))
+
+
+def test_a_block_runs_again_in_each_backward_through_it():
+    calls = []
+
+    def block(x):
+        calls.append(1)
+        return torch.tanh(x)
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(checkpoint(block, model(x), use_reentrant=False), y)
+            loss.backward(retain_graph=True)
+            (0.1 * loss).backward()
+            optimizer.step()
+            seen += [loss.item(), len(calls)]
+        return seen
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=(torch.float64,))
