@@ -1,6 +1,7 @@
 """Which tests run when: the quick ones first, and the slow ones where they are asked for (`--all`)."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_left_as_it_was():
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "overrides"):
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert not modes, "a session of this test still watches torch: later tests would run under it"
 
 
 def _place(item: pytest.Item) -> int:
