@@ -18,16 +18,17 @@ class Kind(enum.Enum):
     """What a torch function does, as far as recording is concerned.
 
     `OPERATOR` computes tensors. `IN_PLACE` writes to its first argument. `FACTORY` makes a tensor of nothing but
-    numbers. `QUERY` asks for shapes and the like. `READ` asks for values. `DRAW` makes random numbers and nothing
-    else; `DRAW_FROM` makes them of probabilities, and `DRAW_INTO` fills a tensor with them. `SET` assigns an attribute.
-    `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two functions for it. `OPAQUE` reaches
-    into the graph that autograd would have. `NATIVE` is torch's own business.
+    numbers. `QUERY` asks for shapes and the like, `GRAPH` for autograd's node. `READ` asks for values. `DRAW` makes
+    random numbers and nothing else; `DRAW_FROM` makes them of probabilities, and `DRAW_INTO` fills a tensor with
+    them. `SET` assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two
+    functions for it. `OPAQUE` reaches into the graph that autograd would have. `NATIVE` is torch's own business.
     """
 
     OPERATOR = enum.auto()
     IN_PLACE = enum.auto()
     FACTORY = enum.auto()
     QUERY = enum.auto()
+    GRAPH = enum.auto()
     READ = enum.auto()
     DRAW = enum.auto()
     DRAW_FROM = enum.auto()
@@ -71,6 +72,8 @@ def _classified(function: Any) -> Kind:
         attribute = getattr(getattr(function, "__self__", None), "__name__", "")
         if attribute in ("grad", "_grad", ""):  # "": the property that stands in for `grad` has no name
             return Kind.GRADIENT
+        if attribute == "grad_fn":
+            return Kind.GRAPH
         return Kind.QUERY if attribute in METADATA or devices.is_shown(attribute) else Kind.OPERATOR
     if name in ("__set__", "__delete__"):
         is_flag = getattr(getattr(function, "__self__", None), "__name__", "") == "requires_grad"
@@ -149,6 +152,8 @@ class FunctionMode(TorchFunctionMode):
             yield
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if torch.compiler.is_dynamo_compiling():  # it reads this mode too, and warns of what it finds further down
+            return func(*args, **(kwargs or {}))
         is_asked = types and torch._C._is_torch_function_enabled()  # not while one of them calls `func` itself
         kinds = tuple(filter(_has_own_functions, types)) if is_asked else ()
         if kinds:

@@ -27,12 +27,22 @@ class Looks(TapeWriter):
             name = function.__self__.__name__
             if devices.is_shown(name):
                 return devices.shown(name, slot.device)
-            if name == "grad_fn" and slot.meta.requires_grad:
-                return self.run_with_history(name, function, args, kwargs)
             return getattr(slot.meta, name)
         if devices.is_shown(name):
             return devices.shown(name, slot.device)
         return function(slot.meta, *args[1:], **kwargs)
+
+    def graph_node(self, function: Callable, tensor: torch.Tensor) -> Any:
+        """`tensor.grad_fn`: autograd's own node, which a tensor of the tape has once torch has run the tape."""
+        if not isinstance(tensor, DeferredTensor):
+            node = function(tensor)
+        elif tensor.slot.meta.requires_grad:
+            node = self.run_with_history("grad_fn", function, (tensor,), {})
+        else:
+            return None
+        if node is not None:
+            self.accumulators.reach(node)
+        return node
 
     def look(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
         """torch's own answer about real tensors, whose values the tape does not change."""

@@ -19,6 +19,7 @@ from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import devices
+from trainingcompiler.frameworks.pytorch.accumulators import Accumulators
 from trainingcompiler.frameworks.pytorch.arguments import is_pending, tensors_among
 from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.critical import section
@@ -52,12 +53,11 @@ class Session(Looks):
         backward_python: Python that runs inside of backward.
         custom_steps: The steps of optimizers that are not torch's.
         torch_compile: What becomes of `torch.compile`.
-        mode: Sees torch's functions.
         is_closed: Whether it is over.
     """
 
     def __init__(self, config: TrainingCompilerConfig):
-        self.mode = FunctionMode(self)
+        self._modes = threading.local()
         self.is_closed = True
         self._deferring = self._defers_next = self._is_forked = False
         super().__init__(config)
@@ -68,10 +68,18 @@ class Session(Looks):
         self.stepping = Stepping(self)
         self.custom_steps = CustomSteps(self)
         self.backward_python = BackwardPython(self)
+        self.accumulators = Accumulators()
         self.torch_compile = TorchCompile(self)
         self._evaluations = Evaluations()
         self._thread = threading.current_thread()
         self._owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def mode(self) -> FunctionMode:
+        """What sees torch's functions in this thread: each has a stack of modes of its own."""
+        if not hasattr(self._modes, "mode"):
+            self._modes.mode = FunctionMode(self)
+        return self._modes.mode
 
     @property
     def deferring(self) -> bool:
@@ -136,6 +144,8 @@ class Session(Looks):
         if kind is Kind.QUERY:
             first = args[0] if args else None
             return self.metadata(function, args, kwargs) if type(first) is DeferredTensor else function(*args, **kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
         tensors, is_deferred = tensors_among(args, kwargs)
         if is_deferred:
             return self.call(function, args, kwargs)
@@ -173,6 +183,8 @@ class Session(Looks):
         kind = kind_of(function)
         if kind is Kind.QUERY:
             return self.metadata(function, args, kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
         name = getattr(function, "__name__", "")
         if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
             return self.gradient_of_result(function, args[0])
@@ -240,7 +252,6 @@ class Session(Looks):
             return
         if not self.tape and (not self.book.has_stepped or not self._thread.is_alive()):
             self._thread = threading.current_thread()
-            self.mode = FunctionMode(self)  # a mode belongs to one thread
             self.deferring = self._deferring
             self.book.stepped(optimizer, "eager")
             return

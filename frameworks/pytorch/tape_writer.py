@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import devices
+from trainingcompiler.frameworks.pytorch.accumulators import Accumulators
 from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython, LeftToTorch, leaf_hooked, leaf_unhooked
 from trainingcompiler.frameworks.pytorch.call_shape import Argument, CallShape, Output, call_shape
 from trainingcompiler.frameworks.pytorch.critical import section
@@ -45,6 +46,7 @@ class TapeWriter(TapeRunner):
     Attributes:
         stepping: What ends a step.
         backward_python: Python that runs inside of backward.
+        accumulators: Whose hooks nobody can see.
         new_root: A module whose call begins with the next entry.
         origins: Under which name a module was given each tensor, by identity.
         open_blocks: The checkpointed blocks that the script's Python is in.
@@ -52,6 +54,7 @@ class TapeWriter(TapeRunner):
 
     stepping: "Stepping"
     backward_python: BackwardPython
+    accumulators: Accumulators
     new_root: nn.Module | None = None
 
     def __init__(self, config: Any):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, made, mlp
+from small import batches, made, mlp, train_on
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -296,6 +296,57 @@ def test_a_hook_of_several_gradients_is_torchs():
 
     make = made(mlp, torch.optim.SGD, lr=0.1)
     assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+
+
+def of_a_view(parameter):
+    view = parameter.expand_as(parameter)
+    return view, view.grad_fn.next_functions[0][0]
+
+
+def of_the_parameter(parameter):
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    return node, node
+
+
+@pytest.mark.parametrize("node_of", [of_a_view, of_the_parameter])
+def test_a_hook_on_the_node_that_accumulates_a_gradient_runs(node_of):
+    """Data parallelism was once written so. Nobody knows of the hook: torch runs the steps while the node is there."""
+    calls = []
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, losses, held = objects["model"], objects["optimizer"], [], []
+        for step, (x, y) in enumerate(data):
+            if step in (0, 4):
+                for parameter in model.parameters():
+                    kept, node = node_of(parameter)
+                    node.register_hook(lambda *_: calls.append(1))
+                    held.append(kept)
+                del node, kept
+            if step == 8:
+                held.clear()
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return [*losses, len(calls)]
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+    assert run.observed[-1] > 0
+    assert "the script holds the node" in str(run.fallbacks()[0])
+
+
+def test_a_look_at_the_graph_holds_nothing():
+    def loop(objects, data):
+        view = next(objects["model"].parameters()).square()
+        names = [view.grad_fn.name()]
+        del view
+        return [len(names), *train_on(objects["model"], objects["optimizer"], data)]
+
+    run = assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(6), dtypes=FLOAT64)
+    assert run.statistics.eager_steps == 0
 
 
 @pytest.mark.parametrize("of", ["a parameter", "a result"])
