@@ -39,7 +39,8 @@ class Accumulators:
         if leaf not in self._reached:
             return False
         with undeferred():
-            is_held = _REACHED in torch.autograd.graph.get_gradient_edge(leaf).node.metadata
+            node: Any = torch.autograd.graph.get_gradient_edge(leaf).node  # torch says that `metadata` is a method
+        is_held = _REACHED in node.metadata
         if not is_held:
             del self._reached[leaf]
         return is_held
