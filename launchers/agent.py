@@ -14,7 +14,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher import api
 
-from trainingcompiler.job import REQUEUE
+from trainingcompiler.exit_codes import REQUEUE
 from trainingcompiler.launchers.group import KILL_GRACE_S, POLL_S
 from trainingcompiler.launchers.telling import say
 

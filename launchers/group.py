@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainingcompiler.job import REQUEUE
+from trainingcompiler.exit_codes import REQUEUE
 from trainingcompiler.launchers.output import Output
 
 POLL_S = 0.05

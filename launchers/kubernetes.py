@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from trainingcompiler.config import PREFIX
 from trainingcompiler.errors import UsageError
-from trainingcompiler.job import REQUEUE, Job
+from trainingcompiler.exit_codes import REQUEUE
+from trainingcompiler.job import Job
 
 _PORT = 29400
 _CONTAINER = "trainer"

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from trainingcompiler.config import COORDINATOR, FAILURE
 from trainingcompiler.errors import UsageError
-from trainingcompiler.job import REQUEUE, Job
+from trainingcompiler.exit_codes import REQUEUE
+from trainingcompiler.job import Job
 from trainingcompiler.launchers.telling import described, exit_code, say, shell_line
 from trainingcompiler.machine import cpu_count, free_ports
 

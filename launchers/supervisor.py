@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from trainingcompiler.job import REQUEUE, Job
+from trainingcompiler.exit_codes import REQUEUE
+from trainingcompiler.job import Job
 from trainingcompiler.launchers.group import KILL_GRACE_S, POLL_S, Group, Worker
 from trainingcompiler.launchers.guardian import guarding
 from trainingcompiler.launchers.output import Output

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainingcompiler._version import __version__
+
 if TYPE_CHECKING:
     from trainingcompiler.config import TrainingCompilerConfig
     from trainingcompiler.errors import (
@@ -31,12 +33,11 @@ if TYPE_CHECKING:
         TrainingCompilerError,
         UsageError,
     )
+    from trainingcompiler.exit_codes import REQUEUE
     from trainingcompiler.frameworks.pytorch.checkpoints import Checkpoints
-    from trainingcompiler.job import REQUEUE
     from trainingcompiler.scaling import Scaled
     from trainingcompiler.stopping import StopSignal
 
-__version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Checkpoints",
@@ -61,7 +62,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HOMES = {
     "Checkpoints": "frameworks.pytorch.checkpoints",
-    "REQUEUE": "job",
+    "REQUEUE": "exit_codes",
     "StopSignal": "stopping",
     "TrainingCompilerConfig": "config",
     "tensor_parallel": "tensor_parallel",
@@ -86,7 +87,9 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     console.attach(quiet=config.quiet)
     hooked = dict(adapters.HOOKED)
     if config.record:
-        _withdrawals.append(importlib.import_module("trainingcompiler.record").keep(config))
+        from trainingcompiler import recommended, record
+
+        _withdrawals.append(record.keep(config, recommended.as_record()))
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         hooked = {name: adapter for name, adapter in hooked.items() if name in adapters.ALWAYS_HOOKED}

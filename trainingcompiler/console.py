@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from trainingcompiler import __version__, events, rendezvous
+from trainingcompiler import events, rendezvous
+from trainingcompiler._version import __version__
 from trainingcompiler.statistics import milliseconds
 
 HEARTBEAT_S = 10.0

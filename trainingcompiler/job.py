@@ -12,7 +12,6 @@ from trainingcompiler.errors import ConfigError
 from trainingcompiler.machine import cpu_count, gpu_count, is_free
 
 WORKER = "trainingcompiler.worker"
-REQUEUE = 75  # EX_TEMPFAIL: what a worker that was told to stop, and saved, leaves with to be queued again
 DEFAULT_EXIT_TIMEOUT_S = 300.0
 
 OPTIONS = {

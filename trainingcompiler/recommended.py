@@ -48,6 +48,15 @@ def decided() -> FirstStep | None:
     return None if content is None else first_step.from_json(content)
 
 
+def as_record() -> dict[str, Any]:
+    """What the launcher has decided, as the run record has it."""
+    scaled, step = planned(), decided()
+    return {
+        "batch": None if scaled is None else {**as_json(scaled), "said": scaled.describe()},
+        "first_step": None if step is None else first_step.as_json(step),
+    }
+
+
 def to_environment(scaled: Scaled, applies: str, decided: FirstStep | None = None) -> dict[str, str]:
     """The variable for the worker.
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import __version__, events, first_step, recommended
+from trainingcompiler import events
+from trainingcompiler._version import __version__
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.files import write_json
 from trainingcompiler.statistics import RunStatistics
@@ -19,18 +20,17 @@ class RunRecord:
     Args:
         path: The file. Its folder is made where there is none.
         config: The options that hold.
+        decided: What the launcher has decided about batch and rates, as plain data.
     """
 
-    def __init__(self, path: Path, config: TrainingCompilerConfig):
+    def __init__(self, path: Path, config: TrainingCompilerConfig, decided: Mapping[str, Any]):
         self._path = path
-        scaled, decided = recommended.planned(), recommended.decided()
         self._content: dict[str, Any] = {
             "trainingcompiler": __version__,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": sys.version.split()[0],
             "config": dataclasses.asdict(config),
-            "batch": None if scaled is None else {**recommended.as_json(scaled), "said": scaled.describe()},
-            "first_step": None if decided is None else first_step.as_json(decided),
+            **decided,
         }
 
     def __call__(self, event: events.Event) -> None:
@@ -62,10 +62,10 @@ _LISTS: dict[type, str] = {
 }
 
 
-def keep(config: TrainingCompilerConfig) -> Callable[[], None]:
+def keep(config: TrainingCompilerConfig, decided: Mapping[str, Any]) -> Callable[[], None]:
     """Starts to record; returns what ends it without a file."""
     assert config.record is not None
-    return events.subscribe(RunRecord(Path(config.record).expanduser().absolute(), config))
+    return events.subscribe(RunRecord(Path(config.record).expanduser().absolute(), config, decided))
 
 
 def _plain(value: Any) -> dict[str, Any]:

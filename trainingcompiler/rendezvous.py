@@ -23,8 +23,8 @@ from typing import Any
 from trainingcompiler import handshake, surroundings
 from trainingcompiler.config import COORDINATOR
 from trainingcompiler.errors import UsageError
+from trainingcompiler.exit_codes import REQUEUE
 from trainingcompiler.handshake import Address
-from trainingcompiler.job import REQUEUE
 from trainingcompiler.machine import free_ports, gpu_count
 from trainingcompiler.surroundings import Worker
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from trainingcompiler import events, rendezvous
 from trainingcompiler.errors import TrainingCompilerError, UsageError
-from trainingcompiler.job import REQUEUE
+from trainingcompiler.exit_codes import REQUEUE
 from trainingcompiler.surroundings import Worker
 
 POLL_S = 1.0

@@ -2,7 +2,7 @@
 
 import sys
 
-from trainingcompiler import worker
+from trainingcompiler import run_script
 from trainingcompiler.command_line import CommandLine, target_of
 from trainingcompiler.errors import UsageError
 
@@ -19,13 +19,13 @@ def run(line: CommandLine, enough: type[BaseException]) -> BaseException | None:
     """
     failure: BaseException | None = None
     try:
-        worker.run("module" if line.is_module else "script", target_of(line), *line.arguments)
+        run_script.run("module" if line.is_module else "script", target_of(line), *line.arguments)
     except enough:
         pass
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, UsageError) and leaving.code == worker.BAD_INPUT:
+        if isinstance(leaving.__context__, UsageError) and leaving.code == run_script.BAD_INPUT:
             raise  # the worker has said what is wrong
-        failure = leaving if leaving.code not in (None, 0, worker.BAD_INPUT) else None
+        failure = leaving if leaving.code not in (None, 0, run_script.BAD_INPUT) else None
     except BaseException as error:
         failure = error
     sys.stdout.flush()

@@ -11,7 +11,7 @@ import transformers
 
 from trainingcompiler import stopping
 from trainingcompiler.events import Note, Stopped, emit
-from trainingcompiler.job import REQUEUE
+from trainingcompiler.exit_codes import REQUEUE
 from trainingcompiler.stopping import StopSignal
 
 

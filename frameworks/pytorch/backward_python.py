@@ -15,9 +15,9 @@ import torch
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture import backward_order
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.regions import SecondRun
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape import Entry
 
 if TYPE_CHECKING:

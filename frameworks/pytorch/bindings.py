@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.capture import Lifted
+from trainingcompiler.frameworks.pytorch.gradients import stored_gradient
 
 
 class Bindings:
@@ -45,7 +45,7 @@ class Bindings:
             found[index] = reference()
         for index, reference in self._gradients:
             parameter = reference()
-            found[index] = None if parameter is None else tensor_hooks.stored_gradient(parameter)
+            found[index] = None if parameter is None else stored_gradient(parameter)
         for of_optimizer, of_parameter, places in self._states:
             optimizer, parameter = of_optimizer(), of_parameter()
             state = None if optimizer is None or parameter is None else optimizer.state.get(parameter)

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
-from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
+from trainingcompiler.frameworks.pytorch import first_steps, optimizers
+from trainingcompiler.frameworks.pytorch.gradients import real_gradient
 from trainingcompiler.frameworks.pytorch.graph import Graph
 from trainingcompiler.frameworks.pytorch.numbers import TracedNumber
 from trainingcompiler.frameworks.pytorch.tape import (
@@ -25,6 +25,7 @@ from trainingcompiler.frameworks.pytorch.tape import (
     parts_of,
     replay,
     results_of,
+    step_ends,
 )
 from trainingcompiler.frameworks.pytorch.twins import Twins
 
@@ -326,11 +327,11 @@ def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | No
     owners = {
         id(gradient): weakref.ref(real)
         for real in twins.lifted
-        if real.is_leaf and (gradient := tensor_hooks.real_gradient(real)) is not None
+        if real.is_leaf and (gradient := real_gradient(real)) is not None
     }
     gradients: list[tuple[weakref.ref, int | None]] = []
     for real in twins.lifted:
-        before = tensor_hooks.real_gradient(real) if real.is_leaf else None
+        before = real_gradient(real) if real.is_leaf else None
         after = twins.gradient(real)
         if after is None:
             if before is not None:

@@ -16,25 +16,24 @@ from torch import nn
 
 from trainingcompiler import compiler, workers
 from trainingcompiler.errors import CaptureError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch import devices, inspection, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import devices, inspection, optimizers
 from trainingcompiler.frameworks.pytorch.apart import common_inputs
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.capture import CapturedStep, Lifted, NumberSource
 from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.digests import digest_of
 from trainingcompiler.frameworks.pytorch.division import Division
-from trainingcompiler.frameworks.pytorch.graph import Node, references
+from trainingcompiler.frameworks.pytorch.gradients import real_gradient, store_gradient, stored_gradient
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Node, references
 from trainingcompiler.frameworks.pytorch.lower import checks
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lowering import lower
 from trainingcompiler.frameworks.pytorch.moving import Mover
 from trainingcompiler.frameworks.pytorch.naming import gradient_names, tensor_names, written_names
 from trainingcompiler.frameworks.pytorch.ownership import overlapping
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER
 from trainingcompiler.frameworks.pytorch.state import input_array
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, step_ends
 from trainingcompiler.frameworks.pytorch.verify import Sentinel
 from trainingcompiler.program import Role, StepProgram, TensorSpec
 from trainingcompiler.statistics import current as statistics
@@ -270,7 +269,7 @@ class CompiledTape:
                 self._new_gradients.append((parameter, value))
             else:
                 self._consumed.append(parameter)
-            if value is not None and tensor_hooks.real_gradient(parameter()) is None:
+            if value is not None and real_gradient(parameter()) is None:
                 self._without_gradient.append(parameter)
         for item in captured.lifted:
             if item.gradient_of is not None and not keeps(item.gradient_of()):
@@ -288,7 +287,7 @@ class CompiledTape:
             return None
         for reference in self._without_gradient:
             parameter = reference()
-            if parameter is None or tensor_hooks.stored_gradient(parameter) is not None:
+            if parameter is None or stored_gradient(parameter) is not None:
                 return None
         return self._bindings.tensors()
 
@@ -359,7 +358,7 @@ class CompiledTape:
             slots[index].value = tensor_of(array, slots[index].device)
         held = Held(self, outputs[len(self._exports) :], tensors[self._donated + self._read :])
         for (parameter, _), gradient in zip(self._new_gradients, gradients, strict=False):
-            tensor_hooks.store_gradient(parameter(), gradient)
+            store_gradient(parameter(), gradient)
         if self._purpose is Purpose.COMMIT:
             held.apply()
         return held if self._purpose is Purpose.HOLD else None
@@ -427,11 +426,11 @@ class CompiledTape:
             # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
             # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
             if not self.cache.book.is_consumed(tensor):
-                tensor_hooks.store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype, tensor.device))
+                store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype, tensor.device))
         for tensor, array in zip(tensors, held, strict=True):
             tensor.copy_(tensor_of(array, tensor.device))
         for parameter in self._cleared + self._consumed:
-            tensor_hooks.store_gradient(parameter(), None)
+            store_gradient(parameter(), None)
         self.cache.book.consume(self._consumed)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.gradients import real_gradient
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape import Tape
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     if gradient is None:
         raise CaptureError("no gradient reaches a parameter that backward() goes through", user_line())
     return gradient
-
-
-def step_ends(optimizer: torch.optim.Optimizer) -> None:
-    """The last entry of a recorded step: the gradients of the optimizer's parameters have been used."""
 
 
 class End(enum.Enum):
@@ -117,7 +113,7 @@ class CustomSteps:
     def _has_gradient(self, parameter: torch.Tensor) -> bool:
         if self._session.has_backward:
             return id(parameter) in self._reached
-        return self._session.backward_compiled and tensor_hooks.real_gradient(parameter) is not None
+        return self._session.backward_compiled and real_gradient(parameter) is not None
 
     def _begin(self) -> None:
         self._tape = tape = self._session.tape

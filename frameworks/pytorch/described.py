@@ -20,8 +20,8 @@ from trainingcompiler.frameworks.pytorch.modes import TorchModes
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input
 from trainingcompiler.program import StepProgram

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trainingcompiler.events import Note, emit
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 
 
 class _Known:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from trainingcompiler.errors import PassingCaptureError
-from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.gradients import store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.optimizers import NEW_STATE, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 
@@ -68,16 +68,16 @@ def make_state(optimizer: torch.optim.Optimizer, has_gradient: Callable[[torch.T
 
 
 def _make_state_of(optimizer: Any, group: dict, parameters: list[torch.Tensor]) -> None:
-    before = [tensor_hooks.stored_gradient(parameter) for parameter in parameters]
+    before = [stored_gradient(parameter) for parameter in parameters]
     collected: list[list] = [[] for _ in list(inspect.signature(optimizer._init_group).parameters)[1:]]
     with torch.no_grad(), undeferred(), _UntouchedZeros():
         try:
             for parameter in parameters:  # of which only the shape and dtype are looked at
-                tensor_hooks.store_gradient(parameter, parameter.new_zeros(()).expand_as(parameter))
+                store_gradient(parameter, parameter.new_zeros(()).expand_as(parameter))
             optimizer._init_group({**group, "params": parameters}, *collected)
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
-                tensor_hooks.store_gradient(parameter, gradient)
+                store_gradient(parameter, gradient)
 
 
 class _UntouchedZeros(TorchFunctionMode):

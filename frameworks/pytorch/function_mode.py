@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._device import _device_constructors
 
 from trainingcompiler.frameworks.pytorch import devices
-from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS, READS, is_in_place
+from trainingcompiler.frameworks.pytorch.tensor_attributes import METADATA, METADATA_METHODS, READS, is_in_place
 
 
 class Kind(enum.Enum):

@@ -12,7 +12,8 @@ from unittest import mock
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
+from trainingcompiler.frameworks.pytorch.recorder import Recorder
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 
 
 class TracedGenerator:

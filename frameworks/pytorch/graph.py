@@ -95,3 +95,8 @@ def references(node: Node) -> list[int]:
     visit(node.args)
     visit(tuple(node.kwargs.values()))
     return found
+
+
+# Overloads that write to arguments although their schema does not say so:
+# overload -> the positions of the arguments that the trailing outputs of its lowering replace.
+HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}

@@ -35,8 +35,9 @@ class Hooks:
         self._hook_optimizers()
         self._hook_clipping()
         self._hook_scaler()
-        self._replace(torch, "compile", self.session.torch_compile.hooked(torch.compile))
-        self.session.torch_compile.begin()
+        torch_compile = self.session.torch_compile
+        self._replace(torch, "compile", torch_compile.hooked(torch.compile, tensor_hooks.skipped_by_dynamo))
+        torch_compile.begin()
         if self.session.workers is not None:
             self._hook_workers()
         self._hook_functions()

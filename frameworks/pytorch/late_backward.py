@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.gradients import store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, replay, results_of
 
 
@@ -53,8 +53,8 @@ class LateBackward:
         values[self.slot].backward(gradient, retain_graph)
         for tensor, value in self.before:
             if value.grad is not None:
-                known = tensor_hooks.stored_gradient(tensor)
-                tensor_hooks.store_gradient(tensor, value.grad if known is None else known.add_(value.grad))
+                known = stored_gradient(tensor)
+                store_gradient(tensor, value.grad if known is None else known.add_(value.grad))
                 value.grad = None
 
 

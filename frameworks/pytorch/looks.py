@@ -8,11 +8,11 @@ import torch
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import devices
 from trainingcompiler.frameworks.pytorch.arguments import tensors_among
-from trainingcompiler.frameworks.pytorch.call_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.eval_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.function_mode import Kind
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape_writer import TapeWriter
 
 

@@ -10,7 +10,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from trainingcompiler import planner
 from trainingcompiler.errors import GradientNotKeptError
-from trainingcompiler.frameworks.pytorch import first_steps, optimizers, tensor_hooks
+from trainingcompiler.frameworks.pytorch import first_steps, optimizers
+from trainingcompiler.frameworks.pytorch.gradients import store_gradient
 
 
 class _Habits:
@@ -212,7 +213,7 @@ class OptimizerBook:
             habits.zeroes |= not set_to_none
         for parameter in parameters if self._consumed else ():
             if self._consumed.pop(id(parameter), None) is not None and not set_to_none:
-                tensor_hooks.store_gradient(parameter, torch.zeros_like(parameter))
+                store_gradient(parameter, torch.zeros_like(parameter))
 
     def writes_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Notes `p.grad = gradient`."""

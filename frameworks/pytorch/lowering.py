@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.apart import run_apart
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.barrier_order import ordered
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 from trainingcompiler.frameworks.pytorch.lower.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.lower.matmul import products_at, strictest
 from trainingcompiler.frameworks.pytorch.lower.random import node_key
-from trainingcompiler.frameworks.pytorch.recomputation import BARRIER, ordered
 from trainingcompiler.frameworks.pytorch.rewriting import for_gpu
 from trainingcompiler.frameworks.pytorch.scores import recomputed
 from trainingcompiler.targets import current as current_target

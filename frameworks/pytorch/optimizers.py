@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.numbers import largest, smallest
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 
 NEW_STATE = "the optimizer creates state for new parameters"
 

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from trainingcompiler.buffers import own_device, owned_array, placed_array
 from trainingcompiler.frameworks.pytorch.arrays import array_over, tensor_of
 from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.deferred import METADATA, METADATA_METHODS
 from trainingcompiler.frameworks.pytorch.devices import finish
 from trainingcompiler.frameworks.pytorch.ownership import is_shared
 from trainingcompiler.frameworks.pytorch.state import check_owned, set_data
+from trainingcompiler.frameworks.pytorch.tensor_attributes import METADATA, METADATA_METHODS
 
 _SHOWN = METADATA | {"grad", "_grad", "_version"}
 _SETTABLE = {"grad", "_grad"}

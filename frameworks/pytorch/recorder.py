@@ -4,10 +4,7 @@ Functionalizing while recording, instead of in a second pass over the graph, hal
 (GPT-2 small: 2.8 s for a first pass and 6.0 s for a second one in a prototype).
 """
 
-import contextlib
 import functools
-import os
-import sys
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -15,19 +12,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import trainingcompiler
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch import inspection
-from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.graph import HIDDEN_WRITES, Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.lower import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 from trainingcompiler.frameworks.pytorch.recomputation import Recomputation
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = (os.path.dirname(__file__) + os.sep, os.path.dirname(trainingcompiler.__file__) + os.sep)
-
-# Overloads that write to arguments although their schema does not say so:
-# overload -> the positions of the arguments that the trailing outputs of its lowering replace.
-HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 
 # In-place overloads whose functional form has another name.
 _FUNCTIONAL = {
@@ -390,21 +380,6 @@ class Recorder(TorchDispatchMode):
 def unsupported(operator: str) -> CaptureError:
     """The error for an operator without a lowering."""
     return CaptureError(reason=f"{operator} has no lowering to XLA", where=user_line(), operator=operator)
-
-
-def user_line(until: CodeType | None = None) -> str | None:
-    """The innermost line on the stack that is neither torch's nor ours, as `"train.py:88"`.
-
-    Args:
-        until: Where to stop looking, from the inside out; None looks at the whole stack.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code is not until:
-        filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH, *_HERE, contextlib.__file__, "<")):
-            return f"{os.path.basename(filename)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return None
 
 
 def _plain_form(func) -> Any:

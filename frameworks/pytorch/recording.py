@@ -17,7 +17,7 @@ import torch
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.call_shape import CallShape
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.structure import Structure
 
 _MOST_BRANCHES = 64  # at one call; beyond, the oldest are forgotten, with their programs

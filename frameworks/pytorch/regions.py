@@ -17,7 +17,7 @@ import torch
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
-from trainingcompiler.frameworks.pytorch.recorder import user_line
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input
 
 _CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"

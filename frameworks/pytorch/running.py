@@ -14,7 +14,6 @@ from trainingcompiler.frameworks.pytorch import devices
 from trainingcompiler.frameworks.pytorch.backward_python import LeftToTorch
 from trainingcompiler.frameworks.pytorch.compiled_tape import Purpose
 from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.fallback import Fallbacks
 from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
 from trainingcompiler.frameworks.pytorch.modules import ModuleIndex
@@ -22,12 +21,12 @@ from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.planned import RecordedStep, pretend
 from trainingcompiler.frameworks.pytorch.programs import ProgramCache
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.recording import Recording, numbers_of
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, outside_transforms, undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.state import input_array
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, as_called, memory_of
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, Tape, as_called, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.torch_peek import value_of
 from trainingcompiler.frameworks.pytorch.workers import Workers

@@ -24,19 +24,21 @@ from trainingcompiler.frameworks.pytorch.arguments import is_pending, tensors_am
 from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.critical import section
 from trainingcompiler.frameworks.pytorch.custom_steps import CustomSteps
-from trainingcompiler.frameworks.pytorch.deferred import READS, DeferredTensor
+from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.dynamo import as_written
 from trainingcompiler.frameworks.pytorch.evaluations import Evaluations, key_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY, Fallbacks
 from trainingcompiler.frameworks.pytorch.function_mode import FunctionMode, Kind, kind_of, leaves_history
 from trainingcompiler.frameworks.pytorch.looks import Looks
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.regions import begin_region, begun, run_again
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.state import check_owned
 from trainingcompiler.frameworks.pytorch.stepping import Stepping
 from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves
 from trainingcompiler.frameworks.pytorch.tape_in_torch import run_in_torch
-from trainingcompiler.frameworks.pytorch.torch_compile import TorchCompile, as_written
+from trainingcompiler.frameworks.pytorch.tensor_attributes import READS
+from trainingcompiler.frameworks.pytorch.torch_compile import TorchCompile
 from trainingcompiler.frameworks.pytorch.workers import Workers, averages_unseen, not_joined, obstacle
 from trainingcompiler.statistics import current as statistics
 

@@ -18,13 +18,13 @@ from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch import tensor_hooks
+from trainingcompiler.frameworks.pytorch.dynamo import left_out
 from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
 from trainingcompiler.frameworks.pytorch.fallback import ANOMALY
 from trainingcompiler.frameworks.pytorch.hooks import Hooks
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.session import Session
-from trainingcompiler.frameworks.pytorch.torch_compile import left_out
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.turns import turns_on
 from trainingcompiler.frameworks.pytorch.workers import averages_unseen
 from trainingcompiler.statistics import current as statistics

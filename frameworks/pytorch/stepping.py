@@ -7,14 +7,16 @@ import torch
 
 from trainingcompiler import planner
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import loss_scaling, tensor_hooks
+from trainingcompiler.frameworks.pytorch import loss_scaling
 from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.custom_steps import End, step_ends
+from trainingcompiler.frameworks.pytorch.custom_steps import End
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.gradients import store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.late_backward import kept
 from trainingcompiler.frameworks.pytorch.optimizers import calls_closure_once, hooks_of, of_torch, parameters_of
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.tape import step_ends
 from trainingcompiler.statistics import current as statistics
 
 if TYPE_CHECKING:
@@ -157,10 +159,10 @@ class Stepping:
         def checked(*given: Any) -> Any:
             lost = [parameter for parameter in parameters_of(optimizer) if book.is_consumed(parameter)]
             for parameter in lost:  # not a number, until somebody clears it
-                tensor_hooks.store_gradient(parameter, torch.full_like(parameter, float("nan")))
+                store_gradient(parameter, torch.full_like(parameter, float("nan")))
             loss = closure(*given)
             for parameter in lost:
-                gradient = tensor_hooks.stored_gradient(parameter)
+                gradient = stored_gradient(parameter)
                 if gradient is None or not gradient.isnan().any():
                     book.forget_consumed(parameter)
             book.check_unconsumed(parameters_of(optimizer))
@@ -233,7 +235,7 @@ class Stepping:
             return
         if session.backward_compiled or session.fallbacks.has_spoken:
             return
-        if any(tensor_hooks.stored_gradient(parameter) is not None for parameter in parameters_of(optimizer)):
+        if any(stored_gradient(parameter) is not None for parameter in parameters_of(optimizer)):
             kind = type(optimizer).__name__
             reason = (
                 f"its gradients do not come from backward() of what {kind}'s parameters were seen to compute: those of "

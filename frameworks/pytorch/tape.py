@@ -467,3 +467,7 @@ class ReplayedPiece:
 def copied(entry: Entry, **changes: Any) -> Entry:
     """An entry like another one."""
     return dataclasses.replace(entry, **changes)
+
+
+def step_ends(optimizer: torch.optim.Optimizer) -> None:
+    """The last entry of a recorded step: the gradients of the optimizer's parameters have been used."""

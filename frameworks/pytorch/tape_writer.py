@@ -15,21 +15,21 @@ from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch import devices
 from trainingcompiler.frameworks.pytorch.accumulators import Accumulators
 from trainingcompiler.frameworks.pytorch.backward_python import BackwardPython, LeftToTorch, leaf_hooked, leaf_unhooked
-from trainingcompiler.frameworks.pytorch.call_shape import Argument, CallShape, Output, call_shape
+from trainingcompiler.frameworks.pytorch.call_shape import Argument, CallShape, Output
 from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.custom_steps import step_ends
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.eval_shape import call_shape
 from trainingcompiler.frameworks.pytorch.function_mode import Kind, kind_of
 from trainingcompiler.frameworks.pytorch.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.modes import TorchModes
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.recording import kind_of_constant, numbers_of
 from trainingcompiler.frameworks.pytorch.regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
 from trainingcompiler.frameworks.pytorch.running import TapeRunner
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.state import input_array
 from trainingcompiler.frameworks.pytorch.structure import flatten, flatten_call, map_leaves, unflatten
-from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, memory_of
+from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot, memory_of, step_ends
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.stepping import Stepping

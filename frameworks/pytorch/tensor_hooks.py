@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from trainingcompiler.frameworks.pytorch.gradients import STORED, store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying, undeferred
-
-_STORED: Any = torch.Tensor.grad  # torch's own property
 
 
 class _Gradient(property):
@@ -44,26 +43,10 @@ _module_zero_grad: Any = nn.Module.zero_grad
 _optimizer_zero_grad: Any = torch.optim.Optimizer.zero_grad
 
 
-def stored_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
-    """What torch itself holds as `tensor.grad`."""
-    return _STORED.__get__(tensor)
-
-
-def real_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
-    """`stored_gradient`, unseen by any `TorchFunctionMode`."""
-    with torch._C.DisableTorchFunction():
-        return _STORED.__get__(tensor)
-
-
-def store_gradient(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
-    """Sets what torch itself holds as `tensor.grad`."""
-    _STORED.__set__(tensor, gradient)
-
-
 def watch_gradients(watcher: GradientWatcher) -> None:
     """Tells `watcher` of every read and write of `.grad`, but for those of torch code that we run."""
     _watchers.append(watcher)
-    _install(_Gradient(_read, _write, lambda tensor: _write(tensor, None), _STORED.__doc__), *_ZERO_GRADS)
+    _install(_Gradient(_read, _write, lambda tensor: _write(tensor, None), STORED.__doc__), *_ZERO_GRADS)
 
 
 def unwatch_gradients(watcher: GradientWatcher) -> None:
@@ -71,7 +54,7 @@ def unwatch_gradients(watcher: GradientWatcher) -> None:
     if watcher in _watchers:
         _watchers.remove(watcher)
     if not _watchers:
-        _install(_STORED, _module_zero_grad, _optimizer_zero_grad)
+        _install(STORED, _module_zero_grad, _optimizer_zero_grad)
 
 
 def skipped_by_dynamo() -> None:

@@ -15,28 +15,12 @@ import torch
 from torch import nn
 
 from trainingcompiler.events import Note, emit
-from trainingcompiler.frameworks.pytorch import tensor_hooks
-from trainingcompiler.frameworks.pytorch.modules import module_hooks
+from trainingcompiler.frameworks.pytorch.dynamo import left_out
 from trainingcompiler.frameworks.pytorch.replaying import is_replaying
 from trainingcompiler.frameworks.pytorch.structure import flatten
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session
-
-
-def as_written(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile(module)` was given, for one that it has returned; or the module itself."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None or not isinstance(module, dynamo.OptimizedModule):
-        return module
-    return module if module_hooks(module) else as_written(module._orig_mod)
-
-
-def left_out() -> AbstractContextManager:
-    """Inside, whatever was given to `torch.compile` runs as it was written."""
-    if "torch._dynamo" not in sys.modules:  # 2 s to import, and nothing has been compiled without it
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 class TorchCompile:
@@ -77,7 +61,7 @@ class TorchCompile:
     def _in_force(self) -> AbstractContextManager:
         return contextlib.nullcontext() if self._older is None else torch.compiler.set_stance("default")
 
-    def hooked(self, original: Callable) -> Callable:
+    def hooked(self, original: Callable, when_used: Callable[[], None]) -> Callable:
         """`torch.compile`, whose functions run as they were written where the session records what they call."""
 
         @functools.wraps(original)
@@ -85,7 +69,7 @@ class TorchCompile:
             compiled = original(model, *args, **kwargs)
             if model is None:  # a decorator, which calls `torch.compile` again
                 return compiled
-            tensor_hooks.skipped_by_dynamo()
+            when_used()
             self._tell(getattr(model, "__name__", type(model).__name__))
             return compiled if isinstance(model, nn.Module) else self._unless_recorded(model, compiled)
 

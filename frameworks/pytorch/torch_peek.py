@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from trainingcompiler.frameworks.pytorch import tensor_hooks
 from trainingcompiler.frameworks.pytorch.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.capture import capture
 from trainingcompiler.frameworks.pytorch.compiled_tape import number_of
+from trainingcompiler.frameworks.pytorch.gradients import real_gradient
 from trainingcompiler.frameworks.pytorch.tape import Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.torch_replay import replay
 
@@ -31,7 +31,7 @@ def value_of(entries: list[Entry], slot: Slot, constants: Callable, flags: dict)
     values: dict[int, torch.Tensor] = {}
     for item in captured.lifted:
         owner = item.gradient_of() if item.gradient_of is not None else None
-        tensor = item.tensor() if owner is None else tensor_hooks.real_gradient(owner)
+        tensor = item.tensor() if owner is None else real_gradient(owner)
         assert tensor is not None
         values[item.value] = tensor.detach()
     for index, position, number in captured.leaves:

@@ -12,10 +12,9 @@ import jax
 import torch
 
 from trainingcompiler.frameworks.pytorch.arrays import numpy_view, tensor_of
-from trainingcompiler.frameworks.pytorch.graph import BARRIER, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph import BARRIER, HIDDEN_WRITES, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.lower import RANDOM_LOWERINGS
 from trainingcompiler.frameworks.pytorch.lower.random import keyed
-from trainingcompiler.frameworks.pytorch.recorder import HIDDEN_WRITES
 
 
 def replay(nodes: Iterable[Node], values: Mapping[int, torch.Tensor], wanted: Collection[int]) -> dict:

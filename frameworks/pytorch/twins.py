@@ -21,11 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch import cuda_autocast, devices, recurrent, tensor_hooks
+from trainingcompiler.frameworks.pytorch import cuda_autocast, devices, recurrent
+from trainingcompiler.frameworks.pytorch.dynamo import left_out
 from trainingcompiler.frameworks.pytorch.generators import TracedGenerator
+from trainingcompiler.frameworks.pytorch.gradients import real_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.numbers import NumberUsed, TracedNumber, guarded_math
-from trainingcompiler.frameworks.pytorch.recorder import Recorder, user_line
-from trainingcompiler.frameworks.pytorch.torch_compile import left_out
+from trainingcompiler.frameworks.pytorch.recorder import Recorder
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 
 _FUSED_OPTIMIZERS = {
     torch._fused_adam_: ("aten._fused_adam.default", 5),
@@ -130,7 +132,7 @@ class Twins(TorchFunctionMode):
         self._first_values[id(real)] = self.recorder.value_of(fake)
         self._fakes[id(real)] = fake
         self._reals[id(fake)] = real
-        gradient = tensor_hooks.real_gradient(real) if real.is_leaf else None
+        gradient = real_gradient(real) if real.is_leaf else None
         if gradient is not None:
             twin = self.twin(gradient)
             with torch._C.DisableTorchFunction():
@@ -155,13 +157,13 @@ class Twins(TorchFunctionMode):
     def gradient(self, real: torch.Tensor) -> torch.Tensor | None:
         """What `.grad` of the real tensor's twin is now."""
         with torch._C.DisableTorchFunction():
-            return tensor_hooks.stored_gradient(self._fakes[id(real)])
+            return stored_gradient(self._fakes[id(real)])
 
     def has_gradient(self, real: torch.Tensor) -> bool:
         """Whether a real tensor has a gradient at this point of the recording."""
         if id(real) in self._fakes:
             return self.gradient(real) is not None
-        return tensor_hooks.real_gradient(real) is not None
+        return real_gradient(real) is not None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

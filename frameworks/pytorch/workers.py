@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trainingcompiler import rendezvous
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.dynamo import as_written
 from trainingcompiler.frameworks.pytorch.placed import bring_back
-from trainingcompiler.frameworks.pytorch.recorder import user_line
 from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.structure import flatten
 from trainingcompiler.frameworks.pytorch.tape import Entry, Slot, Tape
-from trainingcompiler.frameworks.pytorch.torch_compile import as_written
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session import Session

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import trainingcompiler as tc
 from trainingcompiler.frameworks.pytorch import inspection
+from trainingcompiler.frameworks.pytorch.barrier_order import ordered
 from trainingcompiler.frameworks.pytorch.checking import check
 from trainingcompiler.frameworks.pytorch.described import compile_step, step_program
 from trainingcompiler.frameworks.pytorch.graph import BARRIER, Graph, Node, Ref
-from trainingcompiler.frameworks.pytorch.recomputation import ordered
 from trainingcompiler.targets import Target
 
 KINDS = {"plain": None, "non-reentrant": False, "reentrant": True}
