@@ -61,7 +61,7 @@ class Hooks:
 
 def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
     """Accelerate looks at every gradient first, for sharded ones; a compiled step has none."""
-    session = pytorch.session()
+    session = pytorch.current_session()
     if session is None or not session.has_backward:
         return original(accelerator, parameters, max_norm, norm_type=norm_type)
     accelerator.unscale_gradients()
@@ -70,7 +70,7 @@ def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float
 
 def _has_mixed_mesh_grads(original: Callable, trainer: Any, model: Any) -> bool:
     """The Trainer looks at every gradient once, in the first step, for sharded ones."""
-    session = pytorch.session()
+    session = pytorch.current_session()
     return original(trainer, model) if session is None or not session.has_backward else False
 
 
@@ -102,7 +102,7 @@ _MAKES = {"__init__": scaled.init}
 
 def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Generating is no training: it calls the model with another shape for every token."""
-    session = pytorch.session()
+    session = pytorch.current_session()
     if session is not None:
         session.state_is_read()
     with undeferred():

@@ -83,7 +83,7 @@ class _Loop:
         return type(self.trainer).prediction_step is Trainer.prediction_step
 
     def _padded(self, inputs: Any) -> Any:
-        session = pytorch.session()
+        session = pytorch.current_session()
         if self.buckets is None or session is None or not session.deferring:  # torch needs no equal lengths
             return inputs
         return self.buckets.pad(inputs)
@@ -93,7 +93,7 @@ class _Loop:
 
         The Trainer adds the mean of the losses since the last log in the place of one that is not finite.
         """
-        session, trainer = pytorch.session(), self.trainer
+        session, trainer = pytorch.current_session(), self.trainer
         if session is None or not isinstance(loss, DeferredTensor) or loss.slot.committed:
             return loss
         steps = torch.tensor(1.0 + trainer.state.global_step - trainer._globalstep_last_logged)

@@ -84,7 +84,7 @@ def disable() -> None:
             hooks.uninstall()
 
 
-def session() -> Session | None:
+def current_session() -> Session | None:
     """The session that is hooked into torch, if one is."""
     return _hooks.session if _hooks is not None else None
 

@@ -100,7 +100,7 @@ class CheckRun:
     def _note(self, event: Event) -> None:
         if not isinstance(event, FellBack):
             return
-        session = pytorch.session()
+        session = pytorch.current_session()
         if session is not None and not self._fallbacks:
             count = session.book.on_step
 

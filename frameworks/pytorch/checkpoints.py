@@ -192,7 +192,7 @@ def _orbax() -> Any:
 def _session() -> Any:
     from trainingcompiler.frameworks import pytorch
 
-    return pytorch.session()
+    return pytorch.current_session()
 
 
 def _division() -> Any:

@@ -34,7 +34,7 @@ def trained(arguments) -> int:
 
 def test_being_imported_is_not_being_active(tmp_path):
     assert trained(TrainingArguments(str(tmp_path), **QUIET)) == 0
-    assert pytorch.session() is None and huggingface._hooks is None
+    assert pytorch.current_session() is None and huggingface._hooks is None
 
 
 def test_the_flag_compiles_the_stock_trainer_and_no_other(tmp_path):
@@ -43,7 +43,7 @@ def test_the_flag_compiles_the_stock_trainer_and_no_other(tmp_path):
     assert trained(flagged) == 4
     assert trained(plain) == 0 and trained(TrainingArguments(str(tmp_path), **QUIET)) == 0
     tc.disable()
-    assert hf.Trainer.train.__module__ == "transformers.trainer" and pytorch.session() is None
+    assert hf.Trainer.train.__module__ == "transformers.trainer" and pytorch.current_session() is None
 
 
 def test_what_enable_has_turned_on_holds_for_every_trainer(tmp_path):
@@ -57,9 +57,9 @@ def test_the_command_line_has_the_flag(kind, tmp_path):
     parser = hf.HfArgumentParser(kind)
     words = ["--output_dir", str(tmp_path), "--use_cpu"]
     (plain,) = parser.parse_args_into_dataclasses(words)
-    assert plain.training_compiler is False and pytorch.session() is None
+    assert plain.training_compiler is False and pytorch.current_session() is None
     (flagged,) = parser.parse_args_into_dataclasses([*words, "--training_compiler"])
-    assert flagged.training_compiler is True and pytorch.session() is not None
+    assert flagged.training_compiler is True and pytorch.current_session() is not None
     assert "--training_compiler" in parser.format_help()
 
 
@@ -90,7 +90,7 @@ def test_a_conflict_is_an_error_before_training(name, tmp_path):
 def test_a_conflict_in_the_arguments_is_an_error_at_once(tmp_path):
     with pytest.raises(tc.UsageError, match="auto_find_batch_size=True"):
         TrainingArguments(str(tmp_path), training_compiler=True, auto_find_batch_size=True, **QUIET)
-    assert pytorch.session() is None
+    assert pytorch.current_session() is None
     TrainingArguments(
         str(tmp_path), auto_find_batch_size=True, **QUIET
     )  # without the flag it is the Trainer's business

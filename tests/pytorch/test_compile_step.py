@@ -44,7 +44,7 @@ def assert_same_step(make, make_step, data, *, max_compiles=None, may_fall_back=
 
     def loop(objects, data):
         step = make_step(objects)
-        if pytorch.session() is not None:  # the run that is to be judged: `train` has enabled it
+        if pytorch.current_session() is not None:  # the run that is to be judged: `train` has enabled it
             pytorch.disable()
             step = tc.compile(step, config)
         return [step(*batch).item() for batch in data]
@@ -132,7 +132,7 @@ def test_hyperparameters_are_read_at_every_step(name):
 
     def loop(objects, data):
         scheduled = make_step(objects)
-        if pytorch.session() is not None:
+        if pytorch.current_session() is not None:
             pytorch.disable()
             scheduled.step = tc.compile(scheduled.step, CONFIG)
         return [scheduled(x, y).item() for x, y in data]
@@ -166,7 +166,7 @@ def test_the_model_between_steps():
 
     def loop(objects, data):
         step = plain_step(objects)
-        if pytorch.session() is not None:
+        if pytorch.current_session() is not None:
             pytorch.disable()
             step = tc.compile(step, CONFIG)
         seen = []
@@ -247,7 +247,7 @@ def test_module_changes_are_seen_between_steps():
 
     def loop(objects, data):
         step = plain_step(objects)
-        if pytorch.session() is not None:
+        if pytorch.current_session() is not None:
             pytorch.disable()
             step = tc.compile(step, CONFIG)
         seen = []
