@@ -4,7 +4,6 @@ VENV   := .venv
 GPU    := build/venv-gpu
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-TYPES  := build/types/trainingcompiler
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
 .PHONY: help demo test test-all bench conformance models fuzz gpu-plan tested-models lint clean
@@ -73,12 +72,9 @@ gpu-plan: $(GPU)/.ready
 tested-models: $(GPU)/.ready
 	$(GPU)/bin/python benchmarks/tested_models.py --write docs/tested_models.md
 
-# The type checker cannot see setup.py's package_dir, so it gets the three folders laid out as they are installed.
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	@rm -rf build/types && mkdir -p $(TYPES) && \
-	  ln -s $(CURDIR)/trainingcompiler/* $(CURDIR)/frameworks $(CURDIR)/launchers $(TYPES)/
 	$(BIN)/mypy
 
 clean:

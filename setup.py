@@ -1,18 +1,9 @@
-"""Packaging: `frameworks/` and `launchers/` install inside trainingcompiler, never as top-level names."""
+"""Packaging: `frameworks/` and `launchers/` lie in trainingcompiler by two links, and are no top-level names."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PACKAGE_DIR = {
-    "trainingcompiler": "trainingcompiler",
-    "trainingcompiler.frameworks": "frameworks",
-    "trainingcompiler.launchers": "launchers",
-}
-PACKAGES = [
-    *PACKAGE_DIR,
-    *(f"{name}.{sub}" for name, folder in PACKAGE_DIR.items() for sub in find_packages(folder)),
-]
 EXTRAS = {
     "torch": ["torch>=2.9,<2.16"],
     "huggingface": ["torch>=2.9,<2.16", "transformers>=5,<6", "accelerate>=1.10"],
@@ -54,8 +45,10 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=PACKAGES,
-    package_dir=PACKAGE_DIR,
+    packages=find_packages(include=["trainingcompiler", "trainingcompiler.*"]),
+    package_dir={"trainingcompiler": "trainingcompiler"},  # an editable install adds no other folder to sys.path
+    package_data={"trainingcompiler": ["py.typed"]},
+    entry_points={"console_scripts": ["trainingcompiler = trainingcompiler.__main__:main"]},
     python_requires=">=3.11",
     install_requires=["jax>=0.9,<0.13", "numpy"],
     extras_require=EXTRAS,

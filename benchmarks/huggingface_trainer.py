@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import pages
+from trainingcompiler.targets import huge_pages
 
 ENGINES = ("plain", "torch_compile", "trainingcompiler")
 MODELS = ("bert", "gpt2", "minilm")
@@ -93,7 +93,7 @@ class Worker:
 
     def __init__(self, name: str, engine: str, folder: str):
         cache = os.path.join(folder, f"{name}-{engine}")
-        environment = os.environ | pages.variables(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = os.environ | huge_pages.variables(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": cache}
         command = [sys.executable, __file__, "--work", name, engine, cache]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True, env=environment)
 

@@ -55,7 +55,7 @@ def check(name: str) -> dict:
     import numpy as np
 
     import trainingcompiler as tc
-    from trainingcompiler.statistics import current as statistics
+    from trainingcompiler.reporting.statistics import current as statistics
 
     tc.enable(tc.TrainingCompilerConfig(engine="xla", fallback="error", quiet=True, cache_size_gb=0))
     dtype = "float32" if name in LARGE else "float64"

@@ -32,7 +32,7 @@ import keras
 import numpy as np
 
 import trainingcompiler as tc
-from trainingcompiler.events import EngineChosen, subscribe
+from trainingcompiler.reporting.events import EngineChosen, subscribe
 
 L = keras.layers
 CONTENDERS = {
@@ -177,9 +177,9 @@ def measure(name: str, rounds: int) -> dict:
 
 def plans(names: list[str], gpu: str) -> str:
     """The memory plan of every model's step on a described GPU, as a Markdown table."""
-    from trainingcompiler import compiler
+    from trainingcompiler.compiling import compiler
     from trainingcompiler.frameworks.keras.described import step_program
-    from trainingcompiler.targets import Target
+    from trainingcompiler.targets.target import Target
 
     lines = ["| model | state (MB) | temporaries (MB) | peak (MB) | compile (s) |", "|---|---|---|---|---|"]
     for name in names:

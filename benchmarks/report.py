@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from trainingcompiler import pages
+from trainingcompiler.targets import huge_pages
 
 COLUMNS = {
     "engine": ("engine", "{}"),
@@ -34,7 +34,7 @@ PACKAGES = ("trainingcompiler", "torch", "jax", "jaxlib", "transformers", "numpy
 
 def ask_for_huge_pages() -> None:
     """Starts this program again with huge pages, as the launcher would, for all contenders alike."""
-    asked = pages.variables(os.environ)
+    asked = huge_pages.variables(os.environ)
     if asked:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **asked})
 

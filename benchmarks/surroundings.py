@@ -5,7 +5,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from trainingcompiler import pages, rendezvous
+from trainingcompiler.processes import rendezvous
+from trainingcompiler.targets import huge_pages
 
 _TOUCHED_BYTES = 8 * 10**9
 
@@ -15,7 +16,7 @@ def environment(**variables: str) -> Mapping[str, str]:
 
     It asks for huge pages, as the launcher has it do, and keeps Python's bytecode, as installed packages do.
     """
-    given = {**os.environ, **pages.variables(os.environ), **variables}
+    given = {**os.environ, **huge_pages.variables(os.environ), **variables}
     rendezvous.share_gpus(given)
     given.pop("PYTHONDONTWRITEBYTECODE", None)
     return given

@@ -55,7 +55,7 @@ def main():
 
 def _waited_s() -> float:
     """How long our engines have waited for programs so far; the others do not tell."""
-    statistics = sys.modules.get("trainingcompiler.statistics")
+    statistics = sys.modules.get("trainingcompiler.reporting.statistics")
     return statistics.current().waited_s if statistics else 0.0
 
 

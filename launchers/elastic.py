@@ -5,9 +5,9 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.errors import UsageError
-from trainingcompiler.job import Job
-from trainingcompiler.launchers.telling import described, exit_code, say, shell_line, with_threads
+from trainingcompiler.launchers.messages import described, exit_code, say, shell_line, with_threads
 
 _PORT, _MEETING_PORT = 29500, 29400  # torchrun's own for --master-addr and --rdzv-endpoint, where no other is given
 
@@ -34,7 +34,7 @@ def launch(job: Job) -> NoReturn:
             f"--launcher=elastic is torch's agent, and torch cannot be imported: {error}. Install it, or leave "
             "--nnodes and --rdzv-endpoint out"
         ) from None
-    agent = import_module("trainingcompiler.launchers.agent")
+    agent = import_module("trainingcompiler.launchers.torchelastic_agent")
     os.environ.update(job.variables)
     os.environ.update(with_threads(job.nproc_per_node or 1, os.environ))
     tee = job.tee if job.tee is not None else (1, 2) if job.log_dir else ()

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.config import PREFIX
 from trainingcompiler.errors import UsageError
 from trainingcompiler.exit_codes import REQUEUE
-from trainingcompiler.job import Job
 
 _PORT = 29400
 _CONTAINER = "trainer"

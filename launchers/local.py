@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.config import COORDINATOR, FAILURE
 from trainingcompiler.errors import UsageError
-from trainingcompiler.job import Job
+from trainingcompiler.launchers.messages import shell_line, with_threads
 from trainingcompiler.launchers.supervisor import Supervisor
-from trainingcompiler.launchers.telling import shell_line, with_threads
-from trainingcompiler.machine import free_ports
+from trainingcompiler.processes.host_resources import free_ports
 
 HOST = "127.0.0.1"
 

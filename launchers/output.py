@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from trainingcompiler.job import Job
+from trainingcompiler.cli.job import Job
 
 _NAMES = {1: "stdout", 2: "stderr"}
 _LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r(?!\n)|\n)")  # a progress bar ends its lines with \r

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.config import COORDINATOR, FAILURE
 from trainingcompiler.errors import UsageError
 from trainingcompiler.exit_codes import REQUEUE
-from trainingcompiler.job import Job
-from trainingcompiler.launchers.telling import described, exit_code, say, shell_line
-from trainingcompiler.machine import cpu_count, free_ports
+from trainingcompiler.launchers.messages import described, exit_code, say, shell_line
+from trainingcompiler.processes.host_resources import cpu_count, free_ports
 
 PLACEMENT_TIMEOUT_S = 300.0
 """How long the cluster may take to find, or to start, hosts for the workers."""

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.errors import UsageError
 from trainingcompiler.exit_codes import REQUEUE
-from trainingcompiler.job import Job
 from trainingcompiler.launchers.local import become_worker
 
 # What Slurm numbers steps that are no `srun`: the batch script, an interactive shell, the step of external processes.

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
+from trainingcompiler.cli.job import Job
 from trainingcompiler.exit_codes import REQUEUE
-from trainingcompiler.job import Job
 from trainingcompiler.launchers.group import KILL_GRACE_S, POLL_S, Group, Worker
-from trainingcompiler.launchers.guardian import guarding
+from trainingcompiler.launchers.messages import described, exit_code, say
 from trainingcompiler.launchers.output import Output
-from trainingcompiler.launchers.telling import described, exit_code, say
+from trainingcompiler.launchers.reaper import guarding
 
 BAD_INPUT = 2
 _STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")

@@ -60,10 +60,13 @@ def test_version_is_stated_once_more_and_agrees(wheel):
 
 
 @pytest.mark.parametrize("room", ["frameworks", "launchers"])
-def test_source_install_maps_the_room(room, tmp_path):
+def test_source_install_and_checkout_have_the_room(room, tmp_path):
     script = f"import trainingcompiler.{room} as room; print(room.__file__)"
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert Path(run.stdout.strip()) == ROOT / room / "__init__.py"
+    for folder, options in ((tmp_path, ()), (ROOT, ("-S",))):  # -S: without what is installed
+        command = [sys.executable, *options, "-c", script]
+        run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        assert Path(run.stdout.strip()) == ROOT / "trainingcompiler" / room / "__init__.py"
+        assert Path(run.stdout.strip()).resolve() == ROOT / room / "__init__.py"
 
 
 @pytest.mark.parametrize("room", ["frameworks", "launchers"])

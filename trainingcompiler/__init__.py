@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     )
     from trainingcompiler.exit_codes import REQUEUE
     from trainingcompiler.frameworks.pytorch.checkpoints import Checkpoints
-    from trainingcompiler.scaling import Scaled
-    from trainingcompiler.stopping import StopSignal
+    from trainingcompiler.parallel.stop_signal import StopSignal
+    from trainingcompiler.planning.batch_scaling import Scaled
 
 __all__ = [
     "CaptureError",
@@ -63,9 +63,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _HOMES = {
     "Checkpoints": "frameworks.pytorch.checkpoints",
     "REQUEUE": "exit_codes",
-    "StopSignal": "stopping",
+    "StopSignal": "parallel.stop_signal",
     "TrainingCompilerConfig": "config",
-    "tensor_parallel": "tensor_parallel",
+    "tensor_parallel": "parallel.layer_rules",
 }  # whatever else is public and not defined here is an error
 
 _withdrawals: list[Callable[[], None]] = []
@@ -80,36 +80,38 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
     Raises:
         ConfigError: The environment holds a wrong or an unknown TRAININGCOMPILER variable.
     """
-    from trainingcompiler import adapters, console, events, imports, statistics
+    from trainingcompiler.adapters import dispatch, import_hooks
+    from trainingcompiler.reporting import console, events, statistics
 
     disable()
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
-    hooked = dict(adapters.HOOKED)
+    hooked = dict(dispatch.HOOKED)
     if config.record:
-        from trainingcompiler import recommended, record
+        from trainingcompiler.planning import recommendation as recommended
+        from trainingcompiler.reporting import run_record
 
-        _withdrawals.append(record.keep(config, recommended.as_record()))
+        _withdrawals.append(run_record.keep(config, recommended.as_record()))
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
-        hooked = {name: adapter for name, adapter in hooked.items() if name in adapters.ALWAYS_HOOKED}
+        hooked = {name: adapter for name, adapter in hooked.items() if name in dispatch.ALWAYS_HOOKED}
     else:
         statistics.current()
         events.end_at_exit()
     for adapter in dict.fromkeys(hooked.values()):
         if adapter not in sys.modules:  # whoever imports it: we, when its framework is there, or the script itself
-            _withdrawals.append(imports.after_import(adapter, functools.partial(_enable_adapter, adapter, config)))
+            _withdrawals.append(import_hooks.after_import(adapter, functools.partial(_enable_adapter, adapter, config)))
     for framework, adapter in hooked.items():
-        _withdrawals.append(imports.after_import(framework, functools.partial(_enable_adapter, adapter, config)))
+        _withdrawals.append(import_hooks.after_import(framework, functools.partial(_enable_adapter, adapter, config)))
 
 
 def disable() -> None:
     """Takes back what `enable` did: steps from now on run as the framework runs them."""
-    from trainingcompiler import adapters
+    from trainingcompiler.adapters import dispatch
 
     while _withdrawals:
         _withdrawals.pop()()
-    for adapter in reversed(dict.fromkeys(adapters.HOOKED.values())):
+    for adapter in reversed(dict.fromkeys(dispatch.HOOKED.values())):
         if adapter in sys.modules:
             sys.modules[adapter].disable()
 
@@ -126,8 +128,9 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
         UsageError: The function trains nothing, or reaches no optimizer.
         ConfigError: As for `enable`.
     """
-    from trainingcompiler import adapters, console, events
-    from trainingcompiler.garbage import collector_at_rest
+    from trainingcompiler.adapters import dispatch
+    from trainingcompiler.compiling.gc_pause import collector_at_rest
+    from trainingcompiler.reporting import console, events
 
     config, off_because = _effective(config)
     console.attach(quiet=config.quiet)
@@ -135,7 +138,7 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         return train_step
     with collector_at_rest():
-        return importlib.import_module(adapters.for_step(train_step)).compile(train_step, config)
+        return importlib.import_module(dispatch.for_step(train_step)).compile(train_step, config)
 
 
 def recommendation() -> Scaled | None:
@@ -151,7 +154,7 @@ def recommendation() -> Scaled | None:
         >>> wanted = tc.recommendation()
         >>> batch_size, lr = (wanted.recipe.batch_size, wanted.recipe.lr) if wanted else (32, 3e-4)
     """
-    from trainingcompiler import recommended
+    from trainingcompiler.planning import recommendation as recommended
 
     return recommended.current()
 
@@ -169,7 +172,7 @@ def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerC
 
 
 def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
-    from trainingcompiler.garbage import collector_at_rest
+    from trainingcompiler.compiling.gc_pause import collector_at_rest
 
     if module_name not in sys.modules:
         with collector_at_rest():

@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainingcompiler import watched
-from trainingcompiler.command_line import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
+from trainingcompiler.cli import run_until
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
 from trainingcompiler.config import resolve, to_environment
 from trainingcompiler.errors import UsageError
 
@@ -42,9 +42,9 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"{CHECK.name}: {error}\n")
         sys.exit(BAD_INPUT)
     os.environ.update(to_environment(flags))
-    checker = importlib.import_module("trainingcompiler.frameworks.pytorch.check_run").CheckRun(steps)
+    checker = importlib.import_module("trainingcompiler.frameworks.pytorch.check").CheckRun(steps)
     checker.start()
-    failure = watched.run(line, checker.Enough)
+    failure = run_until.run(line, checker.Enough)
     lines, code = checker.report(failure)
     sys.stderr.write("".join(f"[check]      {text}\n" for text in lines))
     sys.exit(code)

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from trainingcompiler import applying, job, pages
-from trainingcompiler.command_line import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
+from trainingcompiler.cli import apply_plan, job
+from trainingcompiler.cli.job import Job
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
 from trainingcompiler.config import RECIPE, ResolvedConfig, default_cache_dir, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
-from trainingcompiler.job import Job
 from trainingcompiler.launchers import elastic, kubernetes, local, ray, slurm
+from trainingcompiler.targets import huge_pages
 
 Launcher = Callable[[Job], NoReturn]
 
@@ -35,7 +36,7 @@ LAUNCH = Program(
         "--devices": Option("N|all", "run each step on N devices together; the batch stays the global one", "devices"),
         "--strategy": Option("dp|fsdp|tp=K|fsdp+tp=K", "how they share the training state", "strategy"),
         **CONFIGURING,
-        **applying.OPTIONS,
+        **apply_plan.OPTIONS,
         "--record": Option("FILE", "write there what the run was: options, times, changes, as JSON", "record"),
         "--small-pages": Option("", "do not ask for huge pages, which speed large CPU steps up", "small_pages"),
         **job.OPTIONS,
@@ -64,12 +65,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         os.environ.pop(RECIPE, None)  # that of a launcher around this one is not for this script
         arguments, variables = line.arguments, to_environment(flags)
         resolved, asked = _checked(line, [kind, target, *arguments], flags, variables)
-        if applying.is_asked_for(line):
-            applied = applying.apply(line, resolved.config.cache_dir or default_cache_dir())
+        if apply_plan.is_asked_for(line):
+            applied = apply_plan.apply(line, resolved.config.cache_dir or default_cache_dir())
             sys.stderr.write("".join(f"[batch]      {text}\n" for text in applied.lines))
             arguments, variables = list(applied.arguments), {**variables, **applied.variables}
         if resolved.config.enabled and not resolved.config.small_pages:
-            variables |= pages.variables(os.environ)
+            variables |= huge_pages.variables(os.environ)
         asked = dataclasses.replace(asked, arguments=(kind, target, *arguments), variables=variables)
         _LAUNCHERS[job.launcher_of(line)](asked)
     except (ConfigError, UsageError) as error:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainingcompiler import first_step, options, planner, watched
-from trainingcompiler.command_line import (
+from trainingcompiler.cli import run_until
+from trainingcompiler.cli import script_options as options
+from trainingcompiler.cli.parser import (
     CONFIGURING,
     GENERAL,
     CommandLine,
@@ -32,10 +33,11 @@ from trainingcompiler.command_line import (
 from trainingcompiler.config import resolve, to_environment
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.files import write_json
-from trainingcompiler.gpus import GPUS, gpu
-from trainingcompiler.recommended import recipe_from_json
-from trainingcompiler.scaling import Recipe, keep_global_sizes
+from trainingcompiler.planning import first_step, planner
+from trainingcompiler.planning.batch_scaling import Recipe, keep_global_sizes
+from trainingcompiler.planning.recommendation import recipe_from_json
 from trainingcompiler.strategy import Strategy
+from trainingcompiler.targets.gpus import GPUS, gpu
 
 BAD_INPUT = 2
 _MODES = ("auto", "own", "keep-global")
@@ -90,7 +92,7 @@ class _Request:
 
     def target(self) -> Any:
         """The devices to compile for."""
-        from trainingcompiler.targets import Target
+        from trainingcompiler.targets.target import Target
 
         return Target.local() if self.gpu == "local" else Target.gpu(self.gpu, self.gpus, self.strategy)
 
@@ -118,12 +120,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except (TrainingCompilerError, ValueError) as error:
         sys.stderr.write(f"{PLAN.name}: {error}\n")
         sys.exit(BAD_INPUT)
-    from trainingcompiler import plan_report
+    from trainingcompiler.planning import report
 
     script = os.path.basename(request.line.target or "")
-    sys.stdout.write(f"{script} on {plan_report.described(plan)}\n")
+    sys.stdout.write(f"{script} on {report.described(plan)}\n")
     if request.json is not None:
-        write_json(request.json, {**plan_report.as_json(plan), **script_tells})
+        write_json(request.json, {**report.as_json(plan), **script_tells})
     if request.plot is not None:
         _plotting().save(plan, request.plot)
 
@@ -134,14 +136,14 @@ def _in_this_process(request: _Request) -> tuple[Any, dict[str, Any]]:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a driver
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of every batch that is too large
     os.environ.update(to_environment({**request.flags, "enabled": True, "engine": "xla"}))
-    from trainingcompiler import cures, planning
-    from trainingcompiler.plan_store import PlanStore
+    from trainingcompiler.planning import memory_advice, search
+    from trainingcompiler.planning.store import PlanStore
 
     target = request.target()
     target.devices()  # what is not installed is said before anything is run
     waiting = planner.current = planner.Planner(request.script_batch_size, request.fills_weights, gpu=target.described)
     with waiting.surroundings, options.watched() as values:
-        failure = watched.run(request.line, waiting.Enough)
+        failure = run_until.run(request.line, waiting.Enough)
     planner.current = None
     if failure is not None:
         raise UsageError(f"the script failed before its first training step ({type(failure).__name__}: {failure})")
@@ -152,7 +154,7 @@ def _in_this_process(request: _Request) -> tuple[Any, dict[str, Any]]:
     def compiled(size: int, program: Any, eager_bytes: int | None) -> Any:
         found = store.load(program, target)
         if found is None:
-            found = planning.planned(program, size, target, eager_bytes)
+            found = search.planned(program, size, target, eager_bytes)
             store.save(program, target, found)
         return found
 
@@ -168,9 +170,9 @@ def _in_this_process(request: _Request) -> tuple[Any, dict[str, Any]]:
     def at(size: int) -> Any:
         return compiled(*captured(size))
 
-    plan = planning.evaluate(at, own, target, **request.chosen(own, recipe), at_all=at_all)
+    plan = search.evaluate(at, own, target, **request.chosen(own, recipe), at_all=at_all)
     if plan.largest is None:
-        remarks = cures.explained(waiting.step, own, plan.batches[0].batch_size, target)
+        remarks = memory_advice.explained(waiting.step, own, plan.batches[0].batch_size, target)
         plan = dataclasses.replace(plan, remarks=tuple(remarks))
     seen = waiting.first_step and first_step.as_json(waiting.first_step)
     return plan, {"applies": waiting.applies, "first_step": seen, "options": values}
@@ -178,7 +180,7 @@ def _in_this_process(request: _Request) -> tuple[Any, dict[str, Any]]:
 
 def _by_runs(request: _Request) -> tuple[Any, dict[str, Any]]:
     """Runs the script anew for every size, each time with its own option for the batch size."""
-    from trainingcompiler import plan_report, planning
+    from trainingcompiler.planning import report, search
 
     def run(size: int | None) -> tuple[Any, dict]:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +189,7 @@ def _by_runs(request: _Request) -> tuple[Any, dict[str, Any]]:
             if done.returncode or not path.exists():
                 raise UsageError(f"the run with a batch of {size or 'its own size'} was not planned; see above")
             plan = json.loads(path.read_text(encoding="utf-8"))
-        found = plan_report.from_json(plan["batches"][0])
+        found = report.from_json(plan["batches"][0])
         if size is not None and found.batch_size != size:
             raise UsageError(
                 f"{request.batch_size_arg} {size} gave the step a batch of {found.batch_size}: is it the option for "
@@ -204,7 +206,7 @@ def _by_runs(request: _Request) -> tuple[Any, dict[str, Any]]:
 
     chosen = request.chosen(own.batch_size, recipe)
     script_tells = {name: plan[name] for name in ("applies", "first_step", "options")}
-    return planning.evaluate(at, own.batch_size, request.target(), **chosen), script_tells
+    return search.evaluate(at, own.batch_size, request.target(), **chosen), script_tells
 
 
 def _command(request: _Request, size: int | None, path: Path) -> list[str]:
@@ -275,7 +277,7 @@ def _check_divides(sizes: Sequence[int], gpus: int) -> None:
 
 
 def _plotting() -> Any:
-    return importlib.import_module("trainingcompiler.plan_plot")  # reaches JAX, which is to be imported late
+    return importlib.import_module("trainingcompiler.planning.plot")  # reaches JAX, which is to be imported late
 
 
 def _positive(name: str, text: str, what: str) -> int:

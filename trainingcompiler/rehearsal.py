@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainingcompiler import first_step, options, planner, watched
-from trainingcompiler.command_line import CONFIGURING, GENERAL, Option, Program, flags_of, parse
+from trainingcompiler.cli import run_until, script_options
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Option, Program, flags_of, parse
 from trainingcompiler.config import to_environment
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.files import write_json
+from trainingcompiler.planning import first_step, planner
 
 BAD_INPUT = 2
 
@@ -30,8 +31,8 @@ def main(words: Sequence[str] | None = None) -> None:
         line = parse(sys.argv[1:] if words is None else words, REHEARSAL)
         os.environ.update(to_environment({**flags_of(line), "enabled": True, "engine": "xla", "quiet": True}))
         waiting = planner.current = planner.Planner(rehearses=True)
-        with waiting.surroundings, options.watched():
-            failure = watched.run(line, waiting.Enough)
+        with waiting.surroundings, script_options.watched():
+            failure = run_until.run(line, waiting.Enough)
         planner.current = None
         if failure is not None:
             raise UsageError(f"the script failed before its first training step ({type(failure).__name__}: {failure})")

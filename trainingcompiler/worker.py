@@ -5,7 +5,7 @@ Started by a launcher, which has checked its arguments and put the options into 
 
 import sys
 
-from trainingcompiler import run_script
+from trainingcompiler.cli import run_script
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import transformers
 
 import trainingcompiler
-from trainingcompiler.frameworks.huggingface import scope
+from trainingcompiler.frameworks.huggingface import flag_scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
 
 _HELP = "Whether to compile each training step into one XLA program. Needs no other change."
@@ -54,6 +54,6 @@ def _start(arguments: TrainingArguments | Seq2SeqTrainingArguments) -> None:
     if not arguments.training_compiler:
         return
     check(arguments)
-    if not scope.is_enabled():
+    if not flag_scope.is_enabled():
         trainingcompiler.enable()
-        scope.only_flagged()
+        flag_scope.only_flagged()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from trainingcompiler.events import Note, emit
+from trainingcompiler.frameworks.huggingface.padding_trial import Trial, try_padding
 from trainingcompiler.frameworks.huggingface.samples import Samples, sample
-from trainingcompiler.frameworks.huggingface.trial import Trial, try_padding
+from trainingcompiler.reporting.events import Note, emit
 
 _SHORTEST = 16
 _IGNORED = -100  # the label that every loss of transformers leaves out

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from trainingcompiler import planner
 from trainingcompiler.frameworks import pytorch
-from trainingcompiler.frameworks.huggingface import scaled, scope
+from trainingcompiler.frameworks.huggingface import apply_recommendation, flag_scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
 from trainingcompiler.frameworks.huggingface.loop import compiled_loop
-from trainingcompiler.frameworks.pytorch.replaying import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.planning import planner
 
 
 class Hooks:
@@ -78,7 +78,7 @@ _LOOKS = {"_has_mixed_mesh_grads": _has_mixed_mesh_grads}
 
 
 def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    if not scope.compiles(trainer.args):
+    if not flag_scope.compiles(trainer.args):
         with undeferred():
             return original(trainer, *args, **kwargs)
     check(trainer.args)
@@ -87,9 +87,9 @@ def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    if planner.current is not None and scope.compiles(trainer.args):
-        scaled.tell(planner.current, trainer)
-    if not scope.compiles(trainer.args):
+    if planner.current is not None and flag_scope.compiles(trainer.args):
+        apply_recommendation.tell(planner.current, trainer)
+    if not flag_scope.compiles(trainer.args):
         return _run(original, trainer, *args, **kwargs)
     from trainingcompiler.frameworks.huggingface.stopping import listening  # it imports transformers
 
@@ -97,7 +97,7 @@ def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         return _run(original, trainer, *args, **kwargs)
 
 
-_MAKES = {"__init__": scaled.init}
+_MAKES = {"__init__": apply_recommendation.init}
 
 
 def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:

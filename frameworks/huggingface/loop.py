@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.events import Note, emit
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, buckets_for
-from trainingcompiler.frameworks.pytorch.deferred import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.reporting.events import Note, emit
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from trainingcompiler import stopping
-from trainingcompiler.events import Note, Stopped, emit
 from trainingcompiler.exit_codes import REQUEUE
-from trainingcompiler.stopping import StopSignal
+from trainingcompiler.parallel import stop_signal
+from trainingcompiler.parallel.stop_signal import StopSignal
+from trainingcompiler.reporting.events import Note, Stopped, emit
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def listening(trainer: Any) -> Iterator[None]:
     if getattr(trainer.args, "enable_jit_checkpoint", False):
         yield
         return
-    obstacle = stopping.obstacle()
+    obstacle = stop_signal.obstacle()
     if obstacle:
         emit(Note(text=f"SIGTERM and SIGUSR1 end this Trainer at once, without a checkpoint: {obstacle}"))
         yield

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.statistics import current as statistics
 
 _MAKE = "make_train_function"
 

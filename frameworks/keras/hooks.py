@@ -8,11 +8,11 @@ from typing import Any
 import keras
 from keras.src.trainers.trainer import Trainer
 
-from trainingcompiler import rendezvous
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.keras import backend_module
 from trainingcompiler.frameworks.keras.counting import count_steps, stop_counting
+from trainingcompiler.processes import rendezvous
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 _OPTION = "training_compiler"

@@ -9,14 +9,15 @@ import jax
 import keras
 from keras.src.backend.jax import trainer as keras_trainer
 
-from trainingcompiler import cache, fallback
+from trainingcompiler.adapters import fallback
+from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
-from trainingcompiler.events import Recompiled, Started, emit, phase
 from trainingcompiler.frameworks.keras.counting import Counted
-from trainingcompiler.statistics import current as statistics
-from trainingcompiler.targets import Target
-from trainingcompiler.xla_options import sound_fusions
+from trainingcompiler.reporting.events import Recompiled, Started, emit, phase
+from trainingcompiler.reporting.statistics import current as statistics
+from trainingcompiler.targets.target import Target
+from trainingcompiler.targets.xla_options import sound_fusions
 
 _make_train_function: Callable = keras_trainer.JAXTrainer.make_train_function
 _taken: "weakref.WeakKeyDictionary[Any, TrainingCompilerConfig]" = weakref.WeakKeyDictionary()
@@ -38,7 +39,7 @@ def install(config: TrainingCompilerConfig) -> None:
             f"--devices={config.devices}: Keras on JAX divides its work by keras.distribution.set_distribution(...); "
             "for --devices, take KERAS_BACKEND=tensorflow or torch"
         )
-    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    jax_cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     versions = {"keras": keras.__version__, "jax": jax.__version__}
     emit(Started(versions=versions, device=Target.local().description, compiled=True, reason="Keras does it on JAX"))
     keras_trainer.JAXTrainer.make_train_function = _make_hooked_train_function
@@ -104,7 +105,7 @@ class PlannedStep:
         with phase("lower", "train_step"):
             lowered = self._step.lower(state, data)
         with phase("compile", "train_step") as running:
-            with cache.watching() as outcome:
+            with jax_cache.watching() as outcome:
                 compiled = lowered.compile(compiler_options=sound_fusions(jax.default_backend()))
             plan: Any = compiled.memory_analysis()
             needed = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainingcompiler.tensor_parallel import FAMILIES, Rules, Side, side_of
+from trainingcompiler.parallel.layer_rules import FAMILIES, Rules, Side, side_of
 
 _ATTENTION: Rules = {  # keras.layers.MultiHeadAttention, whose kernels are (features, heads, size) and back
     "*attention*/query": "column",

@@ -11,11 +11,11 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
-from trainingcompiler import fallback
+from trainingcompiler.adapters import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
-from trainingcompiler.frameworks.keras import layers, scaled
+from trainingcompiler.frameworks.keras import apply_recommendation, layers
 from trainingcompiler.frameworks.keras.counting import count_steps
 from trainingcompiler.frameworks.tensorflow.batches import next_batch
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA
@@ -30,13 +30,13 @@ def install(config: TrainingCompilerConfig) -> None:
     """Prepares TensorFlow, and hooks the making of a model's train function."""
     adapter.prepare(config, keras=keras.__version__)
     TensorFlowTrainer.make_train_function = _make_hooked_train_function
-    scaled.install()
+    apply_recommendation.install()
 
 
 def uninstall() -> None:
     """Leaves Keras and TensorFlow as they were."""
     TensorFlowTrainer.make_train_function = _make_train_function
-    scaled.uninstall()
+    apply_recommendation.uninstall()
     for model in list(_taken):
         if isinstance(model.train_function, TrainFunction):
             model.train_function = None
@@ -126,7 +126,7 @@ class TrainFunction:
             if error is not None:
                 self._runner.leave_to_tensorflow(error)
         if self._runner.is_native:
-            scaled.see_first_step(self._model.optimizer, None)
+            apply_recommendation.see_first_step(self._model.optimizer, None)
             return self._run_native(iterator)
         shapes = self._shapes_from(iterator)
         logs = None
@@ -138,7 +138,7 @@ class TrainFunction:
                     raise
                 break
             data = _without_optionals(data)
-            scaled.see_first_step(self._model.optimizer, data)
+            apply_recommendation.see_first_step(self._model.optimizer, data)
             logs = self._runner(data, shapes=shapes)
         return logs
 

@@ -5,7 +5,7 @@ The script trains as Keras trains it, and one line says so and what to do; the s
 
 from typing import Any
 
-from trainingcompiler import fallback
+from trainingcompiler.adapters import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.keras.counting import count_steps

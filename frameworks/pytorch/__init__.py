@@ -10,20 +10,22 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainingcompiler import cache, planner, rendezvous
+from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
-from trainingcompiler.events import Note, Started, emit
-from trainingcompiler.frameworks.pytorch.critical import section
-from trainingcompiler.frameworks.pytorch.engine import EngineChoice, engine_of
-from trainingcompiler.frameworks.pytorch.hooks import Hooks
-from trainingcompiler.frameworks.pytorch.session import Session
-from trainingcompiler.frameworks.pytorch.shown_gpu import ShownGpu
-from trainingcompiler.frameworks.pytorch.step import CompiledStep
-from trainingcompiler.frameworks.pytorch.turns import turns_on
-from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
-from trainingcompiler.statistics import current as statistics
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.aot.shown_gpu import ShownGpu
+from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
+from trainingcompiler.frameworks.pytorch.compiled_function import CompiledStep
+from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.patches.install import Hooks
+from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineChoice, engine_of
+from trainingcompiler.frameworks.pytorch.session.engine_trial import turns_on
+from trainingcompiler.frameworks.pytorch.session.session import Session
+from trainingcompiler.planning import planner
+from trainingcompiler.processes import rendezvous
+from trainingcompiler.reporting.events import Note, Started, emit
+from trainingcompiler.reporting.statistics import current as statistics
+from trainingcompiler.targets.target import Target
 
 _hooks: Hooks | None = None
 _refusal: RemovableHandle | None = None
@@ -100,7 +102,7 @@ def _refuse_engine(config: TrainingCompilerConfig) -> None:
 def _prepare(config: TrainingCompilerConfig) -> None:
     # JAX warns on every fork once it has started. Forked children (`DataLoader` workers) run plain torch only.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    jax_cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     if note := rendezvous.share_gpus(os.environ):  # under the launcher it has been said already
         emit(Note(text=note))
     target = Target.of(config)
@@ -109,7 +111,7 @@ def _prepare(config: TrainingCompilerConfig) -> None:
         "jax": jax.__version__,
     }
     compiled = config.engine != "eager"
-    if compiled and planner.current is None and (store := cache.store()) is not None:
+    if compiled and planner.current is None and (store := jax_cache.store()) is not None:
         store.begin(target)
     reason = "" if compiled else "--engine=eager says so"
     emit(Started(versions=versions, device=target.description, compiled=compiled, reason=reason))

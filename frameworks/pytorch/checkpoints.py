@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainingcompiler.errors import TrainingCompilerError, UsageError
-from trainingcompiler.frameworks.pytorch.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.placed import array_of
+from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
+from trainingcompiler.frameworks.pytorch.state.offloaded import array_of
 
 _REST = "rest"  # whatever of the state is not a tensor, and its structure
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import jax
 import tensorflow as tf
 
-from trainingcompiler import cache, rendezvous
+from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
-from trainingcompiler.events import Note, Started, emit
 from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
-from trainingcompiler.frameworks.tensorflow.step import CompiledStep
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.tensorflow.compiled_function import CompiledStep
+from trainingcompiler.processes import rendezvous
+from trainingcompiler.reporting.events import Note, Started, emit
+from trainingcompiler.targets.target import Target
 
 
 def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
@@ -34,11 +35,11 @@ def prepare(config: TrainingCompilerConfig, **versions: str) -> None:
     # JAX warns on every fork once it has started. Forked children (workers of a `PyDataset`) load data only.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     unknown = bridge.check_version()
-    cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
+    jax_cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     hooks.install()
     compiled = config.engine != "tensorflow"
     target = Target.of(config)
-    if compiled and (store := cache.store()) is not None:
+    if compiled and (store := jax_cache.store()) is not None:
         store.begin(target)
     emit(
         Started(

@@ -19,12 +19,12 @@ from jaxlib.mlir import ir
 from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function.compiler_ir import maybe_get_device_name
 
+from trainingcompiler.cache.executables import digest_of_code
 from trainingcompiler.errors import CaptureError, TrainingCompilerError
 from trainingcompiler.frameworks.tensorflow import stablehlo
 from trainingcompiler.frameworks.tensorflow.lines import line_of
 from trainingcompiler.frameworks.tensorflow.tracing import Trace
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.store import digest_of_code
 
 KNOWN_VERSIONS = ((2, 20), (2, 21))  # lowest and highest that the tests have passed with
 _STATEFUL_RANDOM = {"RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal", "RandomShuffle"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trainingcompiler.events import EngineChosen, emit
+from trainingcompiler.reporting.events import EngineChosen, emit
 
 XLA, TF_XLA, TF_GRAPH = "xla", "tensorflow (its XLA)", "tensorflow (its graph)"
 

@@ -10,15 +10,15 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.ops import EagerTensor
 
-from trainingcompiler import compiler
+from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.events import phase
 from trainingcompiler.frameworks.tensorflow import bridge, state
 from trainingcompiler.frameworks.tensorflow.interrupts import uninterrupted
 from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Trace, Traces, is_input
 from trainingcompiler.program import TensorSpec
-from trainingcompiler.statistics import current as statistics
-from trainingcompiler.targets import Target
+from trainingcompiler.reporting.events import phase
+from trainingcompiler.reporting.statistics import current as statistics
+from trainingcompiler.targets.target import Target
 
 
 class NothingTrained(CaptureError):

@@ -9,18 +9,19 @@ import jax
 import tensorflow as tf
 from tensorflow.python.framework.ops import EagerTensor
 
-from trainingcompiler import fallback, planner
+from trainingcompiler.adapters import fallback
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.cures import with_cures
 from trainingcompiler.errors import CaptureError, NotEnoughMemoryError, TrainingCompilerError
-from trainingcompiler.events import Note, Recompiled, emit
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
 from trainingcompiler.frameworks.tensorflow.lines import line_of
-from trainingcompiler.frameworks.tensorflow.planned import CalledStep
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, Refused, TracedStep, captured, tensors_of
+from trainingcompiler.frameworks.tensorflow.recorded_step import CalledStep
 from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Trace, Traces, is_input
-from trainingcompiler.statistics import current as statistics
-from trainingcompiler.targets import Target
+from trainingcompiler.planning import planner
+from trainingcompiler.planning.memory_advice import with_cures
+from trainingcompiler.reporting.events import Note, Recompiled, emit
+from trainingcompiler.reporting.statistics import current as statistics
+from trainingcompiler.targets.target import Target
 
 _MOST_PROGRAMS = 32  # for one step; beyond, its shapes or constants change too often for compiling to pay
 _MOST_REFUSALS = 3  # steps that TensorFlow has run again without an error; then it runs all

@@ -12,8 +12,8 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from trainingcompiler import targets
 from trainingcompiler.frameworks.tensorflow import philox
+from trainingcompiler.targets import target as targets
 
 _ALIASES = "mhlo.input_output_alias"
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from jax.sharding import Sharding
 from tensorflow.python.framework.ops import EagerTensor
 
-from trainingcompiler.buffers import owned_array, placed_array
+from trainingcompiler.parallel.arrays import owned_array, placed_array
 
 lock = threading.RLock()
 """Held while a step runs and while values move: another thread that reads a variable waits for the step."""

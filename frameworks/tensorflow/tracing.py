@@ -12,9 +12,9 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.while_v2 import _WhileBodyGradFuncGraph
 
+from trainingcompiler.compiling.gc_pause import collector_at_rest
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.tensorflow import checks
-from trainingcompiler.garbage import collector_at_rest
 
 _SIZES = {"Shape", "Size", "Rank", "TensorListElementShape", "TensorListLength"}
 

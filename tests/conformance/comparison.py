@@ -6,7 +6,7 @@ import torch
 from torch.testing._internal.common_device_type import toleranceOverride
 from torch.testing._internal.opinfo.core import DecorateInfo, OpInfo
 
-from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 
 TOLERANCES = {
     torch.float16: (1e-3, 1e-5),

@@ -8,7 +8,7 @@ import torch
 from comparison import TOLERANCES
 from trial import Trial
 
-from trainingcompiler.frameworks.pytorch.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 
 _DRAWS = 300
 _SIGMAS = 6.0

@@ -49,7 +49,7 @@ def test_an_operator_without_a_lowering_is_named():
 
 
 def test_a_wrong_lowering_is_a_mismatch(monkeypatch):
-    from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
+    from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
     monkeypatch.setitem(LOWERINGS, "aten.sin.default", LOWERINGS["aten.cos.default"])
     assert check("sin", torch.float32, most=2).status == MISMATCH
@@ -58,7 +58,7 @@ def test_a_wrong_lowering_is_a_mismatch(monkeypatch):
 
 
 def test_a_wrong_distribution_is_a_mismatch(monkeypatch):
-    from trainingcompiler.frameworks.pytorch.lower import RANDOM_LOWERINGS
+    from trainingcompiler.frameworks.pytorch.operators import RANDOM_LOWERINGS
 
     right = RANDOM_LOWERINGS["aten.bernoulli.default"]
     monkeypatch.setitem(RANDOM_LOWERINGS, "aten.bernoulli.default", lambda self, **rest: right(self / 2, **rest))

@@ -11,14 +11,14 @@ from exclusions import Tie
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.capture import capture
-from trainingcompiler.frameworks.pytorch.lower import checks
-from trainingcompiler.frameworks.pytorch.lowering import lower
-from trainingcompiler.frameworks.pytorch.modes import TorchModes
-from trainingcompiler.frameworks.pytorch.numbers import NumberUsed
-from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves
-from trainingcompiler.frameworks.pytorch.tape import Entry, tensors_in
+from trainingcompiler.frameworks.pytorch.capture.capture import capture
+from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
+from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves
+from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
+from trainingcompiler.frameworks.pytorch.lowering.interpreter import lower
+from trainingcompiler.frameworks.pytorch.operators import value_checks
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry, tensors_in
 
 # Compiling is nearly all of the time, and how well XLA optimizes is not what this is about.
 COMPILER_OPTIONS = {
@@ -179,12 +179,12 @@ class Trial:
     def compute(self, arrays: list[Any]) -> tuple[list[Any], Any]:
         """The results for the values of the inputs, and whether what torch's kernels check of values holds."""
         try:
-            with checks.collecting() as conditions:
+            with value_checks.collecting() as conditions:
                 results = iter(self._function(dict(zip(self._inputs, arrays, strict=True))))
         except CaptureError as error:
             self.refusal = error.reason.split("\n")[0]
             return [], True
-        holds = checks.all_hold(conditions) if conditions else True
+        holds = value_checks.all_hold(conditions) if conditions else True
         return [None if value is None else next(results) for value in self._values], holds
 
 

@@ -4,7 +4,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from trainingcompiler import cache, events
+from trainingcompiler.cache import jax_cache
+from trainingcompiler.reporting import events
 
 OPTIONS = (
     "jax_compilation_cache_dir",
@@ -22,8 +23,8 @@ def jax_options():
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     yield
-    cache.enable_persistent_cache(None, 0)
-    cache._switched_off = False
+    jax_cache.enable_persistent_cache(None, 0)
+    jax_cache._switched_off = False
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainingcompiler import ahead as module
-from trainingcompiler.ahead import LIST, Ahead
+from trainingcompiler.cache import prefetch as module
+from trainingcompiler.cache.prefetch import LIST, Ahead
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_a_script_that_ends_at_once_waits_for_one_entry_only(tmp_path):
     script.write_text(
         "import threading, time\n"
         "from pathlib import Path\n"
-        "from trainingcompiler.ahead import Ahead\n"
+        "from trainingcompiler.cache.prefetch import Ahead\n"
         "begun = threading.Event()\n"
         "def load(path):\n"
         "    begun.set()\n"

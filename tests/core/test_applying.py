@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from trainingcompiler import applying, first_step, launch, planner, recommended
-from trainingcompiler.command_line import parse
+from trainingcompiler import launch
+from trainingcompiler.cli import apply_plan
+from trainingcompiler.cli.parser import parse
 from trainingcompiler.config import resolve
 from trainingcompiler.errors import UsageError
 from trainingcompiler.files import write_json
-from trainingcompiler.first_step import FirstStep, Group
 from trainingcompiler.launch import LAUNCH
-from trainingcompiler.scaling import Recipe, keep_global_sizes, rescale
+from trainingcompiler.planning import first_step, planner, recommendation
+from trainingcompiler.planning.batch_scaling import Recipe, keep_global_sizes, rescale
+from trainingcompiler.planning.first_step import FirstStep, Group
 
 
 def plan(largest: int | None = 64, **recipe) -> dict:
@@ -28,7 +30,7 @@ def plan(largest: int | None = 64, **recipe) -> dict:
 
 
 def test_keep_global_takes_the_largest_and_fewer_accumulated_batches():
-    scaled = applying.decide(plan(largest=16), "keep-global", "auto")
+    scaled = apply_plan.decide(plan(largest=16), "keep-global", "auto")
     assert scaled.changes() == {"batch_size": (8, 16), "accumulation_steps": (4, 2)}
     assert keep_global_sizes(scaled.before) == [8, 16, 32]
     assert keep_global_sizes(Recipe(batch_size=6, accumulation_steps=4, lr=1.0)) == [6, 8, 12, 24]
@@ -45,7 +47,7 @@ def test_keep_global_takes_the_largest_and_fewer_accumulated_batches():
     ],
 )
 def test_accumulation_makes_up_before_anything_is_scaled(size, batch, accumulated, lr):
-    recipe = applying.decide(plan(), size, "auto").recipe
+    recipe = apply_plan.decide(plan(), size, "auto").recipe
     assert (recipe.batch_size, recipe.accumulation_steps) == (batch, accumulated)
     assert recipe.lr == pytest.approx(lr)
 
@@ -54,30 +56,30 @@ def test_a_batch_that_does_not_fit_is_refused_with_its_numbers():
     said = "a batch of 8 does not fit a GPU: it needs 1,234 bytes of 1,000. python -m trainingcompiler.plan says what"
     for size, largest in (("max", None), ("8", 4)):
         with pytest.raises(UsageError, match=said):
-            applying.decide(plan(largest), size, "auto")
+            apply_plan.decide(plan(largest), size, "auto")
 
 
 def test_the_scripts_own_options_are_rewritten():
-    scaled = applying.decide(plan(), "max", "linear")
+    scaled = apply_plan.decide(plan(), "max", "linear")
     names = {"--batch-size-arg": "--bs", "--accumulation-arg": "-a", "--lr-arg": "--lr"}
-    arguments, kept, remarks = applying.rewritten(["--bs=8", "data", "--lr", "0.1", "-a", "4"], scaled, names, {})
+    arguments, kept, remarks = apply_plan.rewritten(["--bs=8", "data", "--lr", "0.1", "-a", "4"], scaled, names, {})
     assert arguments == ["--bs=64", "data", "--lr", "0.2", "-a", "1"] and remarks == [] and kept == scaled
     # A script that is given twice the rate that its optimizer has keeps the relation.
-    arguments, _, _ = applying.rewritten(["--lr", "0.2"], scaled, names, {})
+    arguments, _, _ = apply_plan.rewritten(["--lr", "0.2"], scaled, names, {})
     assert arguments == ["--lr", "0.4", "--bs", "64", "-a", "1"]
     # What its parser has seen is the option's value where the command line has none.
-    arguments, _, _ = applying.rewritten([], scaled, names, {"--lr": 0.5})
+    arguments, _, _ = apply_plan.rewritten([], scaled, names, {"--lr": 0.5})
     assert arguments == ["--bs", "64", "-a", "1", "--lr", "1"]
     with pytest.raises(UsageError, match="--lr=fast: the script's option for its rate is no number that could be"):
-        applying.rewritten(["--lr", "fast"], scaled, names, {})
+        apply_plan.rewritten(["--lr", "fast"], scaled, names, {})
 
 
 def test_what_nobody_has_named_an_option_for():
-    scaled = applying.decide(plan(optimizer="AdamW", weight_decay=0.1), "max", "auto")
+    scaled = apply_plan.decide(plan(optimizer="AdamW", weight_decay=0.1), "max", "auto")
     with pytest.raises(UsageError, match=r"the batch size is to change from 8 to 64, and nobody has said how: name"):
-        applying.rewritten([], scaled, {}, {})
+        apply_plan.rewritten([], scaled, {}, {})
     names = {"--batch-size-arg": "--bs", "--accumulation-arg": "-a", "--lr-arg": "--lr"}
-    arguments, kept, remarks = applying.rewritten([], scaled, names, {})
+    arguments, kept, remarks = apply_plan.rewritten([], scaled, names, {})
     assert arguments == ["--bs", "64", "-a", "1", "--lr", "0.1414213562"]
     assert kept.recipe.weight_decay == 0.1 and "weight_decay" not in kept.changes()  # it is not decided
     assert remarks == ["  weight_decay stays 0.1 in the script: the rule would make it 0.141421"]
@@ -95,13 +97,13 @@ def test_what_nobody_has_named_an_option_for():
 )  # fmt: skip
 def test_wrong_options_are_refused_before_anything_runs(words, said):
     with pytest.raises(UsageError) as refused:
-        applying.is_asked_for(parse([*words, "train.py"], LAUNCH))
+        apply_plan.is_asked_for(parse([*words, "train.py"], LAUNCH))
     assert str(refused.value).startswith(said)
 
 
 def test_the_scripts_own_batch_size_option_is_the_scripts():
     line = parse(["train.py", "--batch-size", "8"], LAUNCH)
-    assert line.arguments == ["--batch-size", "8"] and not applying.is_asked_for(line)
+    assert line.arguments == ["--batch-size", "8"] and not apply_plan.is_asked_for(line)
     line = parse(["--batch-size-arg", "--batch-size", "--batch-size=16", "train.py"], LAUNCH)
     assert line.given == {"--batch-size-arg": "--batch-size", "--batch-size": "16"}
 
@@ -117,13 +119,13 @@ class Script:
         self._groups, self._wanted = groups, (batch_size, accumulation_steps)
         self.runs = []
 
-    def __call__(self, arguments, scaled) -> applying.Rehearsed:
+    def __call__(self, arguments, scaled) -> apply_plan.Rehearsed:
         self.runs.append(list(arguments))
         given = {name: float(value) for name, value in zip(arguments[::2], arguments[1::2], strict=True)}
         rows, batches = self._wanted
         rows, batches = rows or int(given["--bs"]), batches or int(given.get("-a", 4))
         groups = self._groups(given.get("--lr", 0.1), rows * batches / 32)
-        return applying.Rehearsed(
+        return apply_plan.Rehearsed(
             batch_size=rows,
             accumulation_steps=batches,
             first_step=FirstStep(calls=(rows,) * batches, groups=groups),
@@ -133,7 +135,7 @@ class Script:
 NAMES = {"--batch-size-arg": "--bs", "--accumulation-arg": "-a", "--lr-arg": "--lr"}
 
 
-def settled(script: Script, names=NAMES, applies="arguments", options={"--lr": 0.1}, **recipe) -> applying.Settled:  # noqa: B006
+def settled(script: Script, names=NAMES, applies="arguments", options={"--lr": 0.1}, **recipe) -> apply_plan.Settled:  # noqa: B006
     """32 rows a step become 64, under the linear rule: rates are to be doubled."""
     planned = script(["--bs", "8"], None).first_step
     script.runs.clear()
@@ -141,7 +143,7 @@ def settled(script: Script, names=NAMES, applies="arguments", options={"--lr": 0
         **plan(**{"lr": planned.groups[0].peak, **recipe}), "applies": applies, "options": options,
         "first_step": first_step.as_json(planned),
     }  # fmt: skip
-    return applying.settle([], applying.decide(content, "max", "linear"), content, names, script)
+    return apply_plan.settle([], apply_plan.decide(content, "max", "linear"), content, names, script)
 
 
 def test_a_decision_that_holds_is_rehearsed_once():
@@ -201,7 +203,7 @@ def test_a_script_that_fails_with_what_makes_up_for_it_is_refused_with_both_valu
     content = {**plan(), "applies": "arguments", "options": {}, "first_step": None}
     content["first_step"] = first_step.as_json(script(["--bs", "8"], None).first_step)
     with pytest.raises(UsageError, match=r"0.2 decided, 0.4 in the script\n.*\n  the script was not rehearsed\n"):
-        applying.settle([], applying.decide(content, "max", "linear"), content, NAMES, rehearse)
+        apply_plan.settle([], apply_plan.decide(content, "max", "linear"), content, NAMES, rehearse)
 
 
 @pytest.mark.parametrize(
@@ -245,18 +247,20 @@ def test_the_cli_of_a_run_that_compiles_nothing_is_refused():
 def test_a_recommendation_reaches_the_worker_whole(monkeypatch):
     recipe = Recipe(batch_size=8, lr=1e-3, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, total_steps=100)
     scaled = rescale(recipe, batch_size=16, policy="adam")
-    monkeypatch.setenv(*next(iter(recommended.to_environment(scaled, "keras").items())))
-    assert recommended.planned() == recommended.current() == recommended.for_library("keras") == scaled
-    assert recommended.for_library("huggingface") is None
-    assert recommended.decided() is None  # a rehearsal finds out
+    monkeypatch.setenv(*next(iter(recommendation.to_environment(scaled, "keras").items())))
+    assert recommendation.planned() == recommendation.current() == recommendation.for_library("keras") == scaled
+    assert recommendation.for_library("huggingface") is None
+    assert recommendation.decided() is None  # a rehearsal finds out
     step = FirstStep(calls=(16,), groups=(Group(name="Adam", lr=0.1, base=0.2, peak=0.2, schedule="OneCycleLR"),))
-    monkeypatch.setenv(*next(iter(recommended.to_environment(scaled, "keras", step).items())))
-    assert recommended.decided() == step and recommended.planned() == scaled
+    monkeypatch.setenv(*next(iter(recommendation.to_environment(scaled, "keras", step).items())))
+    assert recommendation.decided() == step and recommendation.planned() == scaled
     monkeypatch.setattr(planner, "current", planner.Planner(rehearses=True))
-    assert recommended.current() == recommended.for_library("keras") == scaled and recommended.decided() is None
+    assert (
+        recommendation.current() == recommendation.for_library("keras") == scaled and recommendation.decided() is None
+    )
     monkeypatch.setattr(planner, "current", None)
     monkeypatch.delenv("TRAININGCOMPILER_RECIPE")
-    assert recommended.planned() is recommended.current() is recommended.for_library("keras") is None
+    assert recommendation.planned() is recommendation.current() is recommendation.for_library("keras") is None
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path):
@@ -283,6 +287,6 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, m
 def test_a_script_that_asks_is_not_changed_by_its_library_as_well(monkeypatch):
     waiting = planner.Planner()
     monkeypatch.setattr(planner, "current", waiting)
-    assert recommended.current() is None and recommended.for_library("huggingface") is None
+    assert recommendation.current() is None and recommendation.for_library("huggingface") is None
     waiting.tell("huggingface", lr=0.1)
     assert waiting.applies == "script"

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from trainingcompiler import compiler
-from trainingcompiler.compiler import compile, options
+from trainingcompiler.compiling import compiler
+from trainingcompiler.compiling.compiler import compile, options
 from trainingcompiler.errors import NotEnoughMemoryError
-from trainingcompiler.events import Note, subscribe
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
-from trainingcompiler.xla_options import sound_fusions
+from trainingcompiler.reporting.events import Note, subscribe
+from trainingcompiler.targets.target import Target
+from trainingcompiler.targets.xla_options import sound_fusions
 
 
 @contextlib.contextmanager

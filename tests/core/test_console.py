@@ -5,9 +5,10 @@ import threading
 
 import pytest
 
-from trainingcompiler import __version__, events
-from trainingcompiler.console import HEARTBEAT_S, NOTHING_TRAINED, Console
-from trainingcompiler.statistics import RunStatistics
+from trainingcompiler import __version__
+from trainingcompiler.reporting import events
+from trainingcompiler.reporting.console import HEARTBEAT_S, NOTHING_TRAINED, Console
+from trainingcompiler.reporting.statistics import RunStatistics
 
 
 class Clock:
@@ -128,7 +129,7 @@ def test_a_heartbeat_line_says_how_long_the_innermost_phase_has_run():
 
 
 def test_the_heartbeat_beats_by_itself_while_a_phase_runs(monkeypatch):
-    monkeypatch.setattr("trainingcompiler.console.HEARTBEAT_S", 0.001)
+    monkeypatch.setattr("trainingcompiler.reporting.console.HEARTBEAT_S", 0.001)
     beaten = threading.Event()
 
     class Stream(io.StringIO):

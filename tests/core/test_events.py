@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainingcompiler import events
-from trainingcompiler.statistics import RunStatistics
+from trainingcompiler.reporting import events
+from trainingcompiler.reporting.statistics import RunStatistics
 
 
 def test_subscribers_get_events_until_they_unsubscribe():

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from trainingcompiler import first_step
 from trainingcompiler.errors import UsageError
-from trainingcompiler.first_step import BY_HAND, FirstStep, Group, compare
+from trainingcompiler.planning import first_step
+from trainingcompiler.planning.first_step import BY_HAND, FirstStep, Group, compare
 
 
 def step(*rates: float, calls: tuple[int, ...] = (8,), **more) -> FirstStep:

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from trainingcompiler.garbage import collector_at_rest
+from trainingcompiler.compiling.gc_pause import collector_at_rest
 
 
 @pytest.fixture(autouse=True)

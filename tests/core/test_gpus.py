@@ -6,11 +6,12 @@ import os
 import numpy as np
 import pytest
 
-from trainingcompiler import compiler, targets
+from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import UsageError
-from trainingcompiler.gpus import GPUS, gpu
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
+from trainingcompiler.targets import target
+from trainingcompiler.targets.gpus import GPUS, gpu
+from trainingcompiler.targets.target import Target
 
 OWN = {
     "name": "NVIDIA GeForce RTX 3090",
@@ -42,7 +43,7 @@ def described(tmp_path):
 @pytest.fixture
 def installed(monkeypatch):
     """Makes it look as if exactly these wheels of JAX were installed."""
-    return lambda *wheels: monkeypatch.setattr(targets, "find_spec", lambda name: name in wheels or None)
+    return lambda *wheels: monkeypatch.setattr(target, "find_spec", lambda name: name in wheels or None)
 
 
 def increment() -> StepProgram:

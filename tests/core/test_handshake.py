@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from trainingcompiler import handshake
 from trainingcompiler.errors import UsageError
-from trainingcompiler.machine import free_ports
-from trainingcompiler.surroundings import Worker
+from trainingcompiler.processes import handshake
+from trainingcompiler.processes.cluster_env import Worker
+from trainingcompiler.processes.host_resources import free_ports
 
 HOST = "127.0.0.1"
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import trainingcompiler
-from trainingcompiler import adapters, config, imports
-from trainingcompiler.imports import after_import
+from trainingcompiler import config
+from trainingcompiler.adapters import dispatch, import_hooks
+from trainingcompiler.adapters.import_hooks import after_import
 
 NAME, ADAPTER = "awaited_package", "awaited_adapter"
 
@@ -26,8 +27,8 @@ def package(tmp_path, monkeypatch):
     yield folder
     for name in (NAME, f"{NAME}.part"):
         sys.modules.pop(name, None)
-    imports._waiting.clear()
-    imports._remove_idle_finder()
+    import_hooks._waiting.clear()
+    import_hooks._remove_idle_finder()
 
 
 def waiting_list() -> list[bool]:
@@ -44,7 +45,7 @@ def test_the_callback_comes_after_the_import_and_once(package):
     assert calls == [True]
     importlib.reload(module)
     assert calls == [True]
-    assert imports._Finder not in sys.meta_path
+    assert import_hooks._Finder not in sys.meta_path
 
 
 def test_a_module_that_is_there_already_calls_back_at_once(package):
@@ -95,7 +96,7 @@ def test_a_request_can_be_withdrawn(package):
     importlib.import_module(NAME)
     withdraw()
     assert calls == []
-    assert imports._Finder not in sys.meta_path
+    assert import_hooks._Finder not in sys.meta_path
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def adapter(package, monkeypatch):
     calls: list[object] = []
     source = f"import {NAME}\ncalls = []\ndef enable(config): calls.append(config)\ndef disable(): calls.append(None)\n"
     (package.parent / f"{ADAPTER}.py").write_text(source)
-    monkeypatch.setattr(adapters, "HOOKED", {NAME: ADAPTER})
-    monkeypatch.setattr("trainingcompiler.events.end_at_exit", lambda: None)
+    monkeypatch.setattr(dispatch, "HOOKED", {NAME: ADAPTER})
+    monkeypatch.setattr("trainingcompiler.reporting.events.end_at_exit", lambda: None)
     for variable in config.VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
     yield lambda: sys.modules[ADAPTER].calls if ADAPTER in sys.modules else calls
@@ -145,8 +146,8 @@ def test_disable_before_the_import_leaves_the_framework_alone(adapter):
 
 
 def test_the_environment_turns_everything_off(adapter, monkeypatch, capsys):
-    monkeypatch.setattr("trainingcompiler.console._attached", None)
-    monkeypatch.setattr("trainingcompiler.events._subscribers", [])
+    monkeypatch.setattr("trainingcompiler.reporting.console._attached", None)
+    monkeypatch.setattr("trainingcompiler.reporting.events._subscribers", [])
     monkeypatch.setenv("TRAININGCOMPILER", "0")
     trainingcompiler.enable(trainingcompiler.TrainingCompilerConfig(enabled=True))
     importlib.import_module(NAME)
@@ -162,6 +163,6 @@ def test_the_environment_turns_everything_off(adapter, monkeypatch, capsys):
 def test_compile_asks_the_adapter(adapter, package, monkeypatch):
     with (package.parent / f"{ADAPTER}.py").open("a") as source:
         source.write("def compile(step, config): return step, config.engine\n")
-    monkeypatch.setattr(adapters, "_STEPS", {"torch": ADAPTER})
+    monkeypatch.setattr(dispatch, "_STEPS", {"torch": ADAPTER})
     chosen = trainingcompiler.TrainingCompilerConfig(engine="xla")
     assert trainingcompiler.compile(len, chosen) == (len, "xla")

@@ -4,10 +4,11 @@ import socket
 
 import pytest
 
-from trainingcompiler import job, launch
-from trainingcompiler.command_line import parse
+from trainingcompiler import launch
+from trainingcompiler.cli import job
+from trainingcompiler.cli.job import Job
+from trainingcompiler.cli.parser import parse
 from trainingcompiler.errors import ConfigError
-from trainingcompiler.job import Job
 
 CPU = {"JAX_PLATFORMS": "cpu"}
 

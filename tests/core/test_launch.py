@@ -4,10 +4,11 @@ import os
 
 import pytest
 
-from trainingcompiler import applying, config, launch
-from trainingcompiler.command_line import parse
+from trainingcompiler import config, launch
+from trainingcompiler.cli import apply_plan
+from trainingcompiler.cli.job import Job
+from trainingcompiler.cli.parser import parse
 from trainingcompiler.errors import UsageError
-from trainingcompiler.job import Job
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def started(monkeypatch, tmp_path):
     """Runs the launcher in a folder with a script, its worker replaced by a list of what it was asked to start."""
     calls: list[Job] = []
     monkeypatch.setitem(launch._LAUNCHERS, "local", calls.append)
-    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {})
+    monkeypatch.setattr("trainingcompiler.targets.huge_pages.variables", lambda environ: {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")
     (tmp_path / "package").mkdir()
@@ -58,13 +59,13 @@ def test_options_become_variables_and_the_scripts_words_are_untouched(started):
 
 
 def test_no_compile_turns_everything_off(started, monkeypatch):
-    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
+    monkeypatch.setattr("trainingcompiler.targets.huge_pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
     launch.main(["--no_compile", "--launcher", "local", "train.py"])
     assert words_and_variables(started) == [(["script", "train.py"], {"TRAININGCOMPILER": "0"})]
 
 
 def test_the_worker_is_started_with_huge_pages_unless_told_otherwise(started, monkeypatch):
-    monkeypatch.setattr("trainingcompiler.pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
+    monkeypatch.setattr("trainingcompiler.targets.huge_pages.variables", lambda environ: {"GLIBC_TUNABLES": "x"})
     launch.main(["train.py"])
     launch.main(["--small-pages", "train.py"])
     monkeypatch.setenv("TRAININGCOMPILER_SMALL_PAGES", "1")
@@ -197,8 +198,8 @@ def test_what_a_launcher_around_this_one_recommends_is_not_passed_on(started, mo
 
 
 def test_another_batch_is_planned_and_applied(started, monkeypatch, capsys):
-    applied = applying.Applied(arguments=("--bs", "32"), variables={"A": "1"}, lines=("keep-global",))
-    monkeypatch.setattr(applying, "apply", lambda line, folder: applied)
+    applied = apply_plan.Applied(arguments=("--bs", "32"), variables={"A": "1"}, lines=("keep-global",))
+    monkeypatch.setattr(apply_plan, "apply", lambda line, folder: applied)
     launch.main(["--batch-size=keep-global", "--quiet", "train.py", "--bs", "8"])
     assert words_and_variables(started) == [
         (["script", "train.py", "--bs", "32"], {"TRAININGCOMPILER_QUIET": "1", "A": "1"})

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from trainingcompiler import options
+from trainingcompiler.cli import script_options
 
 
 def test_what_argparse_makes_of_options():
@@ -14,7 +14,7 @@ def test_what_argparse_makes_of_options():
     parser.add_argument("--name", default="x")
     parser.add_argument("--flag", action="store_true")
     parse = argparse.ArgumentParser.parse_known_args
-    with options.watched() as seen:
+    with script_options.watched() as seen:
         parsed = parser.parse_args(["--bs=16"])
         parsed.lr *= 2  # what the script makes of it is not the option's value
     assert seen == {"--lr": 1e-3, "--learning-rate": 1e-3, "--bs": 16.0}
@@ -25,7 +25,7 @@ def test_commands_below_commands():
     parser = argparse.ArgumentParser()
     train = parser.add_subparsers().add_parser("train")
     train.add_argument("--lr", type=float, default=0.5)
-    with options.watched() as seen:
+    with script_options.watched() as seen:
         parser.parse_args(["train"])
     assert seen == {"--lr": 0.5}
 
@@ -40,6 +40,6 @@ def test_what_click_makes_of_options():
         assert (lr, name) == (0.125, "x")
 
     handle = click.core.Parameter.handle_parse_result
-    with options.watched() as seen:
+    with script_options.watched() as seen:
         main([], standalone_mode=False)
     assert seen == {"--lr": 0.125} and click.core.Parameter.handle_parse_result is handle

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trainingcompiler import pages
+from trainingcompiler.targets import huge_pages
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def kernel(monkeypatch, tmp_path):
         path = tmp_path / "enabled"
         if text is not None:
             path.write_text(text, encoding="ascii")
-        monkeypatch.setattr(pages, "_KERNEL", path)
+        monkeypatch.setattr(huge_pages, "_KERNEL", path)
         monkeypatch.setattr(sys, "platform", "linux")
 
     return says
@@ -39,7 +39,7 @@ ASKS, ALWAYS, NEVER = "always [madvise] never\n", "[always] madvise never\n", "a
 )
 def test_they_are_asked_for_where_the_kernel_wants_to_be_asked(kernel, policy, given, expected):
     kernel(policy)
-    assert pages.variables(given) == ({} if expected is None else {"GLIBC_TUNABLES": expected})
+    assert huge_pages.variables(given) == ({} if expected is None else {"GLIBC_TUNABLES": expected})
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_they_are_asked_for_where_the_kernel_wants_to_be_asked(kernel, policy, g
 )
 def test_the_banner_says_which_they_are(kernel, policy, given, expected):
     kernel(policy)
-    assert pages.described(given) == expected
+    assert huge_pages.described(given) == expected
 
 
 def test_another_system_is_not_asked(kernel, monkeypatch):
     kernel(ASKS)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert pages.variables({}) == {} and pages.described({}) == ""
+    assert huge_pages.variables({}) == {} and huge_pages.described({}) == ""
 
 
-@pytest.mark.skipif(pages._policy() != "madvise", reason="the kernel gives huge pages to all, or to none")
+@pytest.mark.skipif(huge_pages._policy() != "madvise", reason="the kernel gives huge pages to all, or to none")
 def test_a_process_that_asks_takes_its_memory_with_fewer_faults():
     program = (
         "import resource; usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; before = usage();"
@@ -72,6 +72,6 @@ def test_a_process_that_asks_takes_its_memory_with_fewer_faults():
     )
     faults = [
         int(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True).stdout)
-        for env in ({}, pages.variables({}))
+        for env in ({}, huge_pages.variables({}))
     ]
     assert faults[1] < faults[0]  # unless no huge page is free, which the kernel then makes by moving others

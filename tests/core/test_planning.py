@@ -2,10 +2,11 @@
 
 import pytest
 
-from trainingcompiler import plan_report, planning
-from trainingcompiler.compiler import MemoryPlan
-from trainingcompiler.gpus import GPUS
-from trainingcompiler.planning import MOST_COMPILES, Plan, PlannedBatch, search
+from trainingcompiler.compiling.compiler import MemoryPlan
+from trainingcompiler.planning import report
+from trainingcompiler.planning import search as planning
+from trainingcompiler.planning.search import MOST_COMPILES, Plan, PlannedBatch, search
+from trainingcompiler.targets.gpus import GPUS
 
 GIB = 2**30
 FIXED = 2 * GIB
@@ -63,7 +64,7 @@ def test_nothing_fits():
     assert [one.batch_size for one in found][0] == 1
     plan = Plan(device="a GPU", memory_bytes=FIXED, gpu=None, batches=tuple(found))
     assert plan.largest is None and plan.fastest is None
-    assert plan_report.advice(plan) == [
+    assert report.advice(plan) == [
         "nothing fits: a batch of 1 needs 2.12 GiB, and there are 1.80 GiB, which leaves 10% of the device free"
     ]
 
@@ -85,25 +86,25 @@ def test_the_fastest_need_not_be_the_largest():
     batches = tuple(batch(size, row_bytes=1, flops=1e12) for size in (64, 128, 256))
     plan = Plan(device="NVIDIA H100", memory_bytes=80 * GIB, gpu=GPUS["h100"], batches=batches)
     assert (plan.largest.batch_size, plan.fastest.batch_size) == (256, 64)  # bound by arithmetic from 64 rows on
-    assert plan_report.advice(plan)[1] == "fastest predicted: 64 (at most 989 rows/s; within 2% of the best here)"
+    assert report.advice(plan)[1] == "fastest predicted: 64 (at most 989 rows/s; within 2% of the best here)"
 
 
 def test_the_table_marks_what_does_not_fit():
     plan = Plan(device="a GPU", memory_bytes=4 * GIB, gpu=None, batches=(batch(8), batch(16)))
-    lines = plan_report.table(plan).splitlines()
+    lines = report.table(plan).splitlines()
     assert lines[0].split()[:6] == ["batch", "parameters", "optimizer", "temporaries", "total", "of"]
     assert lines[1].split()[:9] == ["8", "682.67", "MiB", "1.33", "GiB", "1.00", "GiB", "3.00", "GiB"]
     assert "75.0%  " in lines[1] and "100.0% too much" in lines[2]
-    assert plan_report.advice(plan) == [
+    assert report.advice(plan) == [
         "largest that fits: 8 (3.00 GiB of 3.60 GiB, which leaves 10% of the device free; 16 would need 4.00 GiB)"
     ]
 
 
 def test_a_plan_survives_json():
     plan = Plan(device="a GPU", memory_bytes=8 * GIB, gpu=GPUS["t4"], batches=(batch(8), batch(16)))
-    written = plan_report.as_json(plan)
+    written = report.as_json(plan)
     assert (written["largest"], written["batches"][0]["peak_bytes"]) == (16, 3 * GIB)
-    assert plan_report.from_json(written["batches"][1]) == batch(16)
+    assert report.from_json(written["batches"][1]) == batch(16)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from trainingcompiler import config, rendezvous, surroundings
+from trainingcompiler import config
 from trainingcompiler.errors import UsageError
-from trainingcompiler.machine import free_ports
-from trainingcompiler.rendezvous import Worker
+from trainingcompiler.processes import cluster_env, rendezvous
+from trainingcompiler.processes.host_resources import free_ports
+from trainingcompiler.processes.rendezvous import Worker
 
 GATHER = """
 import os
@@ -19,7 +20,8 @@ import pathlib
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from trainingcompiler import rendezvous, statistics
+from trainingcompiler.processes import rendezvous
+from trainingcompiler.reporting import statistics
 statistics.current().step_finished("xla", 1.0)
 worker = rendezvous.current()
 ranks = multihost_utils.process_allgather(np.array([worker.rank])).ravel().tolist()
@@ -160,7 +162,7 @@ def test_threads_that_wait_for_the_interpreter_get_it_before_python_ends(folder)
 
 def test_a_worker_that_fails_does_not_wait_for_the_others(folder):
     (folder / "train.py").write_text(
-        "import time\nfrom trainingcompiler import rendezvous\n"
+        "import time\nfrom trainingcompiler.processes import rendezvous\n"
         "if rendezvous.current().rank == 1:\n    raise ValueError('on purpose')\n"
         "time.sleep(600)\n"
     )
@@ -270,4 +272,4 @@ def test_more_workers_than_gpus_on_their_host(gpus):
 
 
 def test_what_the_other_modules_call_a_worker():
-    assert rendezvous.Worker is surroundings.Worker
+    assert rendezvous.Worker is cluster_env.Worker

@@ -3,7 +3,7 @@
 import pytest
 
 from trainingcompiler.errors import ConfigError, UsageError
-from trainingcompiler.scaling import Recipe, keep_global, rescale
+from trainingcompiler.planning.batch_scaling import Recipe, keep_global, rescale
 
 
 def adamw(**values) -> Recipe:

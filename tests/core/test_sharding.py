@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from trainingcompiler.collectives import Collective, collectives
+from trainingcompiler.compiling.hlo_collectives import Collective, collectives
 from trainingcompiler.errors import UsageError
+from trainingcompiler.parallel.sharding import bytes_per_device, mesh_of, shardings, undivided_rows, with_batch_found
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.sharding import bytes_per_device, mesh_of, shardings, undivided_rows, with_batch_found
 from trainingcompiler.strategy import DP, FSDP, Strategy
 
 
@@ -31,8 +31,10 @@ def specs_of(strategy: str, state: tuple = (), inputs: tuple = ()) -> tuple[list
 @pytest.fixture(autouse=True)
 def described_mesh(monkeypatch):
     """Shardings of devices that need not be any."""
-    monkeypatch.setattr("trainingcompiler.sharding.NamedSharding", lambda mesh, spec: type("S", (), {"spec": spec})())
-    monkeypatch.setattr("trainingcompiler.sharding.Mesh", lambda devices, names: devices)
+    monkeypatch.setattr(
+        "trainingcompiler.parallel.sharding.NamedSharding", lambda mesh, spec: type("S", (), {"spec": spec})()
+    )
+    monkeypatch.setattr("trainingcompiler.parallel.sharding.Mesh", lambda devices, names: devices)
 
 
 def test_fsdp_divides_the_longest_dim_that_can_be_divided():

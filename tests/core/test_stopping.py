@@ -12,9 +12,11 @@ import time
 import pytest
 
 import trainingcompiler as tc
-from trainingcompiler import events, rendezvous, stopping
 from trainingcompiler.errors import TrainingCompilerError, UsageError
-from trainingcompiler.surroundings import Worker
+from trainingcompiler.parallel import stop_signal
+from trainingcompiler.processes import rendezvous
+from trainingcompiler.processes.cluster_env import Worker
+from trainingcompiler.reporting import events
 
 LIMIT_S = 60  # only against hanging
 
@@ -39,12 +41,12 @@ class Store:
 @pytest.fixture(autouse=True)
 def _nothing_is_left_for_the_next():
     yield
-    stopping._unanswered = ""
+    stop_signal._unanswered = ""
 
 
 @pytest.fixture
 def store(monkeypatch):
-    monkeypatch.setattr(stopping, "POLL_S", 0.02)
+    monkeypatch.setattr(stop_signal, "POLL_S", 0.02)
     kept = Store()
     monkeypatch.setattr(rendezvous, "store", lambda: kept)
     return kept
@@ -59,7 +61,7 @@ def worker_signals(store, monkeypatch):
         for rank in range(count):
             worker = Worker(rank=rank, world_size=count, local_rank=rank, local_world_size=count)
             monkeypatch.setattr(rendezvous, "current", lambda worker=worker: worker)
-            monkeypatch.setattr(stopping, "_numbers", itertools.count(1))
+            monkeypatch.setattr(stop_signal, "_numbers", itertools.count(1))
             made.append(tc.StopSignal())
         return made
 
@@ -145,7 +147,7 @@ def test_a_worker_whose_loop_has_ended_keeps_nobody_waiting(worker_signals, monk
 
 
 def test_who_does_not_say_where_it_is_is_named(store, monkeypatch):
-    monkeypatch.setattr(stopping, "WAIT_S", 0.2)
+    monkeypatch.setattr(stop_signal, "WAIT_S", 0.2)
     worker = Worker(rank=0, world_size=3, local_rank=0, local_world_size=3)
     monkeypatch.setattr(rendezvous, "current", lambda: worker)
     with tc.StopSignal() as stop:

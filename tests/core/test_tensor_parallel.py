@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from trainingcompiler import tensor_parallel as rules
 from trainingcompiler.errors import UsageError
+from trainingcompiler.parallel import layer_rules as rules
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from trainingcompiler import config
-from trainingcompiler.console import NOTHING_TRAINED
+from trainingcompiler.reporting.console import NOTHING_TRAINED
 
-STEP = "from trainingcompiler import statistics; statistics.current().step_finished('xla', 1.0)\n"
+STEP = "from trainingcompiler.reporting import statistics; statistics.current().step_finished('xla', 1.0)\n"
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="processes and signals of POSIX")
 
 

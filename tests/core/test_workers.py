@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainingcompiler import workers
 from trainingcompiler.errors import TrainingCompilerError
+from trainingcompiler.parallel import spmd
 
 MINE = {"name": "train_step", "where": "train.py:9", "inputs": ["a batch of float32[8, 4]", "a batch of int64[8]"]}
 
@@ -21,8 +21,8 @@ MINE = {"name": "train_step", "where": "train.py:9", "inputs": ["a batch of floa
     ],
 )
 def test_workers_that_come_to_different_programs_are_told_the_difference(changes, message, monkeypatch):
-    monkeypatch.setattr(workers, "share", lambda key, value: [value, {**value, **changes}])
-    agreement = workers.Agreement()
+    monkeypatch.setattr(spmd, "share", lambda key, value: [value, {**value, **changes}])
+    agreement = spmd.Agreement()
     agreement._watching = True  # no thread: nobody is stuck here
     with pytest.raises(TrainingCompilerError) as caught:
         agreement.meet(**MINE)
@@ -31,12 +31,12 @@ def test_workers_that_come_to_different_programs_are_told_the_difference(changes
 
 def test_workers_that_agree_go_on(monkeypatch):
     keys = []
-    monkeypatch.setattr(workers, "share", lambda key, value: keys.append(key) or [value, value])
-    agreement = workers.Agreement()
+    monkeypatch.setattr(spmd, "share", lambda key, value: keys.append(key) or [value, value])
+    agreement = spmd.Agreement()
     agreement._watching = True
     agreement.meet(**MINE)
     agreement.meet(**MINE)
-    other = workers.Agreement()
+    other = spmd.Agreement()
     other._watching = True
     other.meet(**MINE)
     assert len(set(keys)) == 3  # a key that was used is used up

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from trainingcompiler import xla_flags
 from trainingcompiler.errors import UsageError
+from trainingcompiler.processes import xla_flags
 
 
 def test_flags_are_added_and_the_persons_own_hold():

@@ -5,10 +5,12 @@ import jaxlib
 import numpy as np
 import pytest
 
-from trainingcompiler import compiler, store, xla_options
+from trainingcompiler.cache import executables
+from trainingcompiler.compiling import compiler
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
-from trainingcompiler.xla_options import FUSIONS, sound_fusions
+from trainingcompiler.targets import xla_options
+from trainingcompiler.targets.target import Target
+from trainingcompiler.targets.xla_options import FUSIONS, sound_fusions
 
 CPU = Target(platform="cpu", description="cpu", device_count=1)
 RANDOM = np.random.default_rng(0)
@@ -81,6 +83,6 @@ def test_what_the_person_says_of_them_in_xla_flags_stays(monkeypatch):
 
 def test_an_executable_is_kept_under_its_options(monkeypatch):
     kept = program(np.sum, FIELDS, digest="one")
-    before = store.key_of(kept, CPU)
-    monkeypatch.setattr(store, "options", lambda *_: {FUSIONS: ""})
-    assert store.key_of(kept, CPU) != before
+    before = executables.key_of(kept, CPU)
+    monkeypatch.setattr(executables, "options", lambda *_: {FUSIONS: ""})
+    assert executables.key_of(kept, CPU) != before

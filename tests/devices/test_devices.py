@@ -287,7 +287,7 @@ def test_all_devices_are_as_many_as_there_are(tmp_path):
 UNSEEN = """
 import torch
 from torch import nn
-from trainingcompiler.frameworks.pytorch import placed
+from trainingcompiler.frameworks.pytorch.state import offloaded
 
 model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -298,7 +298,7 @@ for step in range(5):
     optimizer.step()
     optimizer.zero_grad()
 state = [*model.parameters(), *(value for kept in optimizer.state.values() for value in kept.values())]
-assert all(id(tensor) in placed._cells for tensor in state), len(placed._cells)
+assert all(id(tensor) in offloaded._cells for tensor in state), len(offloaded._cells)
 """
 
 

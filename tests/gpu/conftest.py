@@ -10,7 +10,7 @@ import jax
 import pytest
 import torch
 
-from trainingcompiler.targets import compiles_for_gpus
+from trainingcompiler.targets.target import compiles_for_gpus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 

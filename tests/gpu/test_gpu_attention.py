@@ -7,11 +7,11 @@ meaning of masks and scales.
 import numpy as np
 import pytest
 import torch
+from tests.pytorch.lower.harness import to_numpy
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from tests.pytorch.lower.harness import to_numpy
-from trainingcompiler.frameworks.pytorch.lower import LOWERINGS, attention
-from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, attention
+from trainingcompiler.targets.target import Target, compiling_for
 
 H200 = Target.gpu("h200")
 FORWARD = LOWERINGS["aten._scaled_dot_product_flash_attention_for_cpu.default"]

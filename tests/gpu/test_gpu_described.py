@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler import compiler
-from trainingcompiler.buffers import owned_array
+from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import CaptureError, UsageError
-from trainingcompiler.frameworks.pytorch.described import compile_step, step_program
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.aot.step_program import compile_step, step_program
+from trainingcompiler.parallel.arrays import owned_array
+from trainingcompiler.targets.target import Target
 
 
 def classifier() -> nn.Module:

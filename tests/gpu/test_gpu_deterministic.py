@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch.described import compile_step
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.aot.step_program import compile_step
+from trainingcompiler.targets.target import Target
 
 pytestmark = pytest.mark.gpu_plan
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainingcompiler import workers
-from trainingcompiler.frameworks.pytorch.apart import run_apart
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref
-from trainingcompiler.frameworks.pytorch.lowering import _run_node_or_say
-from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.frameworks.pytorch.graph.ir import Node, Ref
+from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_apart
+from trainingcompiler.frameworks.pytorch.lowering.interpreter import _run_node_or_say
+from trainingcompiler.parallel import spmd
+from trainingcompiler.targets.target import Target, compiling_for
 
 pytestmark = pytest.mark.gpu_plan
 
@@ -26,10 +26,10 @@ STEP = [
 
 def test_each_gpu_holds_and_updates_its_part(monkeypatch):
     target = Target.gpu("h100", 4)
-    mesh = Mesh(np.array(target.devices()), (workers.AXIS,))
-    monkeypatch.setattr(workers, "own", lambda: NamedSharding(mesh, PartitionSpec()))
-    workers.divided.cache_clear()
-    divided = workers.divided(SHAPE)
+    mesh = Mesh(np.array(target.devices()), (spmd.AXIS,))
+    monkeypatch.setattr(spmd, "own", lambda: NamedSharding(mesh, PartitionSpec()))
+    spmd.divided.cache_clear()
+    divided = spmd.divided(SHAPE)
 
     def step(state, batch):
         values = {WEIGHT: state[0], MOMENTUM: state[1], BATCH: batch}
@@ -37,10 +37,10 @@ def test_each_gpu_holds_and_updates_its_part(monkeypatch):
         return values[13], values[12]
 
     array = jax.ShapeDtypeStruct(SHAPE, np.float32)
-    where = {"in_shardings": ((divided, divided), workers.own()), "out_shardings": (divided, divided)}
+    where = {"in_shardings": ((divided, divided), spmd.own()), "out_shardings": (divided, divided)}
     with compiling_for(target):
         compiled = jax.jit(step, donate_argnums=0, **where).lower((array, array), array).compile()
-    workers.divided.cache_clear()
+    spmd.divided.cache_clear()
     text, part = compiled.as_text(), 4 * 1024 * 1024 // 4
     assert "all-gather" in text and "reduce-scatter" in text and "all-reduce" not in text
     assert compiled.memory_analysis().alias_size_in_bytes == 2 * part

@@ -10,10 +10,10 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 keras = pytest.importorskip("keras")
 
-from trainingcompiler import compiler  # noqa: E402
+from trainingcompiler.compiling import compiler  # noqa: E402
 from trainingcompiler.errors import UsageError  # noqa: E402
 from trainingcompiler.frameworks.keras.described import step_program  # noqa: E402
-from trainingcompiler.targets import Target  # noqa: E402
+from trainingcompiler.targets.target import Target  # noqa: E402
 
 L = keras.layers
 ROWS = 32

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainingcompiler.gpus import GPUS
-from trainingcompiler.planning import MOST_COMPILES
+from trainingcompiler.planning.search import MOST_COMPILES
+from trainingcompiler.targets.gpus import GPUS
 
 pytestmark = pytest.mark.gpu_plan
 CHAR_GPT = Path(__file__).parents[2] / "examples" / "pytorch" / "char_gpt.py"

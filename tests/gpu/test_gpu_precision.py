@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch.described import compile_step, step_program
-from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.frameworks.pytorch.aot.step_program import compile_step, step_program
+from trainingcompiler.targets.target import Target, compiling_for
 
 EXPECTED = {"highest": {"HIGHEST"}, "high": {"HIGH"}, "medium": {"DEFAULT"}}
 

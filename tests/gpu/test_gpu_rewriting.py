@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainingcompiler.frameworks.pytorch.described import step_program
-from trainingcompiler.frameworks.pytorch.lower import attention
+from trainingcompiler.frameworks.pytorch.aot.step_program import step_program
+from trainingcompiler.frameworks.pytorch.operators import attention
 from trainingcompiler.program import StepProgram
-from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.targets.target import Target, compiling_for
 
 LENGTH = 6
 

@@ -11,18 +11,20 @@ import jax
 import numpy as np
 import pytest
 
-from trainingcompiler import compiler, targets
+from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import UsageError
-from trainingcompiler.gpus import GPUS
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
+from trainingcompiler.targets import target as targets
+from trainingcompiler.targets.gpus import GPUS
+from trainingcompiler.targets.target import Target
 
 INCREMENT = """
 import numpy as np
-from trainingcompiler import cache, compiler
+from trainingcompiler.cache import jax_cache
+from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import UsageError
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.targets import Target
+from trainingcompiler.targets.target import Target
 counter = TensorSpec(name="counter", shape=({size},), dtype=np.dtype("float32"), role="parameter")
 program = StepProgram(
     name="increment", function=lambda state, _: ((state[0] + 1,), ()), state=(counter,), inputs=(), outputs=()
@@ -198,11 +200,11 @@ except UsageError as error:
 @pytest.mark.gpu_plan
 def test_what_cannot_be_read_back_is_not_kept(tmp_path):
     script = f"""{INCREMENT.format(size=9)}
-folder = cache.enable_persistent_cache({str(tmp_path)!r})
+folder = jax_cache.enable_persistent_cache({str(tmp_path)!r})
 import os
 for target in (Target.gpu("h200"), Target.local(), Target.gpu("h200"), Target.local()):
     compiler.compile(program, target)
-    print(sum(name.endswith("-cache") for name in os.listdir(folder)), cache.hits_and_misses().hits)
+    print(sum(name.endswith("-cache") for name in os.listdir(folder)), jax_cache.hits_and_misses().hits)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["0 0", "1 0", "1 0", "1 1"], run.stderr

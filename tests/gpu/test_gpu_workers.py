@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainingcompiler.targets import Target
+from trainingcompiler.targets.target import Target
 
 pytestmark = pytest.mark.gpu_plan
 

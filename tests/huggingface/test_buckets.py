@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from training import assert_same_trainer, losses, trainer
 
-from trainingcompiler.events import Note
 from trainingcompiler.frameworks.huggingface.buckets import Buckets, geometric, waste
+from trainingcompiler.reporting.events import Note
 
 
 def of_any_length(label):

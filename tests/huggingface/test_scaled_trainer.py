@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers as hf
 
-from trainingcompiler import options
-from trainingcompiler.frameworks.huggingface.scaled import set_arguments
-from trainingcompiler.recommended import NotApplicable
-from trainingcompiler.scaling import Recipe, rescale
+from trainingcompiler.cli import script_options as options
+from trainingcompiler.frameworks.huggingface.apply_recommendation import set_arguments
+from trainingcompiler.planning.batch_scaling import Recipe, rescale
+from trainingcompiler.planning.recommendation import NotApplicable
 
 SCRIPT = """
 import torch

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainingcompiler import events
 from trainingcompiler.frameworks.huggingface import stopping
+from trainingcompiler.reporting import events
 
 SCRIPT = """
 import argparse, json, os, signal

@@ -8,7 +8,7 @@ from tasks import TASKS, Task, gpt2
 from torch import nn
 from training import assert_same_trainer, losses, trainer
 
-from trainingcompiler.events import Note, Recompiled
+from trainingcompiler.reporting.events import Note, Recompiled
 
 STEPS, LOGS = 30, 6
 BERT = TASKS["bert"]

@@ -9,7 +9,7 @@ from training import trainer
 import trainingcompiler as tc
 from trainingcompiler.frameworks import huggingface, pytorch
 from trainingcompiler.frameworks.huggingface import Seq2SeqTrainingArguments, TrainingArguments
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.statistics import current as statistics
 
 QUIET = dict(report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, max_steps=4, logging_steps=2)
 

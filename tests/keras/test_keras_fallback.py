@@ -12,8 +12,8 @@ from keras_small import compiled, data, dense
 import trainingcompiler as tc
 from trainingcompiler import TrainingCompilerConfig
 from trainingcompiler.errors import ConfigError, FallbackError, UsageError
-from trainingcompiler.events import FellBack, subscribe
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.events import FellBack, subscribe
+from trainingcompiler.reporting.statistics import current as statistics
 
 L = keras.layers
 XLA = TrainingCompilerConfig(engine="xla", fallback="eager")

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras_parity import CONFIG, assert_same_training, train
 from keras_small import compiled, data, dense
 
-from trainingcompiler.events import Recompiled, subscribe
+from trainingcompiler.reporting.events import Recompiled, subscribe
 
 X, Y = data(44)  # five batches of 8, and one of 4
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainingcompiler.frameworks.keras import scaled as keras_scaled
+from trainingcompiler.frameworks.keras import apply_recommendation as keras_scaled
 from trainingcompiler.frameworks.keras.schedules import peak_of, scaled_schedule
-from trainingcompiler.recommended import NotApplicable
-from trainingcompiler.scaling import Recipe, keep_global, rescale
+from trainingcompiler.planning.batch_scaling import Recipe, keep_global, rescale
+from trainingcompiler.planning.recommendation import NotApplicable
 
 SCRIPT = """
 import keras
@@ -178,7 +178,7 @@ def test_a_callback_that_sets_the_rate_is_an_error_before_the_first_step(tmp_pat
 
 
 def test_the_run_is_held_against_the_rehearsal(tmp_path):
-    late = "import trainingcompiler.planner as planner\nrate = 0.05 if planner.current is not None else 0.07\n"
+    late = "import trainingcompiler.planning.planner as planner\nrate = 0.05 if planner.current is not None else 0.07\n"
     done = launched(tmp_path, late + SCRIPT.replace("SGD(0.05)", "SGD(rate)"), "--batch-size=64")
     assert done.returncode == 2 and "trained" not in done.stdout
     assert "  the learning rate of SGD: 0.2 decided, 0.28 in the run\n" in done.stderr

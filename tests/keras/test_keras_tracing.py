@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras_small import compiled, data, dense
 
 from trainingcompiler import TrainingCompilerConfig
-from trainingcompiler.events import FellBack, subscribe
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.events import FellBack, subscribe
+from trainingcompiler.reporting.statistics import current as statistics
 
 L = keras.layers
 ENGINES = {"plain": False, **{name: TrainingCompilerConfig(engine=name) for name in ("xla", "auto")}}

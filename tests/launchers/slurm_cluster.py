@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launching import wait_for
 
-from trainingcompiler.machine import free_ports
+from trainingcompiler.processes.host_resources import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "sinfo")
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 from launching import done, interrupt
 
-from trainingcompiler.job import Job
+from trainingcompiler.cli.job import Job
 from trainingcompiler.launchers import elastic
-from trainingcompiler.machine import free_ports
+from trainingcompiler.processes.host_resources import free_ports
 
 pytest.importorskip("torch.distributed.launcher.api")
 WORDS = ("--launcher=elastic", "--nproc-per-node=2")

@@ -10,7 +10,7 @@ import yaml
 from kubernetes_validate import utils
 from launching import done
 
-from trainingcompiler.job import Job
+from trainingcompiler.cli.job import Job
 from trainingcompiler.launchers import kubernetes
 
 # The oldest and the newest version of Kubernetes whose official schemas are at hand; all know podFailurePolicy.
@@ -80,8 +80,8 @@ def test_several_pods_meet_at_the_first():
 
 def test_the_pods_command_is_one_that_the_launcher_understands():
     from trainingcompiler import launch
-    from trainingcompiler.command_line import parse
-    from trainingcompiler.job import job_of
+    from trainingcompiler.cli.job import job_of
+    from trainingcompiler.cli.parser import parse
 
     for nodes in (1, 2):
         made = job(nproc_per_node=2, min_nodes=nodes, max_nodes=nodes, gpus_per_node=2)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from trainingcompiler import job
-from trainingcompiler.job import Job
+from trainingcompiler.cli import job
+from trainingcompiler.cli.job import Job
 from trainingcompiler.launchers import local
 
 MODULE = ["-m", "trainingcompiler.launch", "train.py", "-m"]
@@ -56,7 +56,7 @@ def test_where_exec_loses_the_exit_code_the_worker_is_a_child(monkeypatch):
 
 def test_launchers_import_neither_an_adapter_nor_jax():
     program = (
-        "import sys, trainingcompiler.launch, trainingcompiler.launchers.agent_store;"
+        "import sys, trainingcompiler.launch, trainingcompiler.launchers.torchelastic_store;"
         "print([name for name in sys.modules if name.split('.')[0] in ('jax', 'torch', 'tensorflow', 'keras', 'ray')"
         " or name.startswith('trainingcompiler.frameworks')])"
     )

@@ -8,7 +8,7 @@ import pytest
 import slurm_cluster
 from launching import done, wait_for
 
-from trainingcompiler.job import Job
+from trainingcompiler.cli.job import Job
 from trainingcompiler.launchers import slurm
 
 MET = (

@@ -124,7 +124,7 @@ def test_nothing_survives_the_launchers_death(launch, tmp_path):
 
 UNTOLD = """
 import os, signal, subprocess, sys
-from trainingcompiler.launchers.guardian import guarding
+from trainingcompiler.launchers.reaper import guarding
 
 with guarding(sys.argv[1]):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={"FOLDER": sys.argv[1]})
@@ -135,7 +135,7 @@ with guarding(sys.argv[1]):
 
 TOLD = """
 import os, signal, subprocess, sys, time
-from trainingcompiler.launchers.guardian import guarding
+from trainingcompiler.launchers.reaper import guarding
 
 with guarding(sys.argv[1] + "/own") as tell:
     while True:

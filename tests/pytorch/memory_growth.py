@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler import compiler
-from trainingcompiler.frameworks.pytorch.described import step_program
+from trainingcompiler.compiling import compiler
+from trainingcompiler.frameworks.pytorch.aot.step_program import step_program
 
 
 class Transformer(nn.Module):

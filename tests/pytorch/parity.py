@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import trainingcompiler as tc
-from trainingcompiler.events import Event, FellBack, subscribe
-from trainingcompiler.statistics import RunStatistics
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.events import Event, FellBack, subscribe
+from trainingcompiler.reporting.statistics import RunStatistics
+from trainingcompiler.reporting.statistics import current as statistics
 
 DTYPES = (torch.float64, torch.float32) if os.environ.get("TEST_ALL") else (torch.float64,)
 """What to train in; float32, with its two twins, takes twice as long as float64 and shows less."""

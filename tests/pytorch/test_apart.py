@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.apart import _parted, common_inputs, common_values
-from trainingcompiler.frameworks.pytorch.graph import Node, Ref
+from trainingcompiler.frameworks.pytorch.graph.ir import Node, Ref
+from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import _parted, common_inputs, common_values
 
 MEAN = "trainingcompiler.mean_over_workers.default"
 META = ((4,), torch.float32)

@@ -12,9 +12,10 @@ from small import adamw, batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.events import EngineChosen
-from trainingcompiler.frameworks.pytorch import devices, tape
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.tape import tape
+from trainingcompiler.reporting.events import EngineChosen
+from trainingcompiler.targets.target import Target
 
 GPU = torch.device("cuda", 0)
 

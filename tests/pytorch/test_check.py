@@ -13,9 +13,9 @@ import torch
 from small import batches, made, mlp, train_on
 
 import trainingcompiler as tc
-from trainingcompiler.frameworks.pytorch import inspection
-from trainingcompiler.frameworks.pytorch.checking import check
-from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
+from trainingcompiler.frameworks.pytorch.capture import inspection
+from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
+from trainingcompiler.frameworks.pytorch.verify.compare import check
 
 SCRIPT = """
 import torch
@@ -98,7 +98,7 @@ def test_a_wrong_result_of_the_executable_is_a_difference():
 
 def test_a_difference_is_exit_code_1(tmp_path):
     spoiled = """
-    import trainingcompiler.frameworks.pytorch.lower as table
+    import trainingcompiler.frameworks.pytorch.operators as table
     right = table.LOWERINGS["aten.relu.default"]
     table.LOWERINGS["aten.relu.default"] = lambda x: right(x) * 1.01
     """
@@ -133,7 +133,7 @@ def test_evaluations_are_looked_at(tmp_path):
 
 def test_a_wrong_evaluation_is_a_difference(tmp_path):
     spoiled = """
-    import trainingcompiler.frameworks.pytorch.lower as table
+    import trainingcompiler.frameworks.pytorch.operators as table
     right = table.LOWERINGS["aten.relu.default"]
     table.LOWERINGS["aten.relu.default"] = lambda x: right(x) * 1.01
     """

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import trainingcompiler as tc
-from trainingcompiler.frameworks.pytorch import inspection
-from trainingcompiler.frameworks.pytorch.barrier_order import ordered
-from trainingcompiler.frameworks.pytorch.checking import check
-from trainingcompiler.frameworks.pytorch.described import compile_step, step_program
-from trainingcompiler.frameworks.pytorch.graph import BARRIER, Graph, Node, Ref
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.aot.step_program import compile_step, step_program
+from trainingcompiler.frameworks.pytorch.capture import inspection
+from trainingcompiler.frameworks.pytorch.graph.barrier_order import ordered
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.verify.compare import check
+from trainingcompiler.targets.target import Target
 
 KINDS = {"plain": None, "non-reentrant": False, "reentrant": True}
 LAYERS = 4

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import trainingcompiler as tc
 from trainingcompiler import FallbackError, UsageError
-from trainingcompiler.events import Note, subscribe
 from trainingcompiler.frameworks import pytorch
+from trainingcompiler.reporting.events import Note, subscribe
 
 CONFIG = tc.TrainingCompilerConfig(engine="xla", quiet=True)
 

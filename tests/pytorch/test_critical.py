@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import trainingcompiler as tc
 from trainingcompiler.errors import FallbackError
-from trainingcompiler.events import FellBack
 from trainingcompiler.frameworks import pytorch
-from trainingcompiler.frameworks.pytorch.critical import CriticalSection, section
+from trainingcompiler.frameworks.pytorch.interop.critical_section import CriticalSection, section
+from trainingcompiler.reporting.events import FellBack
 
 _NUMBER = signal.SIGUSR1
 _OURS = os.path.dirname(pytorch.__file__)
@@ -370,7 +370,7 @@ def test_an_exception_between_backward_and_step_leaves_the_gradients():
 
 def test_a_program_runs_in_the_section(monkeypatch):
     """Nobody gets in between the consuming of the state and the storing of what became of it."""
-    from trainingcompiler import compiler
+    from trainingcompiler.compiling import compiler
 
     free = []
 

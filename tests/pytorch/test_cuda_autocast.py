@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch import cuda_autocast
+from trainingcompiler.frameworks.pytorch.interop import cuda_autocast
 
 LISTS = (
     cuda_autocast.LOWER,

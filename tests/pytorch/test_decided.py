@@ -194,7 +194,7 @@ def test_the_weight_decay_follows_where_its_option_is_named(launch):
 @pytest.mark.slow(but=["rate"])
 def test_the_run_is_held_against_the_rehearsal(launch, change, said):
     """A script that does something else where it is not planned: an error before its first step."""
-    first = f"import trainingcompiler.planner as planner\nif planner.current is None: {change}"
+    first = f"import trainingcompiler.planning.planner as planner\nif planner.current is None: {change}"
     done = launch(source(first=first), "--batch-size=64", *ALL)
     assert done.returncode == 2 and "trained" not in done.stdout
     start = (

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from trainingcompiler.frameworks.pytorch.digests import digest_of
-from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.graph.ir import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.lowering.cache_key import digest_of
 
 SCRIPT = """
 import sys

@@ -7,8 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch import described, eager_memory
-from trainingcompiler.frameworks.pytorch.described import step_program
+from trainingcompiler.frameworks.pytorch.aot import eager_memory
+from trainingcompiler.frameworks.pytorch.aot import step_program as described
+from trainingcompiler.frameworks.pytorch.aot.step_program import step_program
 
 
 class Attention(nn.Module):

@@ -7,11 +7,11 @@ import torch
 from parity import assert_same, assert_same_training, train
 from small import batches, sgd, train_on
 
-from trainingcompiler.events import EngineChosen, Note, subscribe
-from trainingcompiler.frameworks.pytorch import engine as engine_module
-from trainingcompiler.frameworks.pytorch.engine import EngineChoice
-from trainingcompiler.frameworks.pytorch.turns import Turns
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.frameworks.pytorch.session import engine_choice as engine_module
+from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineChoice
+from trainingcompiler.frameworks.pytorch.session.engine_trial import Turns
+from trainingcompiler.reporting.events import EngineChosen, Note, subscribe
+from trainingcompiler.reporting.statistics import current as statistics
 
 
 class Clock:

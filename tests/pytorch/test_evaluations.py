@@ -7,8 +7,8 @@ from small import adamw
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.events import Note
-from trainingcompiler.frameworks.pytorch.evaluations import Evaluations, key_of
+from trainingcompiler.frameworks.pytorch.session.eval_policy import Evaluations, key_of
+from trainingcompiler.reporting.events import Note
 
 
 class Letters(nn.Module):

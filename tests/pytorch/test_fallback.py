@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainingcompiler import FallbackError
-from trainingcompiler.events import Note
+from trainingcompiler.reporting.events import Note
 
 
 @torch.library.custom_op("trainingcompiler_tests::twice", mutates_args=(), device_types="cpu")

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from trainingcompiler import planner
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.first_step import BY_HAND, Group
-from trainingcompiler.frameworks.pytorch.first_step_watch import FirstStepWatch
-from trainingcompiler.frameworks.pytorch.session import Session
+from trainingcompiler.frameworks.pytorch.session.first_step_watch import FirstStepWatch
+from trainingcompiler.frameworks.pytorch.session.session import Session
+from trainingcompiler.planning import planner
+from trainingcompiler.planning.first_step import BY_HAND, Group
 
 
 class Own(schedules.LRScheduler):

@@ -9,7 +9,7 @@ from small import batches, made, mlp, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch.first_steps import make_state, makes_state
+from trainingcompiler.frameworks.pytorch.capture.optimizer_init import make_state, makes_state
 
 KNOWN = {
     "Adadelta": {},

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from trainingcompiler import GradientNotKeptError
-from trainingcompiler.frameworks.pytorch.loops import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
 
 
 @pytest.mark.parametrize("to_none", [True, False])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch.moving import Mover
-from trainingcompiler.frameworks.pytorch.state import CellRegistry
+from trainingcompiler.frameworks.pytorch.state.prefetch import Mover
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import CellRegistry
 
 
 @pytest.fixture

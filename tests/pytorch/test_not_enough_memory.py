@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import trainingcompiler as tc
-from trainingcompiler import memory
-from trainingcompiler.memory import Buffer, largest_buffers
+from trainingcompiler.compiling import memory
+from trainingcompiler.compiling.memory import Buffer, largest_buffers
 
 TOO_LARGE = """
 import torch

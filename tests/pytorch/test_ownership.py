@@ -10,10 +10,10 @@ from small import batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch import ownership
-from trainingcompiler.frameworks.pytorch.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.ownership import is_foreign, is_shared, overlapping
-from trainingcompiler.frameworks.pytorch.state import Cell
+from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
+from trainingcompiler.frameworks.pytorch.state import ownership
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_shared, overlapping
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import Cell
 
 
 def kinds(tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from trainingcompiler.errors import TrainingCompilerError
-from trainingcompiler.frameworks.pytorch.pace import Pace
+from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import Pace
 
 
 class Batch:

@@ -9,8 +9,8 @@ from small import batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.events import Recompiled
-from trainingcompiler.frameworks.pytorch import programs
+from trainingcompiler.frameworks.pytorch.runtime import program_cache
+from trainingcompiler.reporting.events import Recompiled
 
 
 def in_the_loop(objects, x, y, number):
@@ -109,7 +109,7 @@ def test_a_new_shape_in_one_argument_is_named():
 
 @pytest.mark.parametrize("sizes", [(16, 15, 14, 13, 16, 15), (16, 15, 14)], ids=["two new ones", "one new one"])
 def test_beyond_the_bound_new_shapes_run_eagerly_and_known_ones_stay_compiled(sizes, monkeypatch):
-    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(program_cache, "_MOST_PROGRAMS", 2)
 
     def loop(objects, data):
         rows = itertools.cycle(sizes)

@@ -14,8 +14,8 @@ from small import batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.events import Note
-from trainingcompiler.frameworks.pytorch import programs
+from trainingcompiler.frameworks.pytorch.runtime import program_cache
+from trainingcompiler.reporting.events import Note
 
 FLOAT64 = (torch.float64,)  # what is asked here is which path was taken, and float64 leaves rounding no room
 
@@ -350,8 +350,8 @@ def test_a_change_in_mid_run_is_another_path(change, max_compiles):
 
 
 def test_an_int_that_is_new_at_every_step_is_compiled_up_to_the_bound(monkeypatch):
-    assert programs._MOST_PROGRAMS == 32
-    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 4)
+    assert program_cache._MOST_PROGRAMS == 32
+    monkeypatch.setattr(program_cache, "_MOST_PROGRAMS", 4)
 
     class Shifted(Scaled):
         def factor(self, x):

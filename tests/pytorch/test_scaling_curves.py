@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.scaling import Policy, Recipe, rescale
+from trainingcompiler.planning.batch_scaling import Policy, Recipe, rescale
 
 ROWS = 1664  # 13 x 128: every batch size divides them
 START = math.log(10)  # the loss of a model that knows nothing

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch import lowering
-from trainingcompiler.frameworks.pytorch.described import step_program
-from trainingcompiler.frameworks.pytorch.graph import BARRIER
-from trainingcompiler.targets import Target, compiling_for
+from trainingcompiler.frameworks.pytorch.aot.step_program import step_program
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER
+from trainingcompiler.frameworks.pytorch.lowering import interpreter
+from trainingcompiler.targets.target import Target, compiling_for
 
 LAYERS, LENGTH = 2, 24
 
@@ -54,13 +54,13 @@ def loss_of(model, x):
 def nodes(monkeypatch) -> list:
     """What the last program for a GPU was lowered from."""
     seen: list = []
-    real = lowering.recomputed
+    real = interpreter.recomputed
 
     def watched(given):
         seen[:] = real(given)
         return list(seen)
 
-    monkeypatch.setattr(lowering, "recomputed", watched)
+    monkeypatch.setattr(interpreter, "recomputed", watched)
     return seen
 
 

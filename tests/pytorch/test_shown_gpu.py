@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch import devices
-from trainingcompiler.frameworks.pytorch.shown_gpu import ShownGpu
-from trainingcompiler.gpus import gpu
+from trainingcompiler.frameworks.pytorch.aot.shown_gpu import ShownGpu
+from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.targets.gpus import gpu
 
 GPU = gpu("h100")
 
@@ -61,18 +61,20 @@ for step in range(3):
 # XLA's compiler for GPUs is not needed to see what a step is made of.
 DRIVER = """
 import sys
-from trainingcompiler import compiler, planner, planning, watched
-from trainingcompiler.command_line import parse
-from trainingcompiler.gpus import gpu
+from trainingcompiler.cli import run_until
+from trainingcompiler.cli.parser import parse
+from trainingcompiler.compiling import compiler
+from trainingcompiler.planning import planner, search
+from trainingcompiler.targets.gpus import gpu
 from trainingcompiler.plan import PLAN
 
 waiting = planner.current = planner.Planner(gpu=gpu("h100"))
 with waiting.surroundings:
-    failure = watched.run(parse(sys.argv[1:], PLAN), waiting.Enough)
+    failure = run_until.run(parse(sys.argv[1:], PLAN), waiting.Enough)
 planner.current = None
 assert failure is None, failure
 rows = waiting.rows()
-print(rows, planning.product_dtype(compiler.lowered(waiting.program_at(2 * rows)).as_text()), *waiting.step.variants())
+print(rows, search.product_dtype(compiler.lowered(waiting.program_at(2 * rows)).as_text()), *waiting.step.variants())
 """
 
 

@@ -10,7 +10,7 @@ from small import adamw, batches, made, mlp, sgd, train_on
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.buffers import owned_array
+from trainingcompiler.parallel.arrays import owned_array
 
 
 def dropless():
@@ -250,7 +250,7 @@ def test_a_model_converted_in_mid_run():
 def test_state_is_moved_once_and_never_copied_again(monkeypatch):
     copied = []
     monkeypatch.setattr(
-        "trainingcompiler.frameworks.pytorch.state.owned_array",
+        "trainingcompiler.frameworks.pytorch.state.shared_tensors.owned_array",
         lambda values: copied.append(values.shape) or owned_array(values),
     )
     seen = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from trainingcompiler.frameworks.pytorch.structure import flatten, map_leaves, unflatten
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves, unflatten
 
 ROWS = torch.arange(6.0).view(2, 3)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trainingcompiler as tc
-from trainingcompiler.events import Note
+from trainingcompiler.reporting.events import Note
 
 # Dynamo warns of what it does itself, without us too: torch 2.13.
 pytestmark = [

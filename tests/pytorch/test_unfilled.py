@@ -6,13 +6,13 @@ import sys
 import torch
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
+from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
 
 LARGE = """
 import resource
 import torch
 from torch import nn
-from trainingcompiler.frameworks.pytorch.unfilled import Unfilled
+from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with Unfilled():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trainingcompiler as tc
-from trainingcompiler.events import Note
+from trainingcompiler.reporting.events import Note
 
 
 class Words(nn.Module):

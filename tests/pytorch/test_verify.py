@@ -13,13 +13,13 @@ from small import batches, made, mlp, train_on
 from torch import nn
 
 import trainingcompiler as tc
-from trainingcompiler import store
+from trainingcompiler.cache import executables
 from trainingcompiler.errors import FallbackError
-from trainingcompiler.events import FellBack, Note, PhaseEnded, subscribe
-from trainingcompiler.frameworks.pytorch import verify
-from trainingcompiler.frameworks.pytorch.graph import Graph, Node, Ref
-from trainingcompiler.frameworks.pytorch.lower import LOWERINGS
-from trainingcompiler.targets import Target
+from trainingcompiler.frameworks.pytorch.graph.ir import Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
+from trainingcompiler.frameworks.pytorch.verify import sentinel as verify
+from trainingcompiler.reporting.events import FellBack, Note, PhaseEnded, subscribe
+from trainingcompiler.targets.target import Target
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_program_is_verified_the_first_time_it_is_used(tmp_path, seen):
     assert_torchs(trained(tmp_path), trained(None))
     first = verified(seen)
     assert first and all("results as PyTorch's to " in detail for detail in first) and not fallbacks(seen)
-    assert len(list(tmp_path.glob(f"*/*{store.VERDICT}"))) == len(first)
+    assert len(list(tmp_path.glob(f"*/*{executables.VERDICT}"))) == len(first)
     seen.clear()
     trained(tmp_path)
     assert not verified(seen)  # the verdict lies beside the executable
@@ -115,7 +115,7 @@ def test_a_wrong_operator_is_named_and_torch_trains(tmp_path, wrong_tanh, seen):
 def test_the_verdict_of_a_wrong_program_is_kept(tmp_path, monkeypatch, seen):
     right = LOWERINGS["aten.tanh.default"]
     monkeypatch.setattr(
-        "trainingcompiler.frameworks.pytorch.digests._KNOWN_CODE",
+        "trainingcompiler.frameworks.pytorch.lowering.cache_key._KNOWN_CODE",
         ("trainingcompiler", "jax", "test_verify", "builtins"),
     )
     monkeypatch.setitem(LOWERINGS, "aten.tanh.default", lambda x: right(x) + jnp.asarray(1e-2, x.dtype))
@@ -174,7 +174,7 @@ def test_no_fallback_is_an_error_before_anything_is_trained(tmp_path, wrong_tanh
 def test_what_memory_does_not_allow_is_skipped_and_said(tmp_path, monkeypatch, seen):
     monkeypatch.setattr(verify, "host_bytes", lambda: 1000)
     trained(tmp_path)
-    assert not verified(seen) and not list(tmp_path.glob(f"*/*{store.VERDICT}"))
+    assert not verified(seen) and not list(tmp_path.glob(f"*/*{executables.VERDICT}"))
     notes = [event.text for event in seen if isinstance(event, Note)]
     assert any("is not compared with PyTorch's results: that needs " in text for text in notes), notes
 

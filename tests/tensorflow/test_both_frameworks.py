@@ -109,7 +109,9 @@ def test_both_in_one_process(tmp_path):
     """
     done = run(source, tmp_path, "--engine=xla", "--fallback=error")
     assert done.returncode == 0, done.stderr
-    tensorflow, pytorch = (f"trainingcompiler.frameworks.{name}.step" for name in ("tensorflow", "pytorch"))
+    tensorflow, pytorch = (
+        f"trainingcompiler.frameworks.{name}.compiled_function" for name in ("tensorflow", "pytorch")
+    )
     lines = done.stdout.splitlines()
     assert lines[:4] == [tensorflow, pytorch, tensorflow, tensorflow]
     assert "uses both" in lines[4] and "names neither of them" in lines[5] and lines[6] == "0.75"

@@ -6,9 +6,9 @@ import tensorflow as tf
 
 import trainingcompiler as tc
 from trainingcompiler import TrainingCompilerConfig
-from trainingcompiler.events import FellBack, subscribe
 from trainingcompiler.frameworks.tensorflow import hooks
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.events import FellBack, subscribe
+from trainingcompiler.reporting.statistics import current as statistics
 
 NAN = float("nan")
 TABLE = tf.reshape(tf.range(15.0), (5, 3))

@@ -8,11 +8,11 @@ import tensorflow as tf
 import trainingcompiler as tc
 from trainingcompiler import TrainingCompilerConfig
 from trainingcompiler.errors import FallbackError, UsageError
-from trainingcompiler.events import EngineChosen, FellBack, Note, Recompiled, subscribe
 from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, XLA
 from trainingcompiler.frameworks.tensorflow.tracing import Traces
-from trainingcompiler.statistics import current as statistics
+from trainingcompiler.reporting.events import EngineChosen, FellBack, Note, Recompiled, subscribe
+from trainingcompiler.reporting.statistics import current as statistics
 
 
 @pytest.fixture

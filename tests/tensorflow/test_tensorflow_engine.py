@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainingcompiler.events import EngineChosen, subscribe
 from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.reporting.events import EngineChosen, subscribe
 
 ALL = (XLA, TF_GRAPH, TF_XLA)
 

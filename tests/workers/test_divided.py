@@ -52,11 +52,11 @@ def main(name):
         optimizer.step()
         optimizer.zero_grad()
         if step == 4 and "trainingcompiler" in sys.modules:  # what this worker holds: parameters, Adam's two for each
-            from trainingcompiler.frameworks.pytorch import placed
+            from trainingcompiler.frameworks.pytorch.state import offloaded
 
             sizes = [p.numel() * p.element_size() for p in model.parameters()]
             small = sum(size for size in sizes if size < 8 * 2**14)
-            held = sum(cell._array.addressable_data(0).nbytes for cell in placed._cells.values())
+            held = sum(cell._array.addressable_data(0).nbytes for cell in offloaded._cells.values())
             assert 0.9 * 3 * sum(sizes) / size < held < 1.1 * 3 * sum(sizes) / size + 3 * small, (held, sum(sizes))
         if rank == 1 % size and step == 5:
             average = [p.detach().clone() for p in model.parameters()]

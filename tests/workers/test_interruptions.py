@@ -17,7 +17,8 @@ AT = 7
 # One worker has the lock, and does not go on before the other one waits for it; then one of the two is killed.
 KILLS = """
 import fcntl, os, sys, time, types
-from trainingcompiler import events, store
+from trainingcompiler.cache import executables
+from trainingcompiler.reporting import events
 
 fault, holds, replace = sys.argv[1], False, os.replace
 
@@ -49,13 +50,13 @@ def compiling(event):
 
 
 def keeping(source, target):
-    if holds and fault == "keeping" and str(target).endswith(store.ENTRY):
+    if holds and fault == "keeping" and str(target).endswith(executables.ENTRY):
         end()
     replace(source, target)
 
 
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    store.fcntl = types.SimpleNamespace(flock=lock, LOCK_EX=fcntl.LOCK_EX)
+    executables.fcntl = types.SimpleNamespace(flock=lock, LOCK_EX=fcntl.LOCK_EX)
     os.replace = keeping
     events.subscribe(compiling)
 """

@@ -1,0 +1,345 @@
+"""Captures entries of a tape as one graph over named inputs."""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch.capture import optimizer_init, optimizers
+from trainingcompiler.frameworks.pytorch.capture.fake_mode import Twins
+from trainingcompiler.frameworks.pytorch.capture.traced_float import TracedNumber
+from trainingcompiler.frameworks.pytorch.graph.ir import Graph
+from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient
+from trainingcompiler.frameworks.pytorch.tape.tape import (
+    Entry,
+    Input,
+    Part,
+    ReplayedPiece,
+    Slot,
+    as_called,
+    parts_of,
+    replay,
+    results_of,
+    step_ends,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lifted:
+    """A real tensor that the step reads, by identity.
+
+    Attributes:
+        tensor: Refers to the real tensor.
+        gradient_of: Refers to the tensor whose `.grad` it was; a gradient is found again through it, not by identity.
+        value: Its number when the step starts.
+        new_value: Its number when the step ends; equal to `value` if the step does not write it.
+    """
+
+    tensor: weakref.ref
+    gradient_of: weakref.ref | None
+    value: int
+    new_value: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumberSource:
+    """A Python number that the step reads: a leaf of an entry, or an optimizer's hyperparameter.
+
+    Attributes:
+        entry: The index of the entry.
+        position: The leaf's position, or the path of the hyperparameter in the optimizer's `param_groups`.
+        optimizer: Refers to the optimizer, for a hyperparameter.
+    """
+
+    entry: int
+    position: Any
+    optimizer: weakref.ref | None = None
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    """Entries as a graph.
+
+    Attributes:
+        graph: The functional ATen graph.
+        lifted: The real tensors it reads and writes.
+        leaves: `(entry index, leaf position, value)` of every snapshot it reads.
+        seeds: `(entry index, value)` of every seed.
+        numbers: `(source, value)` of every number.
+        outputs: The value number of each output slot of each entry, in order of the entries.
+        gradients: `(parameter, value)`: what the parameter's `.grad` is when the step ends, where the step has
+            put a new tensor there; the value is None where it has put None there.
+    """
+
+    graph: Graph
+    lifted: list[Lifted]
+    leaves: list[tuple[int, int, int]]
+    seeds: list[tuple[int, int]]
+    numbers: list[tuple[NumberSource, int]]
+    outputs: dict[Slot, int]
+    gradients: list[tuple[weakref.ref, int | None]]
+
+
+def capture(
+    entries: list[Entry],
+    constants: Callable[[torch.optim.Optimizer], frozenset] = lambda _: frozenset(),
+    flags: dict[int, tuple[torch.Tensor, bool]] | None = None,
+    order: list[tuple[int, bytes | int]] | None = None,
+) -> CapturedStep:
+    """Replays entries on fake tensors and records what torch dispatches.
+
+    Args:
+        entries: What to capture; the slots that they read must be their own or have values.
+        constants: Gives the paths of an optimizer's hyperparameters that have to be constants.
+        flags: `requires_grad` of state tensors when the first entry was recorded, by identity.
+        order: Gets the pieces of Python that the last backward runs, which do nothing then; see `backward_order`.
+
+    Returns:
+        The graph and what its inputs and outputs are.
+
+    Raises:
+        CaptureError: The entries cannot be expressed as a pure function of tensors and numbers.
+        NumberUsed: A number has to be a constant.
+    """
+    twins = Twins()
+    twins.grad_flags = flags or {}
+    recorder = twins.recorder
+    recorder.until = replay.__code__
+    fakes: dict[Any, torch.Tensor] = {}
+    leaves: list[tuple[int, int, int]] = []
+    seeds: list[tuple[int, int]] = []
+    numbers: list[tuple[NumberSource, int]] = []
+    seed_fakes: dict[int, torch.Tensor] = {}
+
+    pieces: dict[int, _Captured] = {}
+
+    def number(source: NumberSource, value: float) -> TracedNumber:
+        fake = twins.fake_like((), torch.float64)
+        numbers.append((source, recorder.value_of(fake)))
+        return TracedNumber(value, fake, source)
+
+    def hyperparameter(index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedNumber:
+        return number(NumberSource(index, path, optimizer), value)
+
+    def resolve_in(index: int, entry: Entry):
+        def resolve(leaf: Any, position: int) -> Any:
+            if type(leaf) is Slot:
+                if leaf not in fakes:
+                    assert leaf.value is not None
+                    fakes[leaf] = twins.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
+                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
+                return fakes[leaf]
+            if type(leaf) is Input:
+                if leaf not in fakes:
+                    fakes[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
+                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
+                return fakes[leaf]
+            if position in entry.numbers:
+                return number(NumberSource(index, position), leaf)
+            return leaf
+
+        return resolve
+
+    def run_part(part: Part, gradients: Any) -> Any:
+        """Replays what a piece of backward's Python has asked torch for, on the gradients that it is given now."""
+        fakes.update((slot, gradients[position]) for slot, position in zip(part.given, part.positions, strict=True))
+        for index in part.calls:
+            run(index, entries[index])
+        values = []
+        for position, leaf in enumerate(part.returned or ()):
+            value = resolve_in(part.end, entries[part.end])(leaf, position)
+            values.append(twins.twin(value) if isinstance(value, torch.Tensor) else value)
+        return part.piece.returned(values)
+
+    def piece_of(index: int, entry: Entry) -> "_Captured | None":
+        if entry.piece is None:
+            return None
+        return pieces.setdefault(id(entry.piece), _Captured(index, run_part, order))
+
+    def run(index: int, entry: Entry) -> None:
+        """Replays one entry, and notes what its slots are."""
+        recorder.where = entry.where
+        if entry.seed is not None:
+            if index not in seed_fakes:  # a block that is computed again draws the same
+                seed_fakes[index] = twins.fake_like((), torch.int64)
+                seeds.append((index, recorder.value_of(seed_fakes[index])))
+            recorder.seed_with(seed_fakes[index])
+        with contextlib.ExitStack() as prepared:
+            prepared.enter_context(as_called(entry))
+            for optimizer in entry.optimizers if entry.function is not step_ends else ():
+                of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
+                prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
+            if entry.optimizers:
+                prepared.enter_context(twins.numbers_in_steps())
+            results = results_of(entry, replay(entry, resolve_in(index, entry), piece_of(index, entry)))
+        if entry.outputs is None:  # a whole step, of which nobody knows yet what it returns
+            entry.outputs = [Slot(fake, entry.device) for fake in results]
+        if entry.seed is not None:
+            recorder.seed_with(None)
+        assert len(results) >= len(entry.outputs)
+        fakes.update(zip(entry.outputs, results, strict=False))
+
+    def run_block(start: int, end: int) -> None:
+        """Replays a checkpointed block, in a checkpoint of its own."""
+        block = entries[start:end]
+        inside = {slot for entry in block for slot in entry.outputs}
+        given = list({slot: None for entry in block for slot in entry.slots() if slot not in inside})
+        needed = {slot for entry in entries[end:] for slot in entry.slots()}
+        results = [slot for slot in inside if slot in needed or slot.live]
+        for index in range(start, end):  # what is computed again has to read the same inputs of the graph
+            for position, leaf in enumerate(entries[index].leaves):
+                if type(leaf) is Input or (type(leaf) is Slot and leaf not in inside):
+                    resolve_in(index, entries[index])(leaf, position)
+
+        runs = [0]
+
+        def recompute(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outer = {slot: fakes.get(slot) for slot in given}
+            fakes.update(zip(given, arguments, strict=True))
+            runs[0] += 1
+            place = len(order or ())
+            for index in range(start, end):
+                if order is not None and runs[0] > 1:  # in backward, up to where torch stops it
+                    order[place:] = [(start, index + 1 - start)]
+                run(index, entries[index])
+            found = tuple(fakes[slot] for slot in results)
+            fakes.update({slot: fake for slot, fake in outer.items() if fake is not None})
+            return found
+
+        with torch.enable_grad() if entries[start].ambient.grad else torch.no_grad():
+            found = checkpoint(recompute, *[fakes[slot] for slot in given], use_reentrant=False)
+        fakes.update(zip(results, found, strict=True))
+
+    index = 0
+    while index < len(entries):
+        end = index + 1
+        while end < len(entries) and not entries[index].optimizers and _runs_along(entries[index], entries[end]):
+            end += 1
+        for entry in entries[index:end]:
+            for optimizer in entry.optimizers:
+                optimizer_init.prepare(optimizer, twins.has_gradient)
+        twins.device = entries[index].device
+        with twins.recording(), _no_new_state(entries[index:end]):
+            while index < end:
+                if entries[index].is_in_backward:  # its backward has run it
+                    index += 1
+                    continue
+                if order is not None:
+                    order.clear()
+                for part in parts_of(entries, index) if entries[index].function is torch.Tensor.backward else ():
+                    pieces[id(part.piece)].parts.append(part)
+                region = entries[index].region
+                stop = index + 1
+                while region and stop < end and entries[stop].region == region:
+                    stop += 1
+                if region:
+                    run_block(index, stop)
+                else:
+                    run(index, entries[index])
+                index = stop
+    with twins.recording():
+        outputs = {
+            slot: recorder.value_of(twins.twin(fakes[slot]))
+            for entry in entries
+            for slot in entry.outputs
+            if slot in fakes
+        }
+        lifted, gradients = _state(twins)
+    fakes.clear()
+    twins.let_go()
+    if recorder.missing is not None:
+        raise recorder.missing
+    if any(item.tensor() is None for item in lifted):
+        raise CaptureError(
+            reason="the step makes a tensor of host data while it runs (torch.from_numpy and the like); a compiled "
+            "step would use the first data for ever"
+        )
+    return CapturedStep(recorder.graph, lifted, leaves, seeds, numbers, outputs, gradients)
+
+
+class _Captured(ReplayedPiece):
+    """A piece of backward's Python in a graph of fake tensors."""
+
+    def __init__(self, index: int, run: Callable[[Part, Any], Any], order: list[tuple[int, bytes | int]] | None):
+        self._index, self._run, self._order = index, run, order
+        self.parts: list[Part] = []
+
+    def backward(self, gradients: Any) -> Any:
+        if self._order is not None and not self.parts:
+            there = bytes(position for position, gradient in enumerate(gradients) if gradient is not None)
+            self._order.append((self._index, there))
+            return NotImplemented
+        return self._run(self.parts.pop(0), gradients) if self.parts else None
+
+
+def backward_order(
+    entries: list[Entry], flags: dict[int, tuple[torch.Tensor, bool]]
+) -> tuple[tuple[int, bytes | int], ...]:
+    """The order in which the last entry, a backward, runs the Python that entries have put into the graph.
+
+    Args:
+        entries: A tape.
+        flags: See `capture`.
+
+    Returns:
+        For each piece of Python the index of its entry, and the positions of its results that get a gradient; for each
+        checkpointed block the index of its first entry, and how many are computed again.
+    """
+    order: list[tuple[int, bytes | int]] = []
+    capture(entries, flags=flags, order=order)
+    return tuple(order)
+
+
+def _runs_along(first: Entry, other: Entry) -> bool:
+    """Whether two entries are replayed without leaving the modes in between."""
+    return not other.optimizers and other.device == first.device
+
+
+@contextlib.contextmanager
+def _no_new_state(entries: list[Entry]) -> Iterator[None]:
+    """Takes what a captured `step` has put into an optimizer's state away again, and fails if it has changed any.
+
+    Raises:
+        CaptureError: The optimizer counts in Python, or makes state.
+    """
+    stepped = [(optimizer, optimizers.HostState(optimizer)) for entry in entries for optimizer in entry.optimizers]
+    try:
+        yield
+        for optimizer, state in stepped:
+            if state.changed():
+                raise optimizers.counts_in_python(optimizer)
+            if optimizers.has_fake_state(optimizer):
+                raise PassingCaptureError(reason=optimizers.NEW_STATE, where=entries[0].where)
+    finally:
+        for optimizer, state in stepped:
+            optimizers.drop_fake_state(optimizer)
+            state.restore()
+
+
+def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | None]]]:
+    recorder = twins.recorder
+    owners = {
+        id(gradient): weakref.ref(real)
+        for real in twins.lifted
+        if real.is_leaf and (gradient := real_gradient(real)) is not None
+    }
+    gradients: list[tuple[weakref.ref, int | None]] = []
+    for real in twins.lifted:
+        before = real_gradient(real) if real.is_leaf else None
+        after = twins.gradient(real)
+        if after is None:
+            if before is not None:
+                gradients.append((weakref.ref(real), None))
+        elif before is None or after is not twins.twin(before):
+            gradients.append((weakref.ref(real), recorder.value_of(after)))
+    lifted = [
+        Lifted(weakref.ref(real), owners.get(id(real)), twins.first_value(real), recorder.value_of(twins.twin(real)))
+        for real in twins.lifted
+    ]
+    return lifted, gradients

@@ -1,0 +1,107 @@
+"""What one call returns, found by running it on fake tensors: shapes and dtypes, no values."""
+
+from typing import Any
+
+import torch
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.capture.fake_mode import Twins
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
+from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, replay
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
+    """Runs an entry on fake tensors.
+
+    Args:
+        entry: The call; its outputs are not known yet.
+        gradients_exist: Whether to give every leaf that requires one a `.grad`, as for a call that clips them.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        Exception: Whatever the call raises.
+    """
+    twins = Twins()
+    twins.device = entry.device
+    arguments: dict[int, torch.Tensor] = {}
+    same: dict[Any, torch.Tensor] = {}
+
+    def resolve(leaf: Any, position: int) -> Any:
+        if type(leaf) is Slot:
+            if leaf not in same:
+                meta = leaf.meta
+                fake = twins.fake_like(tuple(meta.shape), meta.dtype, meta.stride(), meta.requires_grad)
+                with torch.enable_grad():
+                    same[leaf] = fake.clone() if meta.requires_grad else fake
+            arguments[position] = same[leaf]
+        elif type(leaf) is Input:
+            if leaf not in same:
+                same[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
+            arguments[position] = same[leaf]
+        elif isinstance(leaf, torch.Tensor):
+            arguments[position] = twin = twins.twin(leaf)
+            if gradients_exist and twin.requires_grad:
+                with torch._C.DisableTorchFunction():
+                    twin.grad = twins.fake_like(twin.shape, twin.dtype)
+        else:
+            return leaf
+        return arguments[position]
+
+    with twins.recording():
+        twins.recorder.seed_with(twins.fake_like((), torch.int64))
+        result = replay(entry, resolve)
+        written = tuple(position for position, fake in arguments.items() if twins.recorder.was_written(fake))
+        gains = any(type(entry.leaves[p]) is Input and arguments[p].requires_grad for p in written)
+    leaves, structure = flatten(result)
+    positions = {id(fake): position for position, fake in reversed(arguments.items())}
+    storages = {fake.untyped_storage()._cdata: position for position, fake in reversed(arguments.items())}
+    metas: dict[int, tuple[int, torch.Tensor]] = {}
+    distinct: dict[int, int] = {}
+    found: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, _PLAIN):
+                raise CaptureError(f"{entry.function} returns a {type(leaf).__name__}", user_line())
+            found.append(leaf)
+            continue
+        distinct.setdefault(id(leaf), len(distinct))
+        real = twins.twin(leaf)  # a state tensor that is handed back is the real one
+        if id(real) in positions:
+            found.append(Argument(positions[id(real)]))
+        else:
+            index, _ = metas.setdefault(id(leaf), (len(metas), leaf))
+            found.append(Output(index))
+    fresh = tuple(distinct[id(meta)] for _, meta in metas.values())
+    views = tuple(storages.get(meta.untyped_storage()._cdata, -1) for _, meta in metas.values())
+    return CallShape(
+        structure=structure,
+        leaves=tuple(found),
+        metas=tuple(_cut(twins, meta) for _, meta in metas.values()),
+        fresh=fresh,
+        writes=written,
+        views=views,
+        has_views=any(position >= 0 for position in views),
+        random=any(node.seed is not None for node in twins.recorder.graph.nodes),
+        gains_history=gains,
+        is_single=structure.kind is None and isinstance(found[0], Output),
+    )
+
+
+def _cut(twins: Twins, fake: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like `fake` that does not keep the graph behind it alive."""
+    with twins.fake_mode:
+        empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+        with torch.enable_grad():
+            return empty.requires_grad_().clone() if fake.requires_grad else empty
+
+
+def with_gradient(meta: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like `meta` that requires a gradient."""
+    with meta.fake_mode, torch.enable_grad():  # type: ignore[attr-defined]
+        return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype).requires_grad_().clone()

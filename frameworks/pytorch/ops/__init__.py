@@ -1,0 +1,1 @@
+"""Our own `torch.library` operators, with their eager implementations."""

@@ -1,0 +1,1 @@
+"""Runs programs: found by signature, their arguments bound, their results stored."""

@@ -1,0 +1,183 @@
+"""Every compiled tape of a process, found by signature."""
+
+import time
+
+import torch
+
+from trainingcompiler.compiling.gc_pause import collector_at_rest
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
+from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
+from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
+from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
+from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledTape, Held, Purpose
+from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import Pace
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
+from trainingcompiler.frameworks.pytorch.runtime.tensor_parallel_dims import Layers
+from trainingcompiler.frameworks.pytorch.state.gradient_memory import GradientMemory
+from trainingcompiler.frameworks.pytorch.state.offloaded import PlacedCell
+from trainingcompiler.frameworks.pytorch.state.prefetch import Mover
+from trainingcompiler.frameworks.pytorch.state.sharded import Division
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import Cell, CellRegistry
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
+from trainingcompiler.parallel import spmd
+from trainingcompiler.reporting.events import Recompiled, emit, phase
+from trainingcompiler.reporting.statistics import current as statistics
+from trainingcompiler.targets.target import Target
+
+GradFlags = dict[int, tuple[torch.Tensor, bool]]
+_MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too often for compiling them to pay
+
+
+class ProgramCache:
+    """Every tape that has been compiled in this process.
+
+    Attributes:
+        target: What for.
+        pace: How far the loop is ahead of a GPU.
+        gradients: The memory of gradients that programs write; None where they return new ones.
+        verify: When results are compared with torch's: "first", "always" or "off".
+        added_bytes: The most that one of them needs besides its arguments.
+    """
+
+    def __init__(self, book: OptimizerBook, target: Target, verify: str = "off"):
+        self.book = book
+        self.target = target
+        self.verify = verify
+        # Several workers, where they divide their state.
+        self.division = Division() if target.workers > 1 and target.strategy.divides_state else None
+        if self.division is not None:
+            self.cells = CellRegistry(PlacedCell, self.division.cell)
+        else:
+            self.cells = CellRegistry(Cell if target.device_count == 1 and target.platform == "cpu" else PlacedCell)
+        self.gradients = GradientMemory(self.cells) if target.is_one_cpu else None
+        self.layers = Layers()
+        self.pace = Pace()
+        self.added_bytes = 0
+        self.agreement = spmd.Agreement()
+        self._loops: dict[int, list[tuple]] = {}
+
+    def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
+        """Runs entries as one program, compiled if they are new.
+
+        Args:
+            entries: In order.
+            exports: The slots to give values to.
+            purpose: What becomes of the state and gradients that the entries write.
+            flags: `requires_grad` of each state tensor at the beginning, by identity.
+
+        Returns:
+            What is to be applied later, for `Purpose.HOLD`.
+
+        Raises:
+            CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
+                changed.
+        """
+        with outside_transforms():
+            return self._run(entries, exports, purpose, flags)
+
+    def _run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
+        numbering = {slot: number for number, slot in enumerate(slot for entry in entries for slot in entry.outputs)}
+        wanted = {numbering[slot] for slot in exports}
+        variants = programs_of(entries, purpose)
+        for compiled in variants:
+            with torch._C.DisableTorchFunction():
+                tensors = compiled.bound() if wanted <= compiled.exported else None
+            if tensors is not None:
+                break
+        else:
+            # A set of live results only grows, or two loops that differ in what they hold would compile in turn.
+            for older in variants:
+                wanted |= older.exported
+            slots = [slot for slot in numbering if numbering[slot] in wanted]
+            compiled = self._compile(entries, slots, purpose, flags)
+            variants.append(compiled)
+            tensors = compiled.bound()
+        assert tensors is not None
+        with torch._C.DisableTorchFunction():  # our own looks at tensors are nobody's business
+            return compiled.run(entries, tensors)
+
+    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "CompiledTape":
+        where = next((entry.where for entry in entries if entry.where), None)
+        if len(self._loops.get(_loop(entries), ())) >= _MOST_PROGRAMS:
+            reason = f"this loop has been compiled {_MOST_PROGRAMS} times; other shapes or constants are not compiled"
+            error = CaptureError(reason, where)
+            error.leaves = False
+            raise error
+        name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
+        if not any(entry.ambient.grad for entry in entries):
+            name = "evaluation"
+        start_s = time.perf_counter()
+        with Mover(self.cells if self.target.is_one_cpu else None) as mover:
+            if purpose is Purpose.COMMIT:
+                stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
+                mover.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
+            captured = self._captured(entries, name, where, flags)
+            compiled = CompiledTape(self, name, entries, captured, exports, purpose)
+            compiled.compile(mover)
+            self.added_bytes = max(self.added_bytes, compiled.added_bytes)
+        self._explain(entries, where, time.perf_counter() - start_s)
+        statistics().compiles += not compiled.is_empty
+        statistics().compile_time_s += time.perf_counter() - start_s
+        return compiled
+
+    def _captured(self, entries: list[Entry], name: str, where: str | None, flags: GradFlags) -> CapturedStep:
+        with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
+            try:
+                captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants, flags)
+            except (CaptureError, NumberUsed):
+                raise
+            except Exception as error:  # an error of the script's, most likely: torch will say which
+                raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], where) from error
+            running.detail += f"  {len(captured.graph.nodes):,} ops"
+        return captured
+
+    def _explain(self, entries: list[Entry], where: str | None, compile_time_s: float) -> None:
+        shapes = tuple(
+            (index, place, leaf.shape, leaf.dtype)
+            for index, entry in enumerate(entries)
+            for place, leaf in enumerate(entry.leaves)
+            if isinstance(leaf, Input)
+        )
+        seen = self._loops.setdefault(_loop(entries), [])
+        seen.append(shapes)
+        if len(seen) == 1 or len(seen[-2]) != len(shapes):
+            return
+        for old, new in zip(seen[-2], shapes, strict=True):
+            if old[2:] != new[2:]:
+                emit(
+                    Recompiled(
+                        changed=f"{leaf_name(entries[new[0]], new[1])}  {_described(old)} -> {_described(new)}",
+                        where=where,
+                        count=len(seen),
+                        compile_time_s=compile_time_s,
+                        cure=_cure(entries[new[0]].leaves[new[1]]),
+                    )
+                )
+                return
+
+
+def _cure(changed: Input) -> str:
+    last = "DataLoader(..., drop_last=True), if it is the last, smaller batch of an epoch"
+    selects = "torch.where or a mask, which keep the shape, if the script selects values"
+    return f"{last}; {'' if changed.origin is not None else selects + '; '}pad to few lengths otherwise"
+
+
+def _loop(entries: list[Entry]) -> int:
+    """What is called, whatever the shapes."""
+    assert entries[-1].call is not None
+    return entries[-1].call.loop
+
+
+def programs_of(entries: list[Entry], purpose: Purpose) -> list[CompiledTape]:
+    """The programs of entries, which are kept at the end of their path, and go with it."""
+    last = entries[-1].call
+    assert last is not None and entries[0].call is not None
+    is_path = entries[0].call.depth == 1 and last.depth == len(entries)
+    key = (purpose, None if is_path else tuple(entry.call.depth for entry in entries if entry.call is not None))
+    return last.programs.setdefault(key, [])
+
+
+def _described(shape: tuple) -> str:
+    return f"{str(shape[3]).removeprefix('torch.')}{list(shape[2])}"

@@ -1,0 +1,514 @@
+"""Python that runs inside of backward: `autograd.Function.backward`, and hooks of results.
+
+It runs at every step, as a forward's does. autograd alone knows when each piece runs. So where a path of the recording
+comes to its `backward()` for the first time, the tape is run once on fake tensors, which gives the order. From then on
+the pieces run in that order, given gradients that nobody has computed yet, and what each asks torch for is recorded.
+They lie on the tape behind the backward, between an entry `incoming` and an entry `outgoing`, and whoever runs the tape
+runs them where autograd does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.capture.capture import backward_order
+from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import SecondRun
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session.session import Session
+
+Gradients = Sequence[torch.Tensor | None]
+
+
+class NotRecordable(Exception):
+    """A function does what cannot be recorded: it is torch's to run."""
+
+
+class LeftToTorch(BaseException):
+    """Ends what is being recorded of a backward, as Python in it asks for what only torch can give.
+
+    No `Exception`: the script's Python, which it passes, may catch those.
+
+    Attributes:
+        error: What it has asked for, and at which line.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.error = CaptureError(reason, user_line())
+
+
+class Piece:
+    """Python that backward calls, at one place of the graph.
+
+    Attributes:
+        name: What a person calls it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def backward(self, gradients: Gradients) -> Any:
+        """Runs the script's Python.
+
+        Args:
+            gradients: Of the tensors that `attached` or `hooked` has returned; None where there is none.
+
+        Returns:
+            What the Python returns: for a function, gradients of its arguments; for a hook, a new gradient or None.
+        """
+        raise NotImplementedError
+
+    def returned(self, values: list[Any]) -> Any:
+        """What autograd is to get for the values of an `outgoing` entry."""
+        raise NotImplementedError
+
+
+class Hook(Piece):
+    """A hook that the script has registered on a result.
+
+    Attributes:
+        function: The hook.
+        is_removed: Whether the script has removed it.
+    """
+
+    def __init__(self, function: Callable):
+        super().__init__(f"a hook, {getattr(function, '__name__', type(function).__name__)},")
+        self.function = function
+        self.is_removed = False
+
+    def backward(self, gradients: Gradients) -> Any:
+        """Calls the hook."""
+        return None if self.is_removed else self.function(gradients[0])
+
+    def returned(self, values: list[Any]) -> Any:
+        """The gradient that the hook has put in the place of its own, or None."""
+        return values[0] if values else None
+
+
+class LeafHooks(Piece):
+    """The hooks that the script has registered on a parameter, as they are at a backward.
+
+    Args:
+        functions: Likewise, in their order.
+    """
+
+    def __init__(self, functions: list[Callable]):
+        name = getattr(functions[0], "__name__", type(functions[0]).__name__)
+        super().__init__(f"a hook of a parameter, {name},")
+        self._functions = functions
+
+    def backward(self, gradients: Gradients) -> Any:
+        """Calls the hooks, each with what the one before it has put in the gradient's place."""
+        gradient, is_another = gradients[0], False
+        for function in self._functions:
+            found = function(gradient)
+            if found is not None:
+                gradient, is_another = found, True
+        return gradient if is_another else None
+
+    def returned(self, values: list[Any]) -> Any:
+        """The gradient that the hooks have put in the place of torch's, or None."""
+        return values[0] if values else None
+
+
+class Handle:
+    """What `register_hook` returns for a result of the tape.
+
+    Args:
+        hook: Likewise.
+        removed: Is called when the script removes it.
+    """
+
+    def __init__(self, hook: Hook, removed: Callable[[], None]):
+        self._hook, self._removed = hook, removed
+        self.id = id(hook)
+
+    def remove(self) -> None:
+        """Has the hook not run any more."""
+        if not self._hook.is_removed:
+            self._removed()
+            self._hook.is_removed = True
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class Context:
+    """What a function is given as `ctx`, in place of torch's.
+
+    Attributes:
+        needs_input_grad: For each argument, whether it needs a gradient.
+        saved_tensors: What `save_for_backward` was given.
+        silent: The results that have no gradient, by identity.
+        materializes: Whether a gradient that is not there is given as zeros.
+    """
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]):
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple = ()
+        self.silent: set[int] = set()
+        self.materializes = True
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """See `torch.autograd.function.FunctionCtx`, here and below."""
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Any) -> None:
+        """Is for forward-mode gradients, which nothing here computes."""
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        """These results have no gradient."""
+        self.silent = set(map(id, tensors))
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether a gradient that is not there is given as zeros, or as None."""
+        self.materializes = value
+
+    def mark_dirty(self, *_: Any) -> None:
+        """Is not known: a function that writes to its arguments is torch's.
+
+        Raises:
+            NotRecordable: Always.
+        """
+        raise NotRecordable("writes to its arguments")
+
+
+class Function(Piece):
+    """An `autograd.Function` that was applied.
+
+    Args:
+        kind: The class.
+        context: What its forward was given.
+        positions: Those of the arguments that are tensors.
+        results: Which of the results of its forward are tensors.
+    """
+
+    def __init__(self, kind: Any, context: Context, positions: list[int], results: list[bool]):
+        super().__init__(f"backward() of {kind.__name__}")
+        self._kind, self._context, self._positions, self._results = kind, context, positions, results
+
+    def backward(self, gradients: Gradients) -> list[Any]:
+        """Calls the class's own `backward`; returns the gradients of the arguments that are tensors."""
+        given = iter(gradients)
+        found = self._kind.backward(self._context, *[next(given) if known else None for known in self._results])
+        found = found if isinstance(found, tuple) else (found,)
+        return [found[position] if position < len(found) else None for position in self._positions]
+
+    def returned(self, values: list[Any]) -> Any:
+        """The gradients of the arguments that are tensors."""
+        return values or None
+
+
+def attached(
+    piece: Any, inputs: Sequence[torch.Tensor], results: Sequence[torch.Tensor], silent: bytes, materializes: bool
+) -> tuple[torch.Tensor, ...]:
+    """The results of an applied function, with a gradient history, as an entry of the tape.
+
+    Args:
+        piece: Whose `backward` computes gradients; None where only shapes are asked for.
+        inputs: The function's arguments that are tensors.
+        results: What its forward has computed of them.
+        silent: Positions of the results that have no gradient.
+        materializes: Whether a gradient that is not there is given as zeros.
+
+    Returns:
+        Tensors like `results`.
+    """
+    # Views: whoever swaps real tensors for fake ones sees torch functions only.
+    given = [tensor.view_as(tensor) for tensor in (*inputs, *results)]
+    return _Attached.apply(piece, silent, materializes, len(inputs), *given)
+
+
+def hooked(piece: Any, result: torch.Tensor) -> None:
+    """Registers a hook, as an entry of the tape."""
+    if piece is None:
+        return
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+        found = piece.backward((gradient,))
+        return None if found is NotImplemented else found
+
+    result.register_hook(hook)
+
+
+def removed(piece: Any, result: torch.Tensor) -> None:
+    """A hook is removed, as an entry of the tape: another path, on which the hook does nothing."""
+
+
+def leaf_hooked(piece: Any, leaf: torch.Tensor) -> None:
+    """Registers a piece on a parameter before a backward, as an entry of the tape, in the place of the hooks it has."""
+    if piece is not None:
+        piece.suspend(leaf)
+        hooked(piece, leaf)
+
+
+def leaf_unhooked(piece: Any, leaf: torch.Tensor) -> None:
+    """The backward is over, as an entry of the tape: the parameter has its own hooks again."""
+    if piece is not None:
+        piece.resume()
+
+
+for function in (attached, hooked, removed, leaf_hooked, leaf_unhooked):
+    vars(function)["takes_piece"] = True
+
+
+def incoming(results: Sequence[torch.Tensor], positions: bytes) -> list[torch.Tensor]:
+    """The gradients that a piece is given, as an entry of the tape.
+
+    Args:
+        results: What they are the gradients of.
+        positions: Of which of the piece's results those are the gradients.
+
+    Returns:
+        Tensors of their shapes; who runs the tape has autograd's in their place.
+    """
+    return [torch.empty_like(result) for result in results]
+
+
+def outgoing(gradients: Any) -> Any:
+    """The gradients that a piece returns, as an entry of the tape."""
+    return gradients
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, piece, silent, materializes, count, *tensors):
+        ctx.piece, ctx.shapes = piece, [(tensor.shape, tensor.dtype) for tensor in tensors]
+        ctx.count = count
+        ctx.set_materialize_grads(materializes)
+        memory = {tensor.untyped_storage()._cdata for tensor in tensors[:count]}
+        results = tuple(
+            result.detach() if result.untyped_storage()._cdata in memory else result.clone()
+            for result in tensors[count:]
+        )
+        ctx.mark_non_differentiable(*[results[position] for position in silent])
+        return results
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        found = ctx.piece.backward(gradients)
+        if found is None:
+            found = [None] * ctx.count
+        elif found is NotImplemented:
+            found = [torch.zeros(shape, dtype=dtype) for shape, dtype in ctx.shapes[: ctx.count]]
+        return (None,) * 4 + (*found,) + (None,) * (len(ctx.shapes) - ctx.count)
+
+
+class BackwardPython:
+    """Records Python that backward runs.
+
+    Args:
+        session: Whose tape it is on.
+    """
+
+    def __init__(self, session: "Session"):
+        self._session = session
+
+    def apply(self, original: Callable, kind: Any, args: tuple) -> Any:
+        """Does what `kind.apply(*args)` does, of an `autograd.Function` some of whose arguments are on the tape."""
+        session = self._session
+        place = session.tape.place
+        needs = tuple(isinstance(argument, torch.Tensor) and _requires_gradient(argument) for argument in args)
+        differentiates = torch.is_grad_enabled() and any(needs)
+        context = Context(needs if differentiates else (False,) * len(args))
+        session.depth += 1
+        try:
+            with torch.no_grad():
+                found = self._forward(kind, context, args)
+        except NotRecordable as error:
+            return self._leave(place, f"{kind.__name__} {error}", original, kind, args)
+        finally:
+            session.depth -= 1
+        if not differentiates or session.is_in_torch:
+            return found if not differentiates else original(kind, *session.real(args))
+        results = found if isinstance(found, tuple) else (found,)
+        are_tensors = [isinstance(result, torch.Tensor) for result in results]
+        positions = [position for position, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
+        tensors = [result for result in results if isinstance(result, torch.Tensor)]
+        silent = bytes(position for position, result in enumerate(tensors) if id(result) in context.silent)
+        piece = Function(kind, context, positions, are_tensors)
+        given = ([args[position] for position in positions], tensors, silent, context.materializes)
+        try:
+            wrapped = iter(session.record_piece(attached, given, piece))
+        except CaptureError as error:
+            return self._leave(place, error.reason, original, kind, args)
+        session.tape.has_pieces = True
+        whole = tuple(next(wrapped) if known else result for known, result in zip(are_tensors, results, strict=True))
+        return whole if isinstance(found, tuple) else whole[0]
+
+    @staticmethod
+    def _forward(kind: Any, context: Context, args: tuple) -> Any:
+        if kind.setup_context is torch.autograd.Function.setup_context:
+            return kind.forward(context, *args)
+        found = kind.forward(*args)
+        kind.setup_context(context, args, found)
+        return found
+
+    def _leave(self, place: Any, reason: str, original: Callable, kind: Any, args: tuple) -> Any:
+        self._session.take_back(place)
+        self._session.run_eagerly(CaptureError(reason, user_line()))
+        return original(kind, *self._session.real(args))
+
+    def hook(self, result: DeferredTensor, function: Callable) -> Handle:
+        """Does what `result.register_hook(function)` does.
+
+        Raises:
+            CaptureError: It cannot be recorded.
+        """
+        session, slot = self._session, result.slot
+        if _is_of_torch(function):
+            raise CaptureError("a result has a gradient hook of torch's own", user_line())
+        hook = Hook(function)
+        session.record_piece(hooked, (result,), hook)
+        session.tape.has_pieces = True
+
+        def remove() -> None:
+            if not slot.committed:
+                session.record_piece(removed, (slot,), hook)
+
+        return Handle(hook, remove)
+
+    def hook_leaves(self) -> list[tuple[LeafHooks, torch.Tensor]]:
+        """Puts the hooks that parameters have at this moment on the tape, before a backward.
+
+        Raises:
+            CaptureError: One has hooks that look at its `.grad`.
+        """
+        session, found = self._session, []
+        for leaf, _ in list(session.tape.grad_flags.values()):
+            if not leaf.requires_grad:
+                continue
+            hooks = list((leaf._backward_hooks or {}).values())
+            is_torchs = session.workers is not None or any(map(_is_of_torch, hooks))
+            if leaf._post_accumulate_grad_hooks or (hooks and is_torchs):
+                raise CaptureError("a parameter has a gradient hook", user_line())
+            if session.accumulators.are_held(leaf):
+                reason = "the script holds the node of autograd's graph that accumulates a parameter's gradient"
+                raise CaptureError(f"{reason}, which may have hooks", user_line())
+            if hooks:
+                piece = LeafHooks(hooks)
+                session.record_piece(leaf_hooked, (leaf,), piece)
+                found.append((piece, leaf))
+        session.tape.has_pieces |= bool(found)
+        return found
+
+    def unhook_leaves(self, hooked: list[tuple[LeafHooks, torch.Tensor]]) -> None:
+        """Ends what `hook_leaves` has begun, after the backward."""
+        for piece, leaf in hooked:
+            self._session.record_piece(leaf_unhooked, (leaf,), piece)
+
+    def check(self, backward: Entry) -> None:
+        """Has a backward fail where torch's would: what a gradient needs was written to meanwhile.
+
+        Raises:
+            RuntimeError: As torch's.
+            CaptureError: The tape is none that can be run on fake tensors.
+        """
+        try:
+            self._find_order(backward)
+        except CaptureError as error:
+            if isinstance(error.__cause__, RuntimeError) and "modified by an inplace operation" in error.reason:
+                raise RuntimeError(str(error.__cause__)) from None
+            raise
+
+    def _find_order(self, backward: Entry) -> tuple[tuple[int, bytes | int], ...]:
+        call, tape = backward.call, self._session.tape
+        assert call is not None
+        if call.pieces is None:
+            with undeferred():
+                call.pieces = backward_order(tape.entries, tape.grad_flags)
+        return call.pieces
+
+    def run(self, backward: Entry, retains_graph: bool) -> None:
+        """Runs the Python that a backward runs, the last entry of the tape.
+
+        Args:
+            backward: Likewise.
+            retains_graph: Whether another backward may go through the same graph.
+
+        Raises:
+            LeftToTorch: It asks for what only torch can give.
+            CaptureError: The tape is none that can be run on fake tensors.
+        """
+        session, tape = self._session, self._session.tape
+        if not tape.has_pieces and not tape.blocks:
+            return
+        order = self._find_order(backward)
+        tape.is_in_backward = True
+        session.depth += 1
+        try:
+            with torch.no_grad(), session.mode.seeing():  # `backward()` is a torch function itself
+                for index, what in order:
+                    if isinstance(what, int):
+                        self._run_block_again(index, what)
+                    else:
+                        self._run_piece(tape.entries[index], what)
+        finally:
+            tape.is_in_backward = False
+            session.depth -= 1
+        if not retains_graph:  # what blocks were given is nobody's any more, and no result of a program
+            tape.block = None
+            for region in tape.ran_again & tape.blocks.keys():
+                tape.blocks[region].again = None
+
+    def _run_block_again(self, start: int, count: int) -> None:
+        """Runs the Python of a checkpointed block a second time, as eager does."""
+        tape = self._session.tape
+        region = tape.entries[start].region
+        block = tape.blocks.get(region)
+        if block is None or block.again is None or block.has_inner or self._session.workers is not None:
+            return
+        first = [entry for entry in tape.entries[start:] if entry.region == region]
+        second = tape.second_run = SecondRun(region, first, -1 if block.is_reentrant else count)
+        is_first = region not in tape.ran_again
+        tape.is_in_backward = False  # what it asks for, forward has been answered
+        session, buffers, depth = self._session, self._session.buffers, self._session.depth
+        session.depth = block.depth
+        session.buffers = buffers | {id(leaf) for e in first for leaf in e.leaves if isinstance(leaf, torch.Tensor)}
+        try:
+            with torch.enable_grad():
+                block.again()
+        except torch.utils.checkpoint._StopRecomputationError:
+            pass
+        finally:
+            tape.second_run, tape.is_in_backward = None, True
+            session.buffers, session.depth = buffers, depth
+        tape.ran_again.add(region)
+        reason = "a checkpointed block computes something else when it runs again"
+        if second.differs and not is_first:
+            raise LeftToTorch(reason)
+        if second.differs:
+            tape.asked = tape.asked or CaptureError(reason, tape.entries[start].where)
+
+    def _run_piece(self, entry: Entry, positions: bytes) -> None:
+        session, piece = self._session, entry.piece
+        if getattr(piece, "is_removed", False):
+            return
+        slots = entry.outputs or entry.leaves[:1]  # of a function, its results; of a hook, the result it looks at
+        gradients = session.record_piece(incoming, ([slots[position] for position in positions], positions), piece)
+        given: list[Any] = [None] * len(slots)
+        for position, gradient in zip(positions, gradients, strict=True):
+            given[position] = gradient
+        found = piece.backward(given)
+        session.record_piece(outgoing, (found if isinstance(found, list) else [found],), piece, returns=False)
+
+
+def _is_of_torch(hook: Callable) -> bool:
+    """Whether a hook is torch's own, as those of `register_multi_grad_hook`: they ask autograd where they are."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def _requires_gradient(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, DeferredTensor):
+        return tensor.slot.meta.requires_grad and not tensor.slot.freed
+    return tensor.requires_grad

@@ -1,0 +1,158 @@
+"""Looks and writes at what is pending: questions about deferred tensors, and calls that the tape's writes concern."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
+from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.session.function_mode import Kind
+from trainingcompiler.frameworks.pytorch.session.tape_writer import TapeWriter
+from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+
+
+class Looks(TapeWriter):
+    """What becomes of a look or a write before the tape has run."""
+
+    def metadata(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """What is known of a deferred tensor without its values."""
+        slot = args[0].slot
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            name = function.__self__.__name__
+            if devices.is_shown(name):
+                return devices.shown(name, slot.device)
+            return getattr(slot.meta, name)
+        if devices.is_shown(name):
+            return devices.shown(name, slot.device)
+        return function(slot.meta, *args[1:], **kwargs)
+
+    def graph_node(self, function: Callable, tensor: torch.Tensor) -> Any:
+        """`tensor.grad_fn`: autograd's own node, which a tensor of the tape has once torch has run the tape."""
+        if not isinstance(tensor, DeferredTensor):
+            node = function(tensor)
+        elif tensor.slot.meta.requires_grad:
+            node = self.run_with_history("grad_fn", function, (tensor,), {})
+        else:
+            return None
+        if node is not None:
+            self.accumulators.reach(node)
+        return node
+
+    def look(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """torch's own answer about real tensors, whose values the tape does not change."""
+        if kind is Kind.BACKWARD and self.has_backward:
+            self.settle()
+        return function(*args, **kwargs)
+
+    def set_flag(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`p.requires_grad_(...)`: Python sees it at once, and calls that are pending have seen the old flag."""
+        tensor = args[0]
+        before = tensor.requires_grad
+        result = function(*args, **kwargs)
+        if id(tensor) in self.tape.grad_flags and tensor.requires_grad != before:
+            entry = self.append(torch.Tensor.requires_grad_, (tensor, not before), {})
+            entry.writes = ()
+        return result
+
+    def require_gradient(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`h.requires_grad_()` or `h.requires_grad = ...` of a result, which becomes a leaf."""
+        tensor, flag = args[0], (*args[1:], *kwargs.values(), True)[0]
+        slot = tensor.slot
+        if slot.meta.requires_grad == flag:
+            return tensor
+        if not flag and not slot.meta.is_leaf and slot not in self.tape.new_leaves:
+            raise RuntimeError(
+                "you can only change requires_grad flags of leaf variables. If you want to use a computed variable in "
+                "a subgraph that doesn't require differentiation use var_no_grad = var.detach()."
+            )
+        if not flag or slot.committed:
+            return self.run_with_history("requires_grad_", function, args, kwargs)
+        self.record(torch.Tensor.requires_grad_, (tensor, True), {})
+        slot.meta = with_gradient(slot.meta)
+        self.tape.new_leaves.append(slot)
+        return tensor
+
+    def gradient_of_result(self, function: Callable, tensor: DeferredTensor) -> torch.Tensor | None:
+        """`h.grad`: None, unless `h.requires_grad_()` has made a leaf of a result."""
+        if self.has_backward and tensor.slot in self.tape.new_leaves:
+            self.run_eagerly(CaptureError("the gradient of a result is read", user_line()))
+        value = tensor.slot.value
+        return function(value) if tensor.slot.committed and value is not None else None
+
+    def draw(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Random numbers shaped like a deferred tensor, drawn by torch: the numbers are the ones that eager draws."""
+        if function is torch.normal:
+            return self._draw_normal(function, *args, **kwargs)
+        return function(self._empty_like(args[0]), *args[1:], **kwargs)
+
+    def draw_into(self, function: Callable, tensor: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        """Fills a tensor with random numbers that torch draws; tensor or arguments are deferred."""
+        args, kwargs = self.real(args), self.real(kwargs)
+        if not isinstance(tensor, DeferredTensor):
+            self.before_write([tensor])
+            return function(tensor, *args, **kwargs)
+        drawn = function(self._empty_like(tensor), *args, **kwargs)
+        return self.record(torch.Tensor.copy_, (tensor, drawn), {})
+
+    def _empty_like(self, tensor: DeferredTensor) -> torch.Tensor:
+        slot = tensor.slot
+        with torch._C.DisableTorchFunction():
+            return torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=slot.device)
+
+    def _draw_normal(self, function: Callable, mean: Any, std: Any = 1.0, *, generator=None, out=None) -> Any:
+        """`torch.normal` around means that are deferred, or so wide: torch draws, and the rest is recorded."""
+        if out is not None:
+            return self.run_with_history("normal", function, (mean, std), {"generator": generator, "out": out})
+        given = [value for value in (mean, std) if isinstance(value, torch.Tensor)]
+        shape = torch.broadcast_shapes(*[tuple(value.shape) for value in given])
+        around = torch.zeros(shape, dtype=given[0].dtype, device=given[0].device)
+        is_wide = isinstance(std, torch.Tensor)
+        with torch.no_grad():  # no gradient passes a draw
+            drawn = function(around, 1.0 if is_wide else std, generator=generator)
+            if is_wide:
+                drawn = self.record(torch.mul, (drawn, std), {})
+            return self.record(torch.add, (drawn, mean), {})
+
+    def is_written(self, tensor: torch.Tensor) -> bool:
+        try:
+            return tensor.untyped_storage()._cdata in self.tape.written
+        except (NotImplementedError, RuntimeError):  # sparse tensors have none
+            return False
+
+    def after_write(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call on a tensor that pending calls write to."""
+        tensors, _ = tensors_among(args, kwargs)
+        known = all(not self.is_written(t) or id(t) in self.tape.grad_flags for t in tensors)
+        is_recorded = known and kind in (Kind.OPERATOR, Kind.IN_PLACE) and not section.handling
+        if is_recorded and (self.depth or not torch.is_grad_enabled()):
+            return self.record(function, args, kwargs)
+        if kind is Kind.FLAG and not section.handling:
+            return self.set_flag(function, args, kwargs)
+        self.settle()
+        return function(*args, **kwargs)
+
+    def before_write(self, tensors: list[torch.Tensor]) -> None:
+        """Computes what has read the state that is about to be written to."""
+        if not self.tape or not tensors:
+            return
+        storages = {tensor.untyped_storage()._cdata for tensor, _ in self.tape.grad_flags.values()}
+        if any(_storage(tensor) in storages for tensor in tensors):
+            self.settle()
+
+    def run_with_history(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.needs_gradient(args, kwargs) and (torch.is_grad_enabled() or name != "requires_grad_"):
+            self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
+        return function(*self.real(args), **self.real(kwargs))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0

@@ -1,0 +1,539 @@
+"""The session: sees what an unmodified loop asks torch for, and records it.
+
+All of the script's Python runs. What it asks torch for while it trains is written on the tape (`record`), compared with
+the recording, and answered without running a kernel. The tape runs when it ends (`commit`) or somebody looks (`value`).
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
+
+from trainingcompiler.config import TrainingCompilerConfig
+from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.dynamo import as_written
+from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves
+from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import READS
+from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulators
+from trainingcompiler.frameworks.pytorch.session.backward_python import BackwardPython
+from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import begin_region, begun, run_again
+from trainingcompiler.frameworks.pytorch.session.custom_optimizers import CustomSteps
+from trainingcompiler.frameworks.pytorch.session.ddp import Workers, averages_unseen, not_joined, obstacle
+from trainingcompiler.frameworks.pytorch.session.eval_policy import Evaluations, key_of
+from trainingcompiler.frameworks.pytorch.session.fallback import ANOMALY, Fallbacks
+from trainingcompiler.frameworks.pytorch.session.function_mode import FunctionMode, Kind, kind_of, leaves_history
+from trainingcompiler.frameworks.pytorch.session.looks import Looks
+from trainingcompiler.frameworks.pytorch.session.optimizer_step import Stepping
+from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
+from trainingcompiler.frameworks.pytorch.session.torch_compile import TorchCompile
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import check_owned
+from trainingcompiler.frameworks.pytorch.tape.arguments import is_pending, tensors_among
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.planning import planner
+from trainingcompiler.reporting.statistics import current as statistics
+
+_MOST_CALLS = 512  # of modules; a list of results that nobody looks at must not grow a tape without end
+_LONGEST_TAPE = 8192  # calls of functions
+
+
+class Session(Looks):
+    """Everything that is known about the training loops of this process.
+
+    Attributes:
+        config: What the user asked for.
+        stepping: What ends a step.
+        backward_python: Python that runs inside of backward.
+        custom_steps: The steps of optimizers that are not torch's.
+        torch_compile: What becomes of `torch.compile`.
+        is_closed: Whether it is over.
+    """
+
+    def __init__(self, config: TrainingCompilerConfig):
+        self._modes = threading.local()
+        self.is_closed = True
+        self._deferring = self._defers_next = self._is_forked = False
+        super().__init__(config)
+        self.config = config
+        if self.programs.target.workers > 1:
+            self.workers = Workers(self)
+            self.fallbacks = Fallbacks(config, self.workers.left_to_torch)
+        self.stepping = Stepping(self)
+        self.custom_steps = CustomSteps(self)
+        self.backward_python = BackwardPython(self)
+        self.accumulators = Accumulators()
+        self.torch_compile = TorchCompile(self)
+        self._evaluations = Evaluations()
+        self._thread = threading.current_thread()
+        self._owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def mode(self) -> FunctionMode:
+        """What sees torch's functions in this thread: each has a stack of modes of its own."""
+        if not hasattr(self._modes, "mode"):
+            self._modes.mode = FunctionMode(self)
+        return self._modes.mode
+
+    @property
+    def deferring(self) -> bool:
+        """Whether calls are recorded at this moment; the engine turns it on and off between steps."""
+        return self._deferring
+
+    @deferring.setter
+    def deferring(self, value: bool) -> None:
+        self._defers_next = value
+        if value or not self.tape or self._is_forked:
+            self._set_deferring(value)
+
+    def emptied(self) -> None:
+        """Turns recording off, if that has waited for calls which were pending: nothing may pass them unseen."""
+        if self._deferring and not self._defers_next:
+            self._set_deferring(False)
+
+    def _set_deferring(self, value: bool) -> None:
+        self._deferring = value
+        if value and not self.is_closed:
+            self.mode.go_up()
+        else:
+            self.mode.come_down()  # torch's own step, and what `torch.compile` makes of it, see no mode
+
+    # -- what the loop does -------------------------------------------------------------------------------------
+
+    def call_module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Does what calling a module does: its Python runs, and what it asks torch for is recorded or run."""
+        if self.depth or self.is_unwatched():
+            return original(module, *args, **kwargs)
+        in_torch, module = module, as_written(module)
+        if isinstance(module, DistributedDataParallel):
+            if self.workers is not None:
+                return self.workers.call(original, module, args, kwargs)
+            if averages_unseen(module):
+                if not self.fallbacks.covers(module):
+                    self.fallbacks.leave(not_joined(), [module, module.module])
+            elif obstacle(module) is None:
+                module = in_torch = as_written(module.module)  # of one process: there is nothing to average
+        with torch._C.DisableTorchFunction():
+            is_deferrable = self.is_deferrable(module, args, kwargs)
+        if not is_deferrable:
+            self.backward_compiled &= not torch.is_grad_enabled()
+            return self._run_in_torch(original, in_torch, module, args, kwargs)
+        self._sweep()
+        self._bound_tape()
+        if not torch.is_grad_enabled() and not self.tape:
+            return self._run_at_once(original, in_torch, module, args, kwargs)
+        if id(module) in self._called_since_backward:  # gradient accumulation: one program for each micro-batch
+            self.commit()
+        return self._run_recorded(original, module, args, kwargs)
+
+    def function(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `function(*args, **kwargs)` does, of which the script, or a library that it uses, has asked torch.
+
+        It is recorded if a deferred value takes part, if it is part of a recorded call of a module, or if it computes
+        something that has to be differentiated from what an optimizer trains.
+        """
+        if is_replaying() or self.is_closed or not self.is_own_thread:
+            return function(*args, **kwargs)
+        kind = kind_of(function)
+        if kind is Kind.QUERY:
+            first = args[0] if args else None
+            return self.metadata(function, args, kwargs) if type(first) is DeferredTensor else function(*args, **kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
+        tensors, is_deferred = tensors_among(args, kwargs)
+        if is_deferred:
+            return self.call(function, args, kwargs)
+        if not self.deferring or self.is_in_torch or self.custom_steps.is_over:
+            result = function(*args, **kwargs)
+            if kind is Kind.BACKWARD and self.workers is not None:  # a forward that was recorded up to its middle
+                self.workers.after_backward()
+            return result
+        if self.tape.written and any(map(self.is_written, tensors)):
+            return self.after_write(kind, function, args, kwargs)
+        # In a signal's handler, which may have come in the middle of a recorded call, nothing is recorded.
+        if kind is Kind.NATIVE or kind is Kind.DRAW or section.handling:
+            return function(*args, **kwargs)
+        if kind is Kind.FLAG:
+            return self.set_flag(function, args, kwargs)
+        if kind in (Kind.READ, Kind.OPAQUE, Kind.BACKWARD, Kind.GRADIENT):
+            return self.look(kind, function, args, kwargs)
+        if kind is Kind.DRAW_INTO:
+            self.before_write(tensors)
+            return function(*args, **kwargs)
+        if self.depth and kind is not Kind.SET:
+            if tensors or kind is Kind.FACTORY:
+                return self.record(function, args, kwargs)
+        elif self._trains_with(kind, function, tensors):
+            if self.has_backward and any(id(tensor) in self.tape.grad_flags for tensor in tensors):
+                self.commit()  # the next micro-batch, or the next step of a loop that updates by hand
+            return self.record(function, args, kwargs)
+        elif kind in (Kind.SET, Kind.IN_PLACE) or "out" in kwargs or kwargs.get("inplace"):
+            self.before_write(tensors)
+        return function(*args, **kwargs)
+
+    @section.around
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
+        kind = kind_of(function)
+        if kind is Kind.QUERY:
+            return self.metadata(function, args, kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
+        name = getattr(function, "__name__", "")
+        if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
+            return self.gradient_of_result(function, args[0])
+        if name in ("isnan", "isinf") and args[0].slot.finite:
+            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
+        if name in READS and not is_replaying() and not self.depth:  # inside a forward, torch has the answer
+            statistics().host_reads += 1
+        if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
+            self._leave_tape_to_torch()
+        if name == "numpy" and args[0].slot.meta.requires_grad and kwargs.get("force") is not True and not args[1:]:
+            return function(_refused())
+        if function is torch.Tensor.backward and args[0].slot.late is not None and self.is_own_thread:
+            return self.record_backward(*args, **kwargs)
+        if is_replaying() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
+            return function(*self.real(args), **self.real(kwargs))
+        if self._bound_tape():
+            return function(*self.real(args), **self.real(kwargs))
+        first = args[0] if args else None
+        if isinstance(first, DeferredTensor) and devices.leads_away(function, args, kwargs, first.slot.device):
+            if self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
+                self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
+            return function(*self.real(args), **self.real(kwargs))
+        if kind is Kind.FLAG:
+            result = self.require_gradient(function, args, kwargs)
+            return None if name == "__set__" else result  # torch never lets go of what an assignment gives
+        if name == "register_hook" and torch.is_grad_enabled() and self.needs_gradient(args, {}):
+            try:
+                return self.backward_python.hook(*args, **kwargs)
+            except CaptureError as error:
+                self.run_eagerly(error)
+                return function(*self.real(args), **self.real(kwargs))
+        if kind is Kind.SET and getattr(getattr(function, "__self__", None), "__name__", "") == "data":
+            self.before_write([args[0]])
+            return function(*self.real(args))  # `p.data = ...`: values without a history
+        if name == "as_subclass" and args[1:] == (torch.Tensor,):
+            return args[0]
+        if kind in (Kind.OPAQUE, Kind.SET, Kind.NATIVE, Kind.FLAG) or kwargs.get("create_graph"):
+            return self.run_with_history(name, function, args, kwargs)
+        if kind is Kind.BACKWARD:
+            record = self.record_backward if function is torch.Tensor.backward else self.record_backwards
+            record(*args, **kwargs)
+            if self.workers is not None:
+                self.workers.after_backward()
+            return None
+        if name == "__iter__":
+            return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
+        if kind is Kind.DRAW:  # it looks at shapes only: torch draws, with its own generator
+            return self.draw(function, args, kwargs)
+        is_draw = kind is Kind.DRAW_FROM or kind is Kind.DRAW_INTO
+        if is_draw and (name == "multinomial" or not self.differentiates(args, kwargs)):  # its result has no gradient
+            if kind is Kind.DRAW_INTO:
+                return self.draw_into(function, args[0], args[1:], kwargs)
+            return function(*self.real(args), **self.real(kwargs))
+        return self.record(function, args, kwargs)
+
+    # -- threads and forks --------------------------------------------------------------------------------------
+
+    @section.around
+    def stepped_elsewhere(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes that torch has made a step in another thread than the one that is watched.
+
+        The thread that makes the first step is the one that trains, and so is the next one when it has ended.
+        """
+        if self.is_closed:
+            return
+        if not self.tape and (not self.book.has_stepped or not self._thread.is_alive()):
+            self._thread = threading.current_thread()
+            self.deferring = self._deferring
+            self.book.stepped(optimizer, "eager")
+            return
+        statistics().step_finished("eager", time.monotonic())
+        name, trains = threading.current_thread().name, self._thread.name
+        reason = f"thread {name} trains while {trains} does, and the steps of one thread are compiled"
+        self.fallbacks.say(CaptureError(reason, user_line()))
+
+    @section.around
+    def before_fork(self) -> None:
+        """Computes what the child may look at: it has no XLA to compute it with."""
+        if not _is_inside_torch():
+            if self.workers is None:
+                self.commit()
+            for slot in self.tape.live_slots():
+                self.value(slot)
+
+    def leave_child(self) -> None:
+        """Records nothing more, in a forked child; what is pending is torch's where a gradient has to pass it."""
+        self._is_forked, self._thread = True, threading.current_thread()
+        self.deferring = False
+
+    def _is_left_alone(self) -> bool:
+        # Workers run a program together, in the order of the threads that train.
+        return _is_inside_torch() or (self.workers is not None and not self.is_own_thread)
+
+    def _leave_tape_to_torch(self) -> None:
+        entries, self.tape.entries = self.tape.entries, []
+        with undeferred():
+            run_in_torch(entries)
+
+    # -- Python that torch calls, or does not see ---------------------------------------------------------------
+
+    def apply(self, original: Callable, kind: Any, args: tuple, kwargs: dict) -> Any:
+        """Does what `autograd.Function.apply` does, whose Python torch calls from C++."""
+        if self.is_unwatched() or self.is_in_torch or not self.deferring:
+            return original(kind, *args, **kwargs)
+        tensors, is_deferred = tensors_among(args, kwargs)
+        if kind is CheckpointFunction and (self.depth or is_deferred):
+            return self._run_block(*args)
+        if not is_deferred and not (self.depth and any(tensor.requires_grad for tensor in tensors)):
+            return original(kind, *args, **kwargs)
+        if not kwargs and not kind.__module__.startswith("torch.") and not section.handling:
+            return self.backward_python.apply(original, kind, args)
+        if torch.is_grad_enabled() and self.needs_gradient(args, kwargs):
+            self.run_eagerly(CaptureError(f"{kind.__name__} is an autograd.Function", user_line()))
+        return original(kind, *self.real(args), **self.real(kwargs))
+
+    def _run_block(self, function: Callable, preserves: bool, *args: Any) -> Any:
+        """A checkpointed block of the reentrant kind: its Python runs, and what it computes is computed again."""
+        tape = self.tape
+        tensors, is_deferred = tensors_among(args, {})
+        grad = torch.is_grad_enabled() and (self.needs_gradient(args, {}) or any(t.requires_grad for t in tensors))
+        with torch.set_grad_enabled(grad):
+            if tape.second_run is not None:
+                return function(*args)
+            outer = tape.region
+            with begun(self):
+                tape.region = begin_region(self, run_again(function, args), is_reentrant=True)
+                try:
+                    return function(*args)
+                finally:
+                    tape.region = outer
+
+    def call_unseen(self, function: Any, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Calls what torch runs without asking its modes: a scripted function."""
+        _, is_deferred = tensors_among(args[1:], kwargs)
+        if not is_deferred:
+            return original(*args, **kwargs)
+        if self.needs_gradient(args[1:], kwargs) and torch.is_grad_enabled():
+            self.run_eagerly(CaptureError(f"the scripted function {function.name} is no Python", user_line()))
+        return original(function, *self.real(args[1:]), **self.real(kwargs))
+
+    def transformed(self, value: Any) -> Any:
+        """What `torch.func` gets of an argument: it looks at tensors in C++."""
+        if not isinstance(value, DeferredTensor):
+            return value
+        slot = value.slot
+        self.keep_history("a function that torch.func transforms", (value,), {})
+        return self.value(slot)
+
+    def reads_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What `tensor.grad` is, if only the tape knows, in whatever thread; None if torch knows it."""
+        if self._is_left_alone():
+            return None
+        pending = self.custom_steps.gradient(tensor) if self.is_own_thread else None
+        if pending is not None:
+            return pending
+        if self.has_backward:
+            self.commit()
+        if self.has_backward and id(tensor) in self.tape.with_gradients():  # its graph is retained
+            self.settle()
+        self.book.reads_gradient(tensor)
+        return None
+
+    @section.around
+    def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """What to store for `tensor.grad = gradient`."""
+        if self.is_unwatched():
+            return gradient
+        if self.has_backward:
+            self.settle()
+        self.book.writes_gradient(tensor, gradient)
+        if gradient is not None and torch._debug_has_internal_overlap(gradient) == 1:  # a program could not write to it
+            self.backward_compiled = False
+            self.fallbacks.say(PassingCaptureError("a gradient whose elements share memory is assigned", user_line()))
+        return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
+
+    @section.around
+    def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
+        """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
+        if self.is_unwatched():
+            return
+        if self.has_backward and not (set_to_none and self.drop_backward({id(parameter) for parameter in parameters})):
+            self.commit()  # to be zeros, gradients have to be there
+        if self.has_backward and not self.tape.with_gradients().isdisjoint(map(id, parameters)):
+            self.settle()
+        self.book.clears_gradients(owner, parameters, set_to_none)
+
+    # -- calls of modules ---------------------------------------------------------------------------------------
+
+    def _run_recorded(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Runs a module's Python, and records what it asks torch for."""
+        tensors = self.modules.tensors(module)
+        self.buffers = {id(buffer) for buffer in tensors.buffers} - tensors.replaced
+        self.replaced = tensors.replaced
+        with torch._C.DisableTorchFunction():
+            self.device = devices.of(tensors.parameters) or self.device
+        self.tape.inputs.clear()
+        self.tape.roots.append(module)
+        self.new_root = module
+        self.origins = _origins(module, args, kwargs)
+        if planner.current is not None:
+            return self.record(module, args, kwargs)
+        self.depth += 1
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            self.depth -= 1
+            if not torch.is_grad_enabled():
+                self.is_in_torch = False
+
+    def _run_in_torch(self, original: Callable, in_torch: nn.Module, module: nn.Module, args: tuple, kwargs: dict):
+        self.keep_history(type(module).__name__, args, kwargs)
+        args, kwargs = self.real_arguments(args), {name: self.real_arguments(kwargs[name]) for name in kwargs}
+        if self.tape.written:  # torch would not see what pending calls write
+            self.settle()
+        with section.outside(), undeferred(), self.torch_compile.in_torch(module):
+            return original(in_torch, *args, **kwargs)
+
+    def _run_at_once(self, original: Callable, in_torch: nn.Module, module: nn.Module, args: tuple, kwargs: dict):
+        """A call that needs no gradient: one program, run now; or torch, while it is not worth a program."""
+        key = key_of(module, *flatten((args, kwargs)))
+        waits = self._may_wait and self._evaluations.waits(module, key)
+        compiles = statistics().compiles
+        start_s = time.perf_counter()
+        if waits:
+            drawn = devices.generator_state(self.device)
+            result = self._run_in_torch(original, in_torch, module, args, kwargs)
+            is_random = drawn != devices.generator_state(self.device)
+            self._evaluations.waited(module, key, time.perf_counter() - start_s, is_random)
+            return result
+        drawn = devices.generator_state(self.device)
+        result = self._run_recorded(original, module, args, kwargs)
+        is_random = drawn != devices.generator_state(self.device)
+        self.commit()
+        if statistics().compiles > compiles:
+            self._evaluations.compiled(module, key, time.perf_counter() - start_s, is_random)
+        return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, result)
+
+    @property
+    def _may_wait(self) -> bool:
+        # Workers and devices have to do the same, whoever is faster.
+        target = self.programs.target
+        return target.device_count == target.workers == 1 and planner.current is None
+
+    # -- questions ----------------------------------------------------------------------------------------------
+
+    def is_unwatched(self) -> bool:
+        """Whether nothing is recorded of what this thread does now."""
+        return _is_inside_torch() or self.is_closed or not self.is_own_thread or self._is_forked
+
+    def reads_inside(self, leaves: list[Any]) -> bool:
+        """Whether a compound function, called with these, is to be recorded by what it calls, and not run as one."""
+        if any(isinstance(leaf, DeferredTensor) for leaf in leaves):
+            return True
+        return self.deferring and not self.fallbacks.has_left and not self.is_unwatched()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether this is the thread that trains."""
+        return threading.current_thread() is self._thread
+
+    def is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether a call of a module is recorded."""
+        if not self.deferring or self.is_in_torch or self.fallbacks.covers(module):
+            return False
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        parameters = self.modules.tensors(module).parameters
+        if any(map(nn.parameter.is_lazy, parameters)):
+            return False  # the first call gives them shapes and values
+        if not self.book.trains(module, parameters) and not self._any_pending(args, kwargs):
+            return False
+        if torch.is_anomaly_enabled():
+            self.fallbacks.say(CaptureError(ANOMALY, user_line()))
+            return False
+        return self._owns(module)
+
+    def _owns(self, module: nn.Module) -> bool:
+        """Whether nobody but torch sees the parameters; asked once, before a call is computed later than it was made.
+
+        What becomes so in mid-run is seen by the step that would write to it.
+        """
+        if module not in self._owned:
+            try:
+                for parameter in self.modules.tensors(module).parameters:
+                    if parameter.requires_grad:
+                        check_owned(parameter)
+            except CaptureError as error:
+                error.where = user_line()
+                self.fallbacks.leave(error, [module])
+                return False
+            self._owned.add(module)
+        return True
+
+    def _trains_with(self, kind: Kind, function: Callable, tensors: list[torch.Tensor]) -> bool:
+        """Whether a call computes something that has to be differentiated from what an optimizer trains."""
+        if kind is not Kind.OPERATOR or not torch.is_grad_enabled() or leaves_history(function):
+            return False
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.grad_fn is None:
+                owner = self.book.owner(tensor)
+                if owner is not None:
+                    return self.book.is_ready(owner) and not self.fallbacks.covers(owner) and planner.current is None
+        return False
+
+    def _any_pending(self, args: Any, kwargs: Any) -> bool:
+        return any(isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0])
+
+    def keep_history(self, called: str, args: tuple, kwargs: dict) -> None:
+        """Lets torch run the tape where torch is about to call something whose gradient has to reach the tape."""
+        if torch.is_grad_enabled() and self._any_pending(args, kwargs) and self.needs_gradient(args, kwargs):
+            self.run_eagerly(CaptureError(f"a result goes into {called}, which torch runs", user_line()))
+
+    def real_arguments(self, value: Any) -> Any:
+        """Like `real`, but for lists, dicts and objects: these are the script's own, and a module may fill them."""
+        if type(value) is DeferredTensor:
+            return self.value(value.slot)
+        return tuple(map(self.real_arguments, value)) if type(value) is tuple else value
+
+    def _bound_tape(self) -> bool:
+        """Runs a tape in torch that has grown too long; returns whether it has."""
+        if len(self.tape.entries) < _LONGEST_TAPE and len(self.tape.roots) < _MOST_CALLS:
+            return False
+        reason = f"{max(len(self.tape.roots), _MOST_CALLS)} calls have been made and no backward()"
+        self.run_eagerly(PassingCaptureError(reason=reason, where=user_line()))
+        return True
+
+    def _sweep(self) -> None:
+        """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
+        if self.tape and not self.has_backward and not self.tape.live_slots():
+            self.commit()
+
+
+def _refused() -> torch.Tensor:
+    """A result with a history, which torch refuses where it refuses any."""
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        return torch.ones(1, requires_grad=True) * 1
+
+
+def _is_inside_torch() -> bool:
+    """Whether torch runs for us in this thread, or is in its own backward, which calls checkpointed blocks again."""
+    return is_replaying() or torch._C._current_graph_task_id() != -1  # in this order: Dynamo reads no further
+
+
+def _origins(module: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[nn.Module, Any]]:
+    """Under which name a module is given each tensor, by identity."""
+    found: dict[int, tuple[nn.Module, Any]] = {}
+    for name, argument in (*enumerate(args), *kwargs.items()):
+        items = argument.items() if isinstance(argument, dict) else ((name, argument),)
+        found.update((id(item), (module, key)) for key, item in items if type(item) is torch.Tensor)
+    return found

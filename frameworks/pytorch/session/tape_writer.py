@@ -1,0 +1,593 @@
+"""Writes calls on the tape, and finds what they return."""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from trainingcompiler.errors import CaptureError, PassingCaptureError
+from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
+from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves, unflatten
+from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
+from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulators
+from trainingcompiler.frameworks.pytorch.session.backward_python import (
+    BackwardPython,
+    LeftToTorch,
+    leaf_hooked,
+    leaf_unhooked,
+)
+from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
+from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
+from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
+from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.index_ranges import INDEXED, is_refused
+from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant, numbers_of
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, memory_of, step_ends
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session.optimizer_step import Stepping
+
+_ATOMS: frozenset[type] = frozenset(
+    {int, float, bool, str, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device, DeferredTensor}
+)
+_SIMPLE = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type})
+
+
+class TapeWriter(TapeRunner):
+    """Writes what the loop asks for on the tape.
+
+    Attributes:
+        stepping: What ends a step.
+        backward_python: Python that runs inside of backward.
+        accumulators: Whose hooks nobody can see.
+        new_root: A module whose call begins with the next entry.
+        origins: Under which name a module was given each tensor, by identity.
+        open_blocks: The checkpointed blocks that the script's Python is in.
+    """
+
+    stepping: "Stepping"
+    backward_python: BackwardPython
+    accumulators: Accumulators
+    new_root: nn.Module | None = None
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.origins: dict[int, tuple[nn.Module, Any]] = {}
+        self.open_blocks: list[Block] = []
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
+        raise NotImplementedError
+
+    @section.around
+    def record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
+        """Writes a call on the tape and returns what it returns, its tensors deferred."""
+        if function in INDEXED and is_refused(function, args, kwargs):
+            self.run_eagerly(PassingCaptureError("an index is out of range: torch is to say which", user_line()))
+            return function(*self.real(args), **self.real(kwargs))
+        given, structure = flatten_call(args, kwargs, _ATOMS)
+        if self.tape.second_run is not None:
+            first = self.tape.second_run.repeated(function, given, structure)
+            if first is not None:
+                return self._answer_again(first, given)
+        place = self.tape.place
+        try:
+            entry = self._append(function, given, structure)
+            entry.reads_gradients = gradients_exist
+            call = entry.call
+            assert call is not None
+            shape = call.shape
+            if shape is None:
+                if call.failure is not None:
+                    raise call.failure
+                shape = call.shape = self._shape_of(entry, gradients_exist)
+            written = [given[position] for position in shape.writes if type(entry.leaves[position]) is Input]
+            if written:  # a value of that moment will not do
+                return self._record_write(function, args, kwargs, written, shape, place)
+        except CaptureError as error:
+            self.take_back(place)
+            return self._record_nothing(function, args, kwargs, error)
+        except Exception as error:  # the call's own mistake, or one of fake tensors: torch will say which
+            self.take_back(place)
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            return self._record_nothing(function, args, kwargs, CaptureError(reason=reason, where=user_line()))
+        return self._results(entry, shape, given)
+
+    @section.around
+    def append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
+        """Writes a call on the tape that returns no tensor."""
+        place = self.tape.place
+        try:
+            return self._append(function, *flatten_call(args, kwargs, _ATOMS), optimizers)
+        except CaptureError:
+            self.take_back(place)
+            raise
+
+    @section.around
+    def record_piece(self, function: Callable, args: tuple, piece: Any, returns: bool = True) -> Any:
+        """Like `record`, for an entry about Python that backward runs.
+
+        Args:
+            function: What is called.
+            args: For it.
+            piece: The Python.
+            returns: Whether it returns tensors.
+
+        Returns:
+            What it returns, its tensors deferred.
+
+        Raises:
+            CaptureError: It cannot be recorded; the tape is as it was.
+        """
+        given, structure = flatten_call(args, {}, _ATOMS)
+        if self.tape.second_run is not None:
+            first = self.tape.second_run.repeated(function, given, structure)
+            if first is not None:
+                return self._answer_again(first, given)
+        place = self.tape.place
+        try:
+            entry = self._append(function, given, structure)
+            entry.piece = piece
+            assert entry.call is not None
+            if returns and entry.call.shape is None:
+                entry.call.shape = self._shape_of(entry, False)
+        except CaptureError:
+            self.take_back(place)
+            raise
+        except Exception as error:
+            self.take_back(place)
+            raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], user_line()) from error
+        return self._results(entry, entry.call.shape, given) if returns and entry.call.shape is not None else None
+
+    def _append(self, function: Callable, given: list[Any], structure: Any, optimizers: tuple = ()) -> Entry:
+        if torch._C._len_torch_dispatch_stack():
+            raise CaptureError("a TorchDispatchMode is to see every operator", user_line())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CaptureError("torch.func transforms a call", user_line())
+        if forward_ad._current_level >= 0:
+            raise CaptureError("gradients are computed in forward mode", user_line())
+        tape, modes = self.tape, TorchModes.now()
+        leaves: list[Any] = []
+        kinds: list[tuple] = []
+        for leaf in given:
+            encoded, kind = self._encode(leaf, modes.grad)
+            leaves.append(encoded)
+            kinds.append(kind)
+        region = region_of(self)
+        extra = self.patterns(function, optimizers)
+        call = self.recording.follow(tape.place, function, structure, tuple(kinds), leaves, modes, region, extra)
+        entry = Entry(function, structure, leaves, modes, call, where=call.where, device=self.device, region=region)
+        second = tape.second_run
+        entry.is_in_backward = tape.is_in_backward or second is not None
+        if second is not None:
+            entry.second = second.region, second.matched
+        if call.numbers:
+            entry.numbers = numbers_of(call, leaves)
+        if optimizers:
+            entry.optimizers = optimizers
+            if function is not step_ends:
+                entry.groups = tuple([dict(group) for group in optimizer.param_groups] for optimizer in optimizers)
+        if self.new_root is not None:
+            entry.modules, self.new_root = (self.new_root,), None
+        tape.entries.append(entry)
+        tape.places.append(tape.place)
+        tape.place = call
+        return entry
+
+    def take_back(self, place: Any) -> None:
+        """Takes the entries behind a place of the recording off the tape."""
+        while self.tape.place is not place and self.tape.entries:
+            self.tape.entries.pop()
+            self.tape.place = self.tape.places.pop()
+
+    def _encode(self, leaf: Any, grad: bool) -> tuple[Any, tuple]:
+        kind = type(leaf)
+        if kind is DeferredTensor:
+            slot = leaf.slot
+            return self._input(slot.value, slot.device) if slot.committed else (slot, slot.kind)
+        if kind in _SIMPLE:
+            return leaf, (kind, leaf)
+        if kind is Slot:
+            return leaf, leaf.kind
+        if kind is Input:
+            return leaf, ("read", [encoded for _, _, encoded in self.tape.read].index(leaf))
+        if isinstance(leaf, torch.Tensor):
+            return self._encode_tensor(leaf, grad)
+        if isinstance(leaf, float | np.floating):
+            return float(leaf), kind_of_constant(float(leaf))  # numpy's too
+        if isinstance(leaf, np.integer | np.bool_):
+            return leaf, (kind, leaf.item())
+        return leaf, self.recording.kind_of_object(leaf)
+
+    def _encode_tensor(self, tensor: torch.Tensor, grad: bool) -> tuple[Any, tuple]:
+        """What an entry keeps of a real tensor: state by identity, the value of any other.
+
+        Raises:
+            CaptureError: It is a tensor that cannot be recorded.
+        """
+        if tensor.grad_fn is not None and grad:
+            raise PassingCaptureError(
+                reason=f"the loop uses a tensor that torch has computed from parameters ({tensor.grad_fn.name()})",
+                where=user_line(),
+            )
+        key = id(tensor)
+        is_state = tensor.requires_grad and tensor.grad_fn is None or isinstance(tensor, nn.Parameter)
+        if is_state or key in self.tape.state or key in self.buffers:
+            if key not in self.tape.grad_flags:
+                _check_plain(tensor)
+                self.tape.grad_flags[key] = tensor, tensor.requires_grad
+            return tensor, self.recording.kind_of_state(tensor)
+        known = self.tape.inputs.get(key) if self.depth else None
+        if known is not None and known[0] is tensor and known[1] == _version(tensor):
+            return known[2], known[3]
+        if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
+            _check_plain(tensor)
+        encoded, kind = self._input(tensor, tensor.device)
+        if grad and not tensor.is_inference():
+            owner = tensor if tensor._base is None else tensor._base  # not the view: it would keep others from a swap
+            self.tape.read.append((owner, owner._version, encoded))
+        encoded.origin = self.origins.get(key)
+        if self.depth:
+            again = "again", len(self.tape.inputs)
+            self.tape.inputs[key] = tensor, _version(tensor), encoded, again
+            kind = (*kind, again)
+        return encoded, kind
+
+    def _input(self, tensor: torch.Tensor, device: torch.device) -> tuple[Input, tuple]:
+        shape = tuple(tensor.shape)
+        encoded = Input(input_array(tensor), shape, tensor.dtype, device=device)
+        return encoded, ("input", shape, tensor.dtype, device)
+
+    def _shape_of(self, entry: Entry, gradients_exist: bool) -> CallShape:
+        call = entry.call
+        assert call is not None
+        kinds = tuple(
+            _geometry(leaf) if isinstance(leaf, Slot | Input | torch.Tensor) else kind
+            for leaf, kind in zip(entry.leaves, call.kinds, strict=True)
+        )
+        first: dict[int, int] = {}  # by identity: tensors compare themselves element by element
+        for position, leaf in enumerate(entry.leaves):
+            first.setdefault(id(leaf), position)
+        same = tuple(first[id(leaf)] for leaf in entry.leaves if type(leaf) is Slot)
+        key = (call.function, call.structure, kinds, same, call.modes, self.device, gradients_exist)
+        found = self.recording.shapes.get(key)
+        if found is None:
+            try:
+                with undeferred():
+                    found = call_shape(entry, gradients_exist)
+            except CaptureError as error:
+                call.failure = error
+                raise
+            self.recording.shapes[key] = found
+        return found
+
+    def _results(self, entry: Entry, shape: CallShape, given: list[Any]) -> Any:
+        tape = self.tape
+        if shape.random:
+            entry.seed = devices.drawn_seed(entry.device)
+        if shape.writes:
+            self._note_writes(entry, shape)
+        number, device = tape.slot_count, entry.device
+        outputs = [Slot(meta, device, number + index) for index, meta in enumerate(shape.metas)]
+        if shape.has_views:
+            for position, slot in zip(shape.views, outputs, strict=True):
+                slot.memory = None if position < 0 else memory_of(entry.leaves[position])
+        entry.outputs = outputs
+        tape.slot_count = number + len(outputs)
+        for leaf in entry.leaves:
+            if type(leaf) is Slot and leaf.freed:
+                for slot in outputs:
+                    slot.freed = slot.meta.requires_grad
+                break
+        answer = self._answer(outputs, shape, given)
+        if tape.second_run is not None:
+            tape.second_run.called()
+        return answer
+
+    def _answer_again(self, entry: Entry, given: list[Any]) -> Any:
+        """What a call of a checkpointed block returns when its Python runs again: what the first run was given."""
+        assert entry.call is not None
+        shape = entry.call.shape
+        answer = None if shape is None else self._answer(entry.outputs, shape, given)
+        self.tape.second_run.called()
+        return answer
+
+    def _answer(self, outputs: list[Slot], shape: CallShape, given: list[Any]) -> Any:
+        wrappers = [DeferredTensor(slot, self) if slot.held is None else slot.held for slot in outputs]
+        if shape.is_single:
+            return wrappers[0]
+        leaves: list[Any] = []
+        for leaf in shape.leaves:
+            if isinstance(leaf, Output):
+                leaves.append(wrappers[leaf.index])
+            else:
+                leaves.append(given[leaf.position] if isinstance(leaf, Argument) else leaf)
+        return unflatten(shape.structure, iter(leaves))
+
+    def _note_writes(self, entry: Entry, shape: CallShape) -> None:
+        entry.writes = shape.writes
+        self.tape.mutated = True
+        for pending in self.tape.producers():
+            if pending not in entry.outputs:
+                pending.value = None  # a look may have computed it, before this write
+        for position in shape.writes:
+            memory = memory_of(entry.leaves[position])
+            if isinstance(memory, torch.Tensor):
+                self.tape.written.add(memory.untyped_storage()._cdata)
+
+    def _record_write(self, function, args, kwargs, targets: list, shape: CallShape, place: Any) -> Any:
+        """A call that writes to tensors which are no state and no results of the tape: `total += loss`."""
+        self.take_back(place)
+        for target in targets:
+            if isinstance(target, DeferredTensor):  # of an earlier tape: an epoch's sum of losses
+                self._become_pending(target)
+        real = [target for target in targets if not isinstance(target, DeferredTensor)]
+        is_result = any(id(target) not in self.replaced for target in real)
+        if is_result and all(_is_alone(target) and not target.requires_grad for target in real):
+            # What has been written has a history from now on, or is another tensor at every step, as a batch is: it
+            # becomes a result of the tape itself.
+            for target in real:
+                self._become_deferred(target)
+        elif is_result and shape.gains_history:
+            error = PassingCaptureError("a tensor with other views is written to in a step", user_line())
+            self.run_eagerly(error)
+            return function(*self.real(args), **self.real(kwargs))
+        else:
+            for target in real:
+                _check_plain(target)
+                self.tape.state[id(target)] = target
+        return self.record(function, args, kwargs)
+
+    def _become_pending(self, tensor: DeferredTensor) -> None:
+        """Makes a result that has been computed for good a result of the tape again, of the same value."""
+        is_cut, value = tensor.slot.is_cut, tensor.slot.value
+        assert value is not None
+        slot = self.record(torch.clone, (value.detach(),), {}).slot
+        slot.freed = is_cut  # a backward through it is refused, as torch refuses it
+        slot.wrapper = weakref.ref(tensor)
+        tensor.slot = slot
+
+    def _become_deferred(self, tensor: torch.Tensor) -> None:
+        result = self.record(torch.clone, (tensor.detach(),), {})
+        slot = result.slot
+        slot.wrapper = None  # a tensor with weak references cannot be swapped
+        torch.utils.swap_tensors(tensor, result)
+        slot.wrapper = weakref.ref(tensor)
+
+    @section.around
+    def makes_leaves(self, group: dict) -> None:
+        """Makes tensors of their own of results that an optimizer is to train: `w.detach().requires_grad_()`."""
+        given = flatten(group.get("params"))[0] if isinstance(group, dict) else []
+        leaves = [one for one in given if isinstance(one, DeferredTensor) and one.slot in self.tape.new_leaves]
+        for leaf in leaves:
+            value = self.value(leaf.slot).detach().clone().requires_grad_()
+            self.tape.new_leaves.remove(leaf.slot)
+            leaf.slot.wrapper = None  # a tensor with weak references cannot be swapped
+            torch.utils.swap_tensors(leaf, value)
+        if leaves and not self.has_backward:
+            self.commit()
+
+    @section.around
+    def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+        slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
+        if slot is not None and not slot.freed and not slot.committed:
+            _check_root(slot.meta, gradient, self.tape.mutated)
+        if slot is not None and slot.late is not None and not create_graph and not inputs:
+            return self._record_late(slot, gradient, retain_graph)
+        if slot is not None and slot.freed and slot.committed:
+            raise RuntimeError(
+                "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
+                "backward() (pass retain_graph=True to that one), or its parameters have been updated since by "
+                "optimizer.step()."
+            )
+        if slot is None or slot.committed or slot.freed or create_graph:
+            reason = "backward() keeps a graph, or goes through a module that another one has gone through"
+            self.run_eagerly(CaptureError(reason=reason, where=user_line()))
+            return torch.Tensor.backward(self.real(tensor), gradient, retain_graph, create_graph, inputs)
+        if self._is_undecided():
+            self._begin_in_torch()
+            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+        if len(self.tape.roots) > 1 and not self.has_backward:
+            self._forget_unread(slot)
+        place = self.tape.place
+        try:
+            changed = self._rewritten()
+            if changed:
+                self.append(rewritten, changed, {})
+                self.tape.read = [read for read in self.tape.read if read[2] not in changed]
+            hooked = self.backward_python.hook_leaves()
+            entry = self.append(
+                torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
+            )
+            with section.outside():
+                if changed:
+                    self.backward_python.check(entry)
+                self.backward_python.run(entry, bool(retain_graph))
+            self.backward_python.unhook_leaves(hooked)
+        except (CaptureError, LeftToTorch) as error:
+            error = error.error if isinstance(error, LeftToTorch) else error
+            self.take_back(place)
+            self.run_eagerly(error)
+            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+        except BaseException:  # the script's own error, in Python that backward runs
+            self.take_back(place)
+            raise
+        if self.tape.asked is not None:
+            return self.run_eagerly(self.tape.asked)
+        if not retain_graph:
+            self.tape.free(slot)
+        self._has_backward = True
+        self._called_since_backward = {id(module) for module in self.tape.roots}
+        held = self._speculation.backward(self.tape, entry)
+        if held is not None and self.tape.committable() == len(self.tape.entries):
+            self._check_gradients(self.tape.entries)
+            with undeferred():
+                held.apply()
+            self._committed(self.tape.entries, [])
+        return None
+
+    def _record_late(self, slot: Slot, gradient: Any, retain_graph: bool | None) -> None:
+        """A backward after a step: torch runs it."""
+        self.settle()
+        reason = "backward() goes through parameters that a step has changed since"
+        self.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
+        self.backward_compiled = False
+        late, slot.late = slot.late, slot.late if retain_graph else None
+        with undeferred():
+            late.run(self.real(gradient), retain_graph)
+
+    def _rewritten(self) -> tuple[Input, ...]:
+        """What calls have read and has been written to since, or is by a call that is pending."""
+        with torch._C.DisableTorchFunction():
+            pending = {tensor.untyped_storage()._cdata for tensor in self.tape.state.values()} & self.tape.written
+            return tuple(
+                encoded
+                for owner, version, encoded in self.tape.read
+                if _version(owner) != version or (pending and owner.untyped_storage()._cdata in pending)
+            )
+
+    def record_backwards(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+        """`torch.autograd.backward`: of several results, that of their sum, so that each hook runs once."""
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        gradients = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else list(grad_tensors or ())
+        gradients += [None] * (len(tensors) - len(gradients))
+        if len(tensors) == 1:
+            return self.record_backward(tensors[0], gradients[0], retain_graph, create_graph, inputs)
+        if not create_graph and all(map(self._is_pending, tensors)):
+            with torch.enable_grad():
+                parts = list(map(self._weighted, tensors, gradients))
+                total = functools.reduce(lambda sum, part: self.record(torch.add, (sum, part), {}), parts)
+            self.record_backward(total, None, retain_graph, create_graph, inputs)
+        else:
+            self.run_eagerly(CaptureError("backward() goes through what torch has computed, too", user_line()))
+            real, given = self.real(tensors), self.real(gradients)
+            torch.autograd.backward(real, given, retain_graph, create_graph, inputs=inputs)
+        for tensor in tensors:
+            if not retain_graph and isinstance(tensor, DeferredTensor) and not tensor.slot.committed:
+                self.tape.free(tensor.slot)
+
+    @staticmethod
+    def _is_pending(tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, DeferredTensor) and not tensor.slot.committed and not tensor.slot.freed
+
+    def _weighted(self, result: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        """A scalar whose gradient with respect to `result` is `gradient`, or 1."""
+        if gradient is not None:
+            if gradient.shape != result.shape:
+                raise RuntimeError(f"Mismatch in shape: {list(gradient.shape)} for a result of {list(result.shape)}")
+            result = self.record(torch.mul, (result, self.record(torch.detach, (gradient,), {})), {})
+        elif result.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        return self.record(torch.sum, (result,), {})
+
+    def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
+        kind = kind_of(function)
+        is_module = isinstance(function, nn.Module)
+        computes = not is_module and kind is not Kind.IN_PLACE and "out" not in kwargs
+        if computes and not (torch.is_grad_enabled() and self.needs_gradient(args, kwargs)):
+            # No gradient passes it, so it is a look at values: a metric, most likely.
+            self.fallbacks.leave_part(error)
+            return function(*self.real(args), **self.real(kwargs))
+        roots = self.tape.roots
+        if self.depth and roots and any([self.book.begins_in_torch(self.modules.tensors(m).parameters) for m in roots]):
+            self._begin_in_torch()
+        else:
+            self.run_eagerly(error, function if is_module else None)
+        with undeferred() if is_module else contextlib.nullcontext():
+            return function(*self.real(args), **self.real(kwargs))
+
+    def drop_backward(self, cleared: set[int]) -> bool:
+        """Takes back a backward, as an aborted step leaves behind, if all its gradients are being cleared."""
+        for entry in self.tape.entries:
+            if entry.optimizers or entry.function in self.stepping.clippings:
+                return False
+        if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in self.tape.grad_flags.values()):
+            return False
+        goes = (torch.Tensor.backward, leaf_hooked, leaf_unhooked)
+        stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
+        self._rebuild(stays)
+        return True
+
+    def differentiates(self, args: Any, kwargs: Any) -> bool:
+        """Whether autograd would follow a call with these arguments."""
+        return torch.is_grad_enabled() and self.needs_gradient(args, kwargs)
+
+    def needs_gradient(self, args: Any, kwargs: Any) -> bool:
+        for leaf in flatten((args, kwargs))[0]:
+            if isinstance(leaf, DeferredTensor):
+                if leaf.slot.meta.requires_grad and not leaf.slot.freed:
+                    return True
+            elif isinstance(leaf, torch.Tensor) and leaf.requires_grad and self.depth:
+                return True
+        return False
+
+    def real(self, value: Any) -> Any:
+        """`value` with real tensors in place of deferred ones."""
+        return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
+
+
+def _check_root(root: torch.Tensor, gradient: Any, may_have_history: bool) -> None:
+    """Refuses what `backward()` refuses of a result, in its words: here, and not when the step is computed.
+
+    Args:
+        root: Of its shape, and whether it was made with a history.
+        gradient: What `backward()` was given.
+        may_have_history: Whether something that has one may have been written into it since.
+
+    Raises:
+        RuntimeError: As torch's.
+    """
+    if not root.requires_grad and not may_have_history:
+        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+    if gradient is None and root.numel() != 1:
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    if isinstance(gradient, torch.Tensor) and gradient.shape != root.shape:
+        shapes = f"grad_output[0] has a shape of {gradient.shape} and output[0] has a shape of {root.shape}"
+        raise RuntimeError(f"Mismatch in shape: {shapes}.")
+
+
+def rewritten(*tensors: torch.Tensor) -> None:
+    """Says that these were written to after they were read: where a gradient needs them, `backward()` raises."""
+    torch.autograd.graph.increment_version(tensors)
+
+
+def _geometry(leaf: Any) -> tuple:
+    if type(leaf) is Slot:
+        return "tensor", tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
+    if type(leaf) is Input:
+        return "input", leaf.shape, leaf.dtype
+    return "state", tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.requires_grad
+
+
+def _check_plain(tensor: torch.Tensor) -> None:
+    if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
+        layout = "" if tensor.layout is torch.strided else f" with the layout {tensor.layout}"
+        cure = devices.cure(tensor.device)
+        reason = f"a {type(tensor).__name__} on {tensor.device}{layout} is passed to the model{cure}"
+        raise CaptureError(reason=reason, where=user_line())
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether nobody else sees the tensor's memory."""
+    if type(tensor) is not torch.Tensor or tensor._is_view():
+        return False
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's own reference and `storage`'s
+
+
+def _version(tensor: torch.Tensor) -> int:
+    if type(tensor) is DeferredTensor:  # has become a result of the tape when it was written to
+        return -2
+    return -1 if tensor.is_inference() else tensor._version

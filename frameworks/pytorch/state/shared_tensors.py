@@ -1,0 +1,210 @@
+"""Training state: tensors that torch and the compiled step share, in one copy.
+
+The buffers belong to XLA and are donated to every step, which updates them in place; torch sees them through their
+addresses. Any read, edit, `state_dict()` or `deepcopy` in torch therefore works on current values.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+from jax.sharding import Sharding
+
+from trainingcompiler.errors import CaptureError
+from trainingcompiler.frameworks.pytorch.interop.arrays import gpu_array, numpy_view, tensor_of, tensor_over
+from trainingcompiler.frameworks.pytorch.interop.devices import CPU
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_shared
+from trainingcompiler.parallel.arrays import address, owned_array, placed_array, snapshot
+
+
+class _Buffer:
+    """One piece of memory that XLA owns; every torch view of it keeps it alive.
+
+    Attributes:
+        array: The newest array that lives in it.
+        address: Where it lies.
+    """
+
+    __slots__ = ("address", "array")
+
+    def __init__(self, array: jax.Array):
+        self.array = array
+        self.address = address(array)
+
+    def update(self, array: jax.Array) -> None:
+        """Takes over the array that a step has left in the memory."""
+        # Views of the old memory that the user holds would be lost; the compiler demands the identity alias map.
+        assert not array.size or address(array) == self.address, "XLA moved a donated state buffer"
+        self.array = array
+
+
+class _Copy:
+    """The values that a tensor has had.
+
+    Attributes:
+        values: In memory that XLA owns.
+        was_shared: Whether others saw the tensor's memory.
+    """
+
+    __slots__ = ("_pointer", "_version", "values", "was_shared")
+
+    def __init__(self, tensor: torch.Tensor):
+        self._pointer, self._version = tensor.data_ptr(), tensor._version
+        self.was_shared = is_shared(tensor)  # asked first: JAX looks at the old memory for a while
+        self.values = owned_array(numpy_view(tensor.contiguous()))
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies where it lay, and nothing has been written to it since."""
+        return (self._pointer, self._version) == (tensor.data_ptr(), tensor._version)
+
+
+class Cell:
+    """One tensor that the compiled step reads or writes.
+
+    Tensors that share their memory with other tensors have to stay where they are: their values are copied into and out
+    of every step. All others are moved into a buffer of their own on first use. What NumPy or another process sees is
+    read, and not written: they may write to it while a step runs, which would undo that.
+
+    Attributes:
+        tensor: A weak reference to the torch tensor.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "_copy", "_pointer", "tensor")
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = weakref.ref(tensor)
+        self._buffer: _Buffer | None = None
+        self._pointer = -1
+        self._copy: _Copy | None = None
+
+    @classmethod
+    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device = CPU) -> tuple["Cell", torch.Tensor]:
+        """A cell, and its new tensor, over an array that a step has returned; memory is shared on a CPU only."""
+        assert device.type == "cpu"
+        buffer = _Buffer(array)
+        tensor = tensor_over(array, buffer, dtype)
+        cell = cls(tensor)
+        cell._buffer, cell._pointer = buffer, tensor.data_ptr()
+        return cell, tensor
+
+    @property
+    def stays(self) -> bool:
+        """Whether the tensor has been left where it is, as others see its memory."""
+        return self._buffer is None
+
+    def array(self, sharding: Sharding | None, written: bool = False) -> jax.Array:
+        """The array to pass to the step, on one device; `sharding` is that of one of several workers, or None.
+
+        A tensor whose memory was replaced (`p.data = ...`) is moved again.
+
+        Raises:
+            CaptureError: The step is to write to it, and somebody whom torch knows nothing of sees it.
+        """
+        tensor = self.tensor()
+        assert tensor is not None, "a step was run with the state of a tensor that is gone"
+        if self._buffer is None or tensor.data_ptr() != self._pointer:
+            self._buffer = None
+            if written:
+                check_owned(tensor)
+            copy, self._copy = self._copy, None
+            if copy is None or not copy.is_of(tensor):
+                copy = _Copy(tensor)
+            values = copy.values
+            if sharding is not None:
+                values = placed_array(values, sharding)
+            if copy.was_shared:
+                return values
+            self._move(tensor, _Buffer(values))
+        assert self._buffer is not None
+        return self._buffer.array
+
+    def copy(self) -> None:
+        """Copies the values for the next `array`, which takes them if the tensor has not been written to."""
+        tensor = self.tensor()
+        if tensor is not None and (self._buffer is None or tensor.data_ptr() != self._pointer):
+            self._copy = _Copy(tensor)
+
+    def forget_copy(self) -> None:
+        """Drops a copy that no `array` has taken."""
+        self._copy = None
+
+    def update(self, array: jax.Array) -> None:
+        """Takes over what the step has made of the array."""
+        tensor = self.tensor()
+        assert tensor is not None
+        if self._buffer is None:
+            tensor.detach().copy_(tensor_of(array))
+        else:
+            self._buffer.update(array)
+
+    def _move(self, tensor: torch.Tensor, buffer: _Buffer) -> None:
+        set_data(tensor, tensor_over(buffer.array, buffer, tensor.dtype))
+        self._buffer, self._pointer = buffer, tensor.data_ptr()
+
+
+class CellRegistry:
+    """The cell of each tensor, found by identity.
+
+    Args:
+        kind: `Cell`, or one with the same methods for state on several devices.
+        make: Makes a cell for a tensor; None is `kind` itself.
+    """
+
+    def __init__(self, kind: Any = Cell, make: Callable[[torch.Tensor], Any] | None = None):
+        self._kind = kind
+        self._make = make or kind
+        self._cells: dict[int, Any] = {}
+
+    def cell(self, tensor: torch.Tensor) -> Any:
+        """The tensor's cell, made on first use."""
+        found = self._cells.get(id(tensor))
+        if found is None or found.tensor() is not tensor:
+            found = self._make(tensor)
+            self._register(tensor, found)
+        return found
+
+    def tensor_for(self, array: jax.Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A new tensor over an array that a step has returned."""
+        cell, tensor = self._kind.over(array, dtype, device)
+        self._register(tensor, cell)
+        return tensor
+
+    def _register(self, tensor: torch.Tensor, cell: Any) -> None:
+        key = id(tensor)
+        self._cells[key] = cell
+        weakref.finalize(tensor, self._forget, key, cell).atexit = False
+
+    def _forget(self, key: int, cell: Any) -> None:
+        if self._cells.get(key) is cell:
+            del self._cells[key]
+
+
+def input_array(tensor: torch.Tensor) -> jax.Array:
+    """A snapshot of a tensor's values."""
+    if tensor.device.type != "cpu":
+        return gpu_array(tensor.detach().clone(memory_format=torch.contiguous_format))
+    return snapshot(numpy_view(tensor))
+
+
+def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Replaces a tensor's memory, which torch is not to take for a write to it."""
+    version = tensor._version
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.data = values
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def check_owned(tensor: torch.Tensor) -> None:
+    """Refuses a tensor that a step would write to while others may.
+
+    Raises:
+        CaptureError: NumPy or another process sees its memory.
+    """
+    if is_foreign(tensor):
+        kind = "parameter" if tensor.requires_grad else "tensor"
+        raise CaptureError(
+            f"a {kind} of shape {list(tensor.shape)} that the step updates lies in memory that NumPy or another "
+            "process sees too, and may write to; `p.data = p.data.clone()` gives it memory of its own, to be compiled"
+        )

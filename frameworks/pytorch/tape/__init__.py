@@ -1,0 +1,4 @@
+"""What the loop has asked for: calls, deferred tensors, and the recording that they are compared with.
+
+Decides nothing, and runs nothing.
+"""

@@ -1,0 +1,51 @@
+"""What one call returns, found once by running it on fake tensors: shapes and dtypes, no values."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainingcompiler.frameworks.pytorch.interop.pytree import Structure
+
+
+@dataclass(frozen=True, slots=True)
+class CallShape:
+    """What a call returns.
+
+    Attributes:
+        structure: Of the result.
+        leaves: The result's leaves: an `Output`, an `Argument`, or the value itself.
+        metas: A fake tensor for each distinct tensor that the call makes.
+        fresh: Which of the result's distinct tensors those are.
+        writes: Positions of the leaves that the call writes to.
+        views: For each of `metas` the position of the leaf whose memory it shares; -1 for none.
+        has_views: Whether any of `metas` shares memory with a leaf.
+        random: Whether the call draws random numbers.
+        gains_history: Whether it gives something that it writes to a gradient history which that had not.
+        is_single: Whether it returns one new tensor, and nothing else.
+    """
+
+    structure: Structure
+    leaves: tuple[Any, ...]
+    metas: tuple[torch.Tensor, ...]
+    fresh: tuple[int, ...]
+    writes: tuple[int, ...]
+    views: tuple[int, ...]
+    has_views: bool
+    random: bool
+    gains_history: bool
+    is_single: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The call's `index`-th tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """The tensor that the call got as its leaf number `position`."""
+
+    position: int

@@ -1,0 +1,111 @@
+"""`DeferredTensor`: a tensor that the loop holds and nobody has computed yet."""
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+from trainingcompiler.errors import GradientLostError
+from trainingcompiler.frameworks.pytorch.tape.tape import Slot
+
+
+class Owner(Protocol):
+    """Who records calls on deferred tensors, and computes them when somebody looks."""
+
+    def call(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """Does what `function(*args, **kwargs)` would, some arguments being deferred."""
+
+    def value(self, slot: Slot) -> torch.Tensor:
+        """The real tensor of a slot."""
+
+
+class _EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
+    """A class that is `torch.Tensor` for `==`: a script may ask `type(x) == torch.Tensor`.
+
+    `is` cannot be answered; `isinstance` is true. The hash is its own: torch collects in a set the classes that it has
+    to ask what a function means, and must not take this one for one that it has.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is torch.Tensor or other is cls
+
+    __hash__ = type.__hash__
+
+
+class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
+    """Stands for a tensor of known shape and dtype whose value is computed when somebody looks at it.
+
+    Attributes:
+        slot: What it stands for.
+        owner: Who computes it.
+    """
+
+    slot: Slot
+    owner: Owner
+
+    @staticmethod
+    def __new__(cls, slot: Slot, owner: Owner) -> "DeferredTensor":
+        """Makes the one tensor of a slot that the loop gets to hold."""
+        meta = slot.meta
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=slot.device
+        )
+        self.slot = slot
+        self.owner = owner
+        slot.wrapper = weakref.ref(self)
+        return self
+
+    def __init__(self, slot: Slot, owner: Owner):
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        owner = next(leaf.owner for leaf in _deferred((args, kwargs)))
+        return owner.call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        # Only code that bypasses torch's Python interface gets here (C++ extensions): it needs the value.
+        def real(leaf):
+            if isinstance(leaf, DeferredTensor):
+                slot = leaf.slot
+                if torch.is_grad_enabled() and slot.meta.requires_grad and not slot.committed and not slot.freed:
+                    raise GradientLostError(
+                        f"{func} is called in C++ with a result of a compiled step that needs a gradient, and its "
+                        "gradient history is not there, so that what is behind it would not be trained. Wrap the call "
+                        "in a torch.autograd.Function, which is seen, or run the script with --engine=eager"
+                    )
+                return leaf.owner.value(slot)
+            if type(leaf) in (list, tuple):
+                return type(leaf)(map(real, leaf))
+            return leaf
+
+        return func(*real(args), **{name: real(value) for name, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name):
+        raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+
+    def as_subclass(self, cls):
+        """See `torch.Tensor.as_subclass`, which asks no mode."""
+        return self.owner.call(torch.Tensor.as_subclass, (self, cls), {})
+
+    def __reduce_ex__(self, protocol):
+        return self.owner.value(self.slot).detach().clone().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return self.owner.value(self.slot).detach().clone()
+
+
+def _deferred(value: Any):
+    if isinstance(value, DeferredTensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _deferred(item)
+    elif isinstance(value, dict):
+        yield from _deferred(tuple(value.values()))
+
+
+def functional_name(name: str) -> str:
+    """The name of the function that computes what one of this name writes: `add` for `add_` and `__iadd__`."""
+    return name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")

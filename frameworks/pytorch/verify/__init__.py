@@ -1,0 +1,1 @@
+"""Compares one run of a program with torch: the numeric sentinel, and what `check` says."""

@@ -1,0 +1,1 @@
+"""Which framework a script uses, and what both adapters do alike."""

@@ -1,0 +1,1 @@
+"""From `StepProgram` to `Executable`. The only caller of XLA's compiler."""

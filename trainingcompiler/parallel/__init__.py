@@ -1,0 +1,1 @@
+"""Where arrays live, and how workers keep step."""

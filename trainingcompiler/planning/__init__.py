@@ -1,0 +1,1 @@
+"""Which batch, and what changes with it. Compiles; runs nothing."""

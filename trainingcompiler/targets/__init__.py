@@ -1,0 +1,1 @@
+"""For which devices a program is compiled. No programs."""
