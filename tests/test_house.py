@@ -18,6 +18,16 @@ FRAMEWORKS = {"torch", "tensorflow", "keras", "transformers", "accelerate"}
 ADAPTERS = "trainingcompiler.frameworks."
 MAY_USE = {("huggingface", "pytorch"), ("keras", "tensorflow"), ("keras", "pytorch")}
 MAX_LINES = 600
+# Which room may import which: those below it, and itself. Type-only imports count.
+CORE_ORDER = (
+    "__main__ launch plan check rehearsal worker", "launchers", "cli", "planning", "compiling", "cache",
+    "targets", "parallel", "adapters", "reporting", "processes",
+    "program strategy config files errors exit_codes _version",
+)  # fmt: skip
+PYTORCH_ORDER = (
+    "__init__ check checkpoints compiled_function", "patches", "session", "aot", "runtime", "verify", "state",
+    "lowering", "capture", "graph", "operators", "ops", "tape", "interop",
+)  # fmt: skip
 
 
 def sources(room: str) -> list[Path]:
@@ -76,6 +86,51 @@ def test_an_adapter_uses_no_other_adapter():
             if pair[0] != pair[1] and pair not in MAY_USE:
                 wrong.append((path, name))
     assert not wrong
+
+
+def misplaced(prefix: str, order: tuple[str, ...], room: str) -> list[str]:
+    """Imports within a package, from one of its rooms to one that lies above."""
+    heights = {name: height for height, names in enumerate(reversed(order)) for name in names.split()}
+    depth, wrong = len(prefix.split(".")), []
+    for path, name in imports_of(room):
+        module = [*ROOMS[room].split("."), *path.with_suffix("").parts[1:]]
+        if module[:depth] == prefix.split(".") and name.startswith(f"{prefix}."):
+            source, target = module[depth], name.split(".")[depth]
+            if heights.get(source, -1) < heights.get(target, -1) and source in heights:
+                wrong.append(f"{path} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("prefix", "order", "room"),
+    [
+        ("trainingcompiler", CORE_ORDER, "trainingcompiler"),
+        ("trainingcompiler", CORE_ORDER, "launchers"),
+        ("trainingcompiler.frameworks.pytorch", PYTORCH_ORDER, "frameworks"),
+    ],
+)
+def test_a_room_imports_only_what_lies_below(prefix, order, room):
+    assert not misplaced(prefix, order, room)
+    assert misplaced(prefix, tuple(reversed(order)), room)
+
+
+@pytest.mark.parametrize(
+    ("folder", "order"),
+    [(ROOT / "trainingcompiler", CORE_ORDER), (ROOT / "frameworks" / "pytorch", PYTORCH_ORDER)],
+)
+def test_every_room_has_a_place_and_says_what_may_be_in_it(folder, order):
+    found = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    placed = {name for names in order for name in names.split()}
+    assert found - {"__init__", "frameworks"} == placed - {"__init__"}
+    for path in folder.glob("*/__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_no_public_name_is_a_modules():
+    import trainingcompiler
+
+    modules = {path.stem for path in (ROOT / "trainingcompiler").iterdir()}
+    assert not modules & {name for name in trainingcompiler.__all__ if not name.startswith("__")}
 
 
 def test_launchers_import_neither_adapters_nor_jax():
