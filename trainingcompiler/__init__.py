@@ -129,7 +129,7 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
         ConfigError: As for `enable`.
     """
     from trainingcompiler.adapters import dispatch
-    from trainingcompiler.compiling.gc_pause import collector_at_rest
+    from trainingcompiler.compiling.gc_pause import gc_paused
     from trainingcompiler.reporting import console, events
 
     config, off_because = _effective(config)
@@ -137,7 +137,7 @@ def compile(train_step: Function, config: TrainingCompilerConfig | None = None) 
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         return train_step
-    with collector_at_rest():
+    with gc_paused():
         return importlib.import_module(dispatch.for_step(train_step)).compile(train_step, config)
 
 
@@ -172,10 +172,10 @@ def _effective(config: TrainingCompilerConfig | None) -> tuple[TrainingCompilerC
 
 
 def _enable_adapter(module_name: str, config: TrainingCompilerConfig) -> None:
-    from trainingcompiler.compiling.gc_pause import collector_at_rest
+    from trainingcompiler.compiling.gc_pause import gc_paused
 
     if module_name not in sys.modules:
-        with collector_at_rest():
+        with gc_paused():
             importlib.import_module(module_name)  # it is enabled at the end of that
     elif hasattr(sys.modules[module_name], "enable"):  # or it is being imported right now, and imports its framework
         sys.modules[module_name].enable(config)

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from trainingcompiler.cli import run_until
-from trainingcompiler.cli.parser import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Command, CommandLine, Option, flags_of, parse, target_of
 from trainingcompiler.config import resolve, to_environment
 from trainingcompiler.errors import UsageError
 
 STEPS = 3
 DIFFERENT, BAD_INPUT = 1, 2
-CHECK = Program(
+CHECK = Command(
     "trainingcompiler.check",
     "Runs some compiled steps, and as many more until the script evaluates; replays the last of the former, and the\n"
     "evaluations, in PyTorch on the same values and compares every result.\n"

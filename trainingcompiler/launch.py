@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from trainingcompiler.cli import apply_plan, job
 from trainingcompiler.cli.job import Job
-from trainingcompiler.cli.parser import CONFIGURING, GENERAL, CommandLine, Option, Program, flags_of, parse, target_of
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Command, CommandLine, Option, flags_of, parse, target_of
 from trainingcompiler.config import RECIPE, ResolvedConfig, default_cache_dir, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
 from trainingcompiler.launchers import elastic, kubernetes, local, ray, slurm
@@ -25,7 +25,7 @@ _LAUNCHERS: dict[str, Launcher] = {
     "kubernetes": kubernetes.launch,
 }
 
-LAUNCH = Program(
+LAUNCH = Command(
     "trainingcompiler.launch",
     "Runs an ordinary training script, each of its steps as one compiled program.",
     {

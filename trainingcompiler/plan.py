@@ -22,9 +22,9 @@ from trainingcompiler.cli import script_options as options
 from trainingcompiler.cli.parser import (
     CONFIGURING,
     GENERAL,
+    Command,
     CommandLine,
     Option,
-    Program,
     flags_of,
     parse,
     target_of,
@@ -42,7 +42,7 @@ from trainingcompiler.targets.gpus import GPUS, gpu
 BAD_INPUT = 2
 _MODES = ("auto", "own", "keep-global")
 
-PLAN = Program(
+PLAN = Command(
     "trainingcompiler.plan",
     "Runs the script up to its first training step, takes none, and compiles the step for a device at several batch\n"
     "sizes: memory, arithmetic, a bound on the time, the largest batch that fits and the fastest.",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainingcompiler.cli import run_until, script_options
-from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Option, Program, flags_of, parse
+from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Command, Option, flags_of, parse
 from trainingcompiler.config import to_environment
 from trainingcompiler.errors import TrainingCompilerError, UsageError
 from trainingcompiler.files import write_json
@@ -18,7 +18,7 @@ from trainingcompiler.planning import first_step, planner
 
 BAD_INPUT = 2
 
-REHEARSAL = Program(
+REHEARSAL = Command(
     "trainingcompiler.rehearsal",
     "Runs the script up to its first training step, takes none, and writes down what it would have trained with.",
     {"--json": Option("FILE", "where to"), **CONFIGURING, **GENERAL},

@@ -11,7 +11,7 @@ from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface import apply_recommendation, flag_scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
 from trainingcompiler.frameworks.huggingface.loop import compiled_loop
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.planning import planner
 
 
@@ -79,7 +79,7 @@ _LOOKS = {"_has_mixed_mesh_grads": _has_mixed_mesh_grads}
 
 def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if not flag_scope.compiles(trainer.args):
-        with undeferred():
+        with passthrough():
             return original(trainer, *args, **kwargs)
     check(trainer.args)
     with compiled_loop(trainer):
@@ -105,5 +105,5 @@ def _generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     session = pytorch.current_session()
     if session is not None:
         session.state_is_read()
-    with undeferred():
+    with passthrough():
         return original(model, *args, **kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def try_padding(trainer: Any, batch: Mapping[str, Any], buckets: "Buckets") -> T
     length = batch["input_ids"].shape[1]
     padded_length = min(2 * length, buckets.lengths[-1])
     far = type(buckets)(lengths=(padded_length,), pad_id=buckets.pad_id, labels_differ=buckets.labels_differ)
-    with undeferred(), _evaluating(trainer.model), torch.no_grad():
+    with passthrough(), _evaluating(trainer.model), torch.no_grad():
         try:
             plain = _results(trainer, batch)
             padded = _results(trainer, far.pad(batch))

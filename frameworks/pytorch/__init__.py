@@ -14,11 +14,11 @@ from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.pytorch.aot.shown_gpu import ShownGpu
-from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
-from trainingcompiler.frameworks.pytorch.compiled_function import CompiledStep
+from trainingcompiler.frameworks.pytorch.aot.skip_init import SkipParameterInit
+from trainingcompiler.frameworks.pytorch.compiled_function import CompiledFunction
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.patches.install import Hooks
-from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineChoice, engine_of
+from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineSelector, engine_of
 from trainingcompiler.frameworks.pytorch.session.engine_trial import turns_on
 from trainingcompiler.frameworks.pytorch.session.session import Session
 from trainingcompiler.planning import planner
@@ -45,22 +45,22 @@ def enable(config: TrainingCompilerConfig) -> None:
         return
     _prepare(config)
     if planner.current is not None and not planner.current.fills_weights:
-        planner.current.surroundings.enter_context(Unfilled())
+        planner.current.surroundings.enter_context(SkipParameterInit())
     if planner.current is not None and planner.current.gpu is not None:
         planner.current.surroundings.enter_context(ShownGpu(planner.current.gpu))
     if not _watches_forks:
         os.register_at_fork(before=_before_fork, after_in_parent=section.let_go, after_in_child=_leave_child)
         _watches_forks = True
     session = Session(config)
-    choice = EngineChoice(engine_of(config, session.programs.target), turns_on(session.programs))
+    choice = EngineSelector(engine_of(config, session.programs.target), turns_on(session.programs))
     session.deferring = choice.defers
 
     def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:
         statistics().step_finished(engine, time.monotonic())
-        choice.stepped(optimizer, engine, session.book.is_same_batch)
+        choice.stepped(optimizer, engine, session.registry.is_same_batch)
         session.deferring = choice.defers
 
-    session.book.on_step = on_step
+    session.registry.on_step = on_step
     _hooks = Hooks(session)
     _hooks.install()
 
@@ -69,7 +69,7 @@ def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
     """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
     _refuse_engine(config)
     _prepare(config)
-    return CompiledStep(train_step, config)
+    return CompiledFunction(train_step, config)
 
 
 def disable() -> None:

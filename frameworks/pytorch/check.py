@@ -102,13 +102,13 @@ class CheckRun:
             return
         session = pytorch.current_session()
         if session is not None and not self._fallbacks:
-            count = session.book.on_step
+            count = session.registry.on_step
 
             def on_step(optimizer, engine: str) -> None:
                 count(optimizer, engine)
                 self._stepped(engine)
 
-            session.book.on_step = on_step
+            session.registry.on_step = on_step
         self._fallbacks.append(event)
 
     def _stepped(self, engine: str) -> None:

@@ -102,11 +102,11 @@ class Checkpoints:
             UsageError: There is a newer checkpoint in the folder, or a state holds what cannot be read back safely.
             OSError, and what else Orbax raises: The last one could not be written, on a full disk, say.
         """
-        session, division = _session(), _division()
+        session, sharded_state = _session(), _sharded_state()
         if session is not None:
             session.settle()
-        if division is not None:
-            division.roll_call.talk("Checkpoints.save")
+        if sharded_state is not None:
+            sharded_state.lockstep.talk("Checkpoints.save")
         elif _rank():
             return
         manager = self._managed()
@@ -147,7 +147,7 @@ class Checkpoints:
         if self._manager is None:
             ocp = _orbax()
             self._folder.mkdir(parents=True, exist_ok=True)
-            alone = None if _division() is not None or jax.process_count() == 1 else jax.process_index()
+            alone = None if _sharded_state() is not None or jax.process_count() == 1 else jax.process_index()
             options = ocp.options.MultiprocessingOptions(
                 primary_host=alone or 0,
                 active_processes=None if alone is None else {alone},
@@ -195,10 +195,10 @@ def _session() -> Any:
     return pytorch.current_session()
 
 
-def _division() -> Any:
+def _sharded_state() -> Any:
     """How workers divide the state; None where they do not."""
     session = _session()
-    return None if session is None else session.programs.division
+    return None if session is None else session.programs.sharded_state
 
 
 def _rank() -> int:

@@ -17,12 +17,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch.interop.dynamo import left_out
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.patches import gradient_property
 from trainingcompiler.frameworks.pytorch.patches.install import Hooks
 from trainingcompiler.frameworks.pytorch.session.ddp import averages_unseen
-from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineChoice, engine_of
+from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineSelector, engine_of
 from trainingcompiler.frameworks.pytorch.session.engine_trial import turns_on
 from trainingcompiler.frameworks.pytorch.session.fallback import ANOMALY
 from trainingcompiler.frameworks.pytorch.session.session import Session
@@ -30,7 +30,7 @@ from trainingcompiler.planning import planner
 from trainingcompiler.reporting.statistics import current as statistics
 
 
-class CompiledStep:
+class CompiledFunction:
     """A train step whose Python runs at every call, and what it asks torch for as one compiled program.
 
     The first call runs in torch: it creates the optimizer's state, and shows which optimizers the function reaches.
@@ -40,8 +40,10 @@ class CompiledStep:
         functools.update_wrapper(self, train_step)
         self._function = train_step
         self._session = Session(config)
-        self._choice = EngineChoice(engine_of(config, self._session.programs.target), turns_on(self._session.programs))
-        self._session.book.on_step = lambda optimizer, engine: None
+        self._choice = EngineSelector(
+            engine_of(config, self._session.programs.target), turns_on(self._session.programs)
+        )
+        self._session.registry.on_step = lambda optimizer, engine: None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._is_eager = config.engine == "eager"
 
@@ -57,7 +59,7 @@ class CompiledStep:
         if not self._optimizers:
             return self._observe(args, kwargs)
         if self._is_eager or not self._choice.defers or self._is_watched():
-            with undeferred():
+            with passthrough():
                 result = self._function(*args, **kwargs)
             self._finished("eager")
             return result
@@ -76,14 +78,14 @@ class CompiledStep:
         for session in outer:
             session.is_closed = True
         self._session.deferring = True
-        gradient_property.unwatch_gradients(self._session.book)
+        gradient_property.unwatch_gradients(self._session.registry)
         hooks.install()
         try:
             yield
         finally:
             self._session.is_in_torch = False
             hooks.uninstall()
-            gradient_property.watch_gradients(self._session.book)
+            gradient_property.watch_gradients(self._session.registry)
             _open[:] = outer
             for session in outer:
                 session.is_closed = False
@@ -106,7 +108,7 @@ class CompiledStep:
         of_modules = register_module_forward_pre_hook(note_module)
         of_steps = register_optimizer_step_post_hook(note_step)
         try:
-            with undeferred(), left_out(), warnings.catch_warnings():  # Dynamo would see, and compile, our two hooks
+            with passthrough(), left_out(), warnings.catch_warnings():  # Dynamo would see, and compile, our two hooks
                 warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")  # ours
                 result = self._function(*args, **kwargs)
         finally:
@@ -124,14 +126,14 @@ class CompiledStep:
                 f"tc.compile({name}): {name} has called optimizer.step(), but no parameter had a gradient, so nothing "
                 "was trained. Call loss.backward() inside the function."
             )
-        book = self._session.book
-        gradient_property.watch_gradients(book)  # the step stores none that it clears itself at its next call
-        weakref.finalize(self, gradient_property.unwatch_gradients, book).atexit = False
+        registry = self._session.registry
+        gradient_property.watch_gradients(registry)  # the step stores none that it clears itself at its next call
+        weakref.finalize(self, gradient_property.unwatch_gradients, registry).atexit = False
         self._optimizers = optimizers
         for optimizer in optimizers:
-            book.register(optimizer)
-            book.stepped(optimizer, "eager")
-            book.habits(optimizer).clears = all(
+            registry.register(optimizer)
+            registry.stepped(optimizer, "eager")
+            registry.habits(optimizer).clears = all(
                 p.grad is None for group in optimizer.param_groups for p in group["params"]
             )
         if any(isinstance(module, DistributedDataParallel) and averages_unseen(module) for module in modules.values()):

@@ -10,7 +10,7 @@ from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.tensorflow import bridge, hooks, state
-from trainingcompiler.frameworks.tensorflow.compiled_function import CompiledStep
+from trainingcompiler.frameworks.tensorflow.compiled_function import CompiledFunction
 from trainingcompiler.processes import rendezvous
 from trainingcompiler.reporting.events import Note, Started, emit
 from trainingcompiler.targets.target import Target
@@ -64,4 +64,4 @@ def compile(train_step: Callable, config: TrainingCompilerConfig) -> Callable:
     """Returns `train_step` as one compiled program per signature of its arguments; see `trainingcompiler.compile`."""
     rendezvous.refuse_several("A step of TensorFlow")
     prepare(config)
-    return CompiledStep(train_step, config)
+    return CompiledFunction(train_step, config)

@@ -16,7 +16,7 @@ from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 from trainingcompiler.frameworks.tensorflow.tracing import Traces
 
 
-class CompiledStep:
+class CompiledFunction:
     """A train step that runs as one compiled program per signature of its arguments.
 
     It is traced by `tf.function`, by the script's own where the step is one: Python's own side effects happen while

@@ -13,7 +13,7 @@ _HOPELESS = 2.0  # an engine that is so many times slower than the fastest gets 
 _NOISE = 1.05  # two engines within 5% are equal: repeated runs of the same step differ by that much
 
 
-class EngineChoice:
+class EngineSelector:
     """Decides before every step who runs it.
 
     With several candidates, they take turns on the script's own first steps, a few each, so that drift of the machine

@@ -65,9 +65,9 @@ class TracedStep:
         self._is_tensor = [item is not None for item in tf.nest.flatten(self.template, expand_composites=True)]
         is_flat = type(self.template) is dict and all(isinstance(item, tf.Tensor) for item in self.template.values())
         self._keys = sorted(self.template) if is_flat else None  # as tf.nest orders them; Keras's steps return dicts
-        self._state = [state.cell_of(variable) for variable in self.bridged.state]
-        self._read = [state.cell_of(item) if isinstance(item, tf.Variable) else item for item in self.bridged.inputs]
-        self._read = [item if isinstance(item, state.Cell) else _array(item) for item in self._read]
+        self._state = [state.state_of(variable) for variable in self.bridged.state]
+        self._read = [state.state_of(item) if isinstance(item, tf.Variable) else item for item in self.bridged.inputs]
+        self._read = [item if isinstance(item, state.VariableState) else _array(item) for item in self._read]
         if not self._state:
             raise NothingTrained("it assigns no variable, so it trains nothing")
         self._executable: compiler.Executable | None = None
@@ -111,19 +111,19 @@ class TracedStep:
         batch = [_array(leaf) for leaf, given in zip(leaves, self._is_input, strict=True) if given]
         with state.lock, jax.enable_x64(True):
             if self._executable.state_shardings is None:
-                given = tuple([cell.array if cell.array is not None else cell.take(None) for cell in self._state])
-                read = [item.take(None) if isinstance(item, state.Cell) else item for item in self._read]
+                given = tuple([one.array if one.array is not None else one.take(None) for one in self._state])
+                read = [item.take(None) if isinstance(item, state.VariableState) else item for item in self._read]
             else:
                 given, read = self._placed(self._executable.state_shardings, self._executable.input_shardings)
             with uninterrupted():
                 new_state, outputs = self._executable(given, (*batch, *read))
-                for cell, array in zip(self._state, new_state, strict=True):
-                    cell.update(array)
+                for variable, array in zip(self._state, new_state, strict=True):
+                    variable.update(array)
             # The batch may be the script's own memory, which it may change when this returns.
             jax.block_until_ready(outputs or new_state)
-            for cell in self._state:
-                if cell.is_pinned:
-                    cell.give_back()
+            for variable in self._state:
+                if variable.is_pinned:
+                    variable.give_back()
         if self.bridged.trace.checks:
             outputs, sound = outputs[:-1], np.asarray(outputs[-1])
             if not sound.all():
@@ -135,8 +135,8 @@ class TracedStep:
         """What the step consumes and reads, besides the batch, on several devices."""
         of_read = of_inputs[len(of_inputs) - len(self._read) :]
         return (
-            tuple(cell.take(where) for cell, where in zip(self._state, of_state, strict=True)),
-            [i.take(w) if isinstance(i, state.Cell) else i for i, w in zip(self._read, of_read, strict=True)],
+            tuple(variable.take(where) for variable, where in zip(self._state, of_state, strict=True)),
+            [i.take(w) if isinstance(i, state.VariableState) else i for i, w in zip(self._read, of_read, strict=True)],
         )
 
     @property

@@ -12,13 +12,13 @@ from tensorflow.python.framework.ops import EagerTensor
 from trainingcompiler.adapters import fallback
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, NotEnoughMemoryError, TrainingCompilerError
-from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineSelector
 from trainingcompiler.frameworks.tensorflow.lines import line_of
 from trainingcompiler.frameworks.tensorflow.programs import NothingTrained, Refused, TracedStep, captured, tensors_of
 from trainingcompiler.frameworks.tensorflow.recorded_step import CalledStep
 from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Trace, Traces, is_input
 from trainingcompiler.planning import planner
-from trainingcompiler.planning.memory_advice import with_cures
+from trainingcompiler.planning.memory_advice import with_memory_advice
 from trainingcompiler.reporting.events import Note, Recompiled, emit
 from trainingcompiler.reporting.statistics import current as statistics
 from trainingcompiler.targets.target import Target
@@ -75,7 +75,7 @@ class StepRunner:
         self._target = Target.of(config)
         # TensorFlow has no step for several devices, with which ours could be compared.
         chooses = config.engine == "auto" and self._target.device_count == 1
-        self._choice = EngineChoice(engines if chooses else (XLA,))
+        self._choice = EngineSelector(engines if chooses else (XLA,))
 
     def __call__(self, *args: Any, shapes: Shapes | None = None) -> Any:
         """Does one step, and returns what the function returns.
@@ -229,7 +229,7 @@ class StepRunner:
         try:
             step.compile()
         except NotEnoughMemoryError as error:
-            raise with_cures(error, self._called(args, shapes), self._target) from None
+            raise with_memory_advice(error, self._called(args, shapes), self._target) from None
 
     def _explain(self, key: tuple, args: tuple, compile_time_s: float) -> None:
         """Says what made a further program necessary."""

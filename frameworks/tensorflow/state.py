@@ -1,8 +1,8 @@
 """Training state: variables whose values live in XLA's buffers while compiled steps run, and in TensorFlow otherwise.
 
-A step's first run takes its variables over (`Cell.take`), and whatever asks a variable for its handle, which every read
-and every write in TensorFlow has to, gets it back first (`Cell.give_back`; see `hooks`). So every reader sees current
-values, every write is honoured by the next step, and a loop in which nobody looks moves nothing.
+A step's first run takes its variables over (`VariableState.take`), and whatever asks a variable for its handle, which
+every read and every write in TensorFlow has to, gets it back first (`VariableState.give_back`; see `hooks`). So every
+reader sees current values, every write is honoured by the next step, and a loop in which nobody looks moves nothing.
 
 TensorFlow's last copy is kept while a value is away: a thread that has fetched the handle and reads a moment later,
 when the next step is running, gets the value of the step before, as it would without us, and not an empty one.
@@ -23,11 +23,11 @@ from trainingcompiler.parallel.arrays import owned_array, placed_array
 lock = threading.RLock()
 """Held while a step runs and while values move: another thread that reads a variable waits for the step."""
 
-_cells: dict[int, "Cell"] = {}  # by the identity of the variable's handle, as graphs that capture it know it
+_states: dict[int, "VariableState"] = {}  # by the identity of the variable's handle, as graphs that capture it know it
 _PINNED = "_trainingcompiler_is_pinned"
 
 
-class Cell:
+class VariableState:
     """One variable that compiled steps read or write.
 
     Attributes:
@@ -72,35 +72,35 @@ class Cell:
             self.array, self.is_ahead = None, False
 
 
-def cell_of(variable: tf.Variable) -> Cell:
-    """The variable's cell, made on first use; it goes when the variable does."""
+def state_of(variable: tf.Variable) -> VariableState:
+    """The variable's state, made on first use; it goes when the variable does."""
     key = id(variable.handle)
-    found = _cells.get(key)
+    found = _states.get(key)
     if found is None:
-        found = _cells[key] = Cell(variable)
-        weakref.finalize(variable, _cells.pop, key, None).atexit = False
+        found = _states[key] = VariableState(variable)
+        weakref.finalize(variable, _states.pop, key, None).atexit = False
     return found
 
 
 def give_back_by_handle(handle: Any) -> None:
     """Lets TensorFlow have the value of the variable that the handle is of."""
-    cell = _cells.get(id(handle))
-    if cell is not None and cell.array is not None:
-        cell.give_back()
+    state = _states.get(id(handle))
+    if state is not None and state.array is not None:
+        state.give_back()
 
 
 def give_back_all() -> None:
     """Lets TensorFlow have every value."""
-    for cell in list(_cells.values()):
-        cell.give_back()
+    for state in list(_states.values()):
+        state.give_back()
 
 
 def pin(variable: tf.Variable) -> None:
     """Gives the variable back after every step from now on."""
     vars(variable)[_PINNED] = True
-    cell = _cells.get(id(variable.handle))
-    if cell is not None:
-        cell.is_pinned = True
+    state = _states.get(id(variable.handle))
+    if state is not None:
+        state.is_pinned = True
 
 
 def tensor_of(values: Any) -> tf.Tensor:

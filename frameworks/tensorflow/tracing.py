@@ -12,7 +12,7 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.while_v2 import _WhileBodyGradFuncGraph
 
-from trainingcompiler.compiling.gc_pause import collector_at_rest
+from trainingcompiler.compiling.gc_pause import gc_paused
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.tensorflow import checks
 
@@ -107,7 +107,7 @@ class Traces:
             _spec(index, leaf, None if shapes is None else shapes[index]) if is_input(leaf) else leaf
             for index, leaf in enumerate(leaves)
         ]
-        with collector_at_rest(), _sizes_in_place():
+        with gc_paused(), _sizes_in_place():
             concrete = self._trace(*tf.nest.pack_sequence_as(args, specs))
         is_new = id(concrete) not in self._known
         return self._known.setdefault(id(concrete), Trace(concrete, self._is_checked)), is_new

@@ -12,7 +12,7 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.capture import capture
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
@@ -153,7 +153,7 @@ class Trial:
         entry = Entry(run, structure, leaves, TorchModes.now(), outputs=None, seed=0)
         try:
             captured = capture([entry])
-        except (CaptureError, NumberUsed) as error:
+        except (CaptureError, ConcretizationError) as error:
             raise CannotCompile(getattr(error, "reason", "a number decides what is computed")) from error
         except Exception as error:  # as where a training step is captured
             raise CannotCompile(f"{type(error).__name__}: {error}".split("\n")[0]) from error

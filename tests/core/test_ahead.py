@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from trainingcompiler.cache import prefetch as module
-from trainingcompiler.cache.prefetch import LIST, Ahead
+from trainingcompiler.cache.prefetch import LIST, ExecutablePrefetcher
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,8 @@ def entry(folder, name):
     return path
 
 
-def loading(folder, load=lambda path: path.read_text(), surroundings=("cpu",)) -> Ahead:
-    ahead = Ahead(folder, surroundings, load)
+def loading(folder, load=lambda path: path.read_text(), surroundings=("cpu",)) -> ExecutablePrefetcher:
+    ahead = ExecutablePrefetcher(folder, surroundings, load)
     ahead.begin()
     return ahead
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from trainingcompiler.compiling.gc_pause import collector_at_rest
+from trainingcompiler.compiling.gc_pause import gc_paused
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def collecting():
 
 def test_it_rests_inside_and_goes_on_afterwards():
     gc.enable()
-    with collector_at_rest():
-        with collector_at_rest():
+    with gc_paused():
+        with gc_paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -25,13 +25,13 @@ def test_it_rests_inside_and_goes_on_afterwards():
 
 def test_it_goes_on_after_an_error():
     gc.enable()
-    with pytest.raises(ValueError, match="inside"), collector_at_rest():
+    with pytest.raises(ValueError, match="inside"), gc_paused():
         raise ValueError("inside")
     assert gc.isenabled()
 
 
 def test_who_turned_it_off_turns_it_on():
     gc.disable()
-    with collector_at_rest():
+    with gc_paused():
         pass
     assert not gc.isenabled()

@@ -22,7 +22,7 @@ MINE = {"name": "train_step", "where": "train.py:9", "inputs": ["a batch of floa
 )
 def test_workers_that_come_to_different_programs_are_told_the_difference(changes, message, monkeypatch):
     monkeypatch.setattr(spmd, "share", lambda key, value: [value, {**value, **changes}])
-    agreement = spmd.Agreement()
+    agreement = spmd.ProgramAgreement()
     agreement._watching = True  # no thread: nobody is stuck here
     with pytest.raises(TrainingCompilerError) as caught:
         agreement.meet(**MINE)
@@ -32,11 +32,11 @@ def test_workers_that_come_to_different_programs_are_told_the_difference(changes
 def test_workers_that_agree_go_on(monkeypatch):
     keys = []
     monkeypatch.setattr(spmd, "share", lambda key, value: keys.append(key) or [value, value])
-    agreement = spmd.Agreement()
+    agreement = spmd.ProgramAgreement()
     agreement._watching = True
     agreement.meet(**MINE)
     agreement.meet(**MINE)
-    other = spmd.Agreement()
+    other = spmd.ProgramAgreement()
     other._watching = True
     other.meet(**MINE)
     assert len(set(keys)) == 3  # a key that was used is used up

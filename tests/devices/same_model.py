@@ -87,9 +87,9 @@ def loop(objects: dict[str, Any], data: list) -> list[float]:
 
 def bytes_held(objects: dict[str, Any]) -> tuple[int, int]:
     """What the training state takes on the first device, and in all if each array existed once."""
-    cells = adapter.current_session().programs.cells
+    registry = adapter.current_session().programs.state
     tensors = [*objects["model"].parameters(), *(t for s in objects["optimizer"].state.values() for t in s.values())]
-    arrays = [array for tensor in tensors if (array := getattr(cells.cell(tensor), "_array", None)) is not None]
+    arrays = [array for tensor in tensors if (array := getattr(registry.of(tensor), "_array", None)) is not None]
     return sum(array.addressable_shards[0].data.nbytes for array in arrays), sum(array.nbytes for array in arrays)
 
 

@@ -298,7 +298,7 @@ for step in range(5):
     optimizer.step()
     optimizer.zero_grad()
 state = [*model.parameters(), *(value for kept in optimizer.state.values() for value in kept.values())]
-assert all(id(tensor) in offloaded._cells for tensor in state), len(offloaded._cells)
+assert all(id(tensor) in offloaded._offloaded for tensor in state), len(offloaded._offloaded)
 """
 
 

@@ -7,7 +7,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainingcompiler.frameworks.pytorch.graph.ir import Node, Ref
-from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_apart
+from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_local_then_replicated
 from trainingcompiler.frameworks.pytorch.lowering.interpreter import _run_node_or_say
 from trainingcompiler.parallel import spmd
 from trainingcompiler.targets.target import Target, compiling_for
@@ -33,7 +33,7 @@ def test_each_gpu_holds_and_updates_its_part(monkeypatch):
 
     def step(state, batch):
         values = {WEIGHT: state[0], MOMENTUM: state[1], BATCH: batch}
-        run_apart(STEP, [13, 12], values, {WEIGHT, MOMENTUM}, _run_node_or_say)
+        run_local_then_replicated(STEP, [13, 12], values, {WEIGHT, MOMENTUM}, _run_node_or_say)
         return values[13], values[12]
 
     array = jax.ShapeDtypeStruct(SHAPE, np.float32)

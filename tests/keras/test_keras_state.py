@@ -40,7 +40,7 @@ def assert_close(one, other):
 
 def is_away(model):
     """Whether the values of the model's weights are in XLA's buffers."""
-    return [state._cells[id(vars(w.value)["_handle"])].array is not None for w in model.trainable_weights]
+    return [state._states[id(vars(w.value)["_handle"])].array is not None for w in model.trainable_weights]
 
 
 READERS = {
@@ -73,12 +73,12 @@ def test_nobody_looking_moves_nothing():
     model.fit(*data(), batch_size=8, epochs=1, verbose=0)
     assert all(is_away(model))
     given_back = []
-    original = state.Cell.give_back
-    state.Cell.give_back = lambda cell: given_back.append(cell) or original(cell)
+    original = state.VariableState.give_back
+    state.VariableState.give_back = lambda cell: given_back.append(cell) or original(cell)
     try:
         model.train_function(iter([tuple(part[:8] for part in data())]))
     finally:
-        state.Cell.give_back = original
+        state.VariableState.give_back = original
     assert not given_back and all(is_away(model))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph, Node, Ref
-from trainingcompiler.frameworks.pytorch.lowering.cache_key import digest_of
+from trainingcompiler.frameworks.pytorch.lowering.cache_key import graph_cache_key
 
 SCRIPT = """
 import sys
@@ -36,7 +36,7 @@ def graph(*args, operator="aten.add.Tensor", constant=None, dtype=torch.float32)
 def test_equal_graphs_have_equal_digests():
     one, other = graph(Ref(0), Ref(1)), graph(Ref(0), Ref(1))
     other.nodes[0].where = "another.py:7"  # where it stands decides nothing
-    assert digest_of(one, [2], [[0], [1]]) == digest_of(other, [2], [[0], [1]]) is not None
+    assert graph_cache_key(one, [2], [[0], [1]]) == graph_cache_key(other, [2], [[0], [1]]) is not None
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,21 @@ def test_equal_graphs_have_equal_digests():
 )
 def test_what_differs_has_another_digest(other):
     same = [graph(Ref(0), Ref(1)), *([graph(Ref(0), Ref(1), constant=[3.0])] if other.constants else [])]
-    assert digest_of(other, [2], []) not in [digest_of(one, [2], []) for one in same]
+    assert graph_cache_key(other, [2], []) not in [graph_cache_key(one, [2], []) for one in same]
 
 
 def test_roles_and_results_count():
     one = graph(Ref(0), Ref(1))
-    digests = {digest_of(one, [2], [[0], [1]]), digest_of(one, [2], [[1], [0]]), digest_of(one, [2, 2], [[0], [1]])}
+    digests = {
+        graph_cache_key(one, [2], [[0], [1]]),
+        graph_cache_key(one, [2], [[1], [0]]),
+        graph_cache_key(one, [2, 2], [[0], [1]]),
+    }
     assert len(digests) == 3
 
 
 def test_what_is_not_known_has_none():
-    assert digest_of(graph(Ref(0), object()), [2], []) is None
+    assert graph_cache_key(graph(Ref(0), object()), [2], []) is None
 
 
 def test_a_second_start_loads(tmp_path):

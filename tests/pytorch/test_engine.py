@@ -8,8 +8,8 @@ from parity import assert_same, assert_same_training, train
 from small import batches, sgd, train_on
 
 from trainingcompiler.frameworks.pytorch.session import engine_choice as engine_module
-from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineChoice
-from trainingcompiler.frameworks.pytorch.session.engine_trial import Turns
+from trainingcompiler.frameworks.pytorch.session.engine_choice import EngineSelector
+from trainingcompiler.frameworks.pytorch.session.engine_trial import EngineTrial
 from trainingcompiler.reporting.events import EngineChosen, Note, subscribe
 from trainingcompiler.reporting.statistics import current as statistics
 
@@ -58,7 +58,7 @@ def run_steps(choice, clock, seconds, steps=60, of=None):
     [(0.010, 0.005, "xla"), (0.005, 0.010, "eager"), (1.0, 0.5, "xla"), (0.5, 1.0, "eager"), (0.1, 0.104, "xla")],
 )
 def test_the_faster_engine_wins(clock, chosen, eager_s, xla_s, winner):
-    choice = EngineChoice("auto")
+    choice = EngineSelector("auto")
     engines = run_steps(choice, clock, {"eager": eager_s, "xla": xla_s})
     assert choice.chosen == winner and choice.defers == (winner == "xla")
     (event,) = chosen
@@ -70,7 +70,7 @@ def test_the_faster_engine_wins(clock, chosen, eager_s, xla_s, winner):
 def test_short_and_close_steps_are_timed_more_often(clock):
     cases = {"short": (0.001, 0.0005), "close": (2.0, 1.9), "clear": (2.0, 1.0)}
     counts = {
-        name: len(run_steps(EngineChoice("auto"), clock, {"eager": eager_s, "xla": xla_s}))
+        name: len(run_steps(EngineSelector("auto"), clock, {"eager": eager_s, "xla": xla_s}))
         for name, (eager_s, xla_s) in cases.items()
     }
     assert counts["clear"] <= 8 and counts["short"] >= 20 and counts["close"] >= 20
@@ -78,7 +78,7 @@ def test_short_and_close_steps_are_timed_more_often(clock):
 
 def test_a_busy_machine_does_not_decide(clock, chosen):
     """Other work adds time to some steps; the fastest of each engine is what counts."""
-    choice, of = EngineChoice("auto"), optimizer()
+    choice, of = EngineSelector("auto"), optimizer()
     for index in range(60):
         if choice.chosen is None:
             engine = "xla" if choice.defers else "eager"
@@ -88,7 +88,7 @@ def test_a_busy_machine_does_not_decide(clock, chosen):
 
 
 def test_steps_that_compile_are_not_timed(clock, chosen, monkeypatch):
-    choice, of = EngineChoice("auto"), optimizer()
+    choice, of = EngineSelector("auto"), optimizer()
     choice.stepped(of, "eager")
     compiles = statistics().compiles
     monkeypatch.setattr(statistics(), "compiles", compiles + 1)
@@ -100,13 +100,13 @@ def test_steps_that_compile_are_not_timed(clock, chosen, monkeypatch):
 
 @pytest.mark.parametrize("engine", ["xla", "eager"])
 def test_the_users_word_is_not_measured(engine, clock, chosen):
-    choice = EngineChoice(engine)
+    choice = EngineSelector(engine)
     choice.stepped(optimizer(), engine)
     assert choice.chosen == engine and choice.defers == (engine == "xla") and not chosen
 
 
 def test_another_optimizers_steps_are_not_timed(clock):
-    choice, first, second = EngineChoice("auto"), optimizer(), optimizer()
+    choice, first, second = EngineSelector("auto"), optimizer(), optimizer()
     choice.stepped(first, "eager")
     for _ in range(20):
         clock.now_s += 0.1
@@ -115,7 +115,7 @@ def test_another_optimizers_steps_are_not_timed(clock):
 
 
 def test_engines_change_where_a_batch_of_several_optimizers_ends(clock):
-    choice, first, second = EngineChoice("auto"), optimizer(), optimizer()
+    choice, first, second = EngineSelector("auto"), optimizer(), optimizer()
     turns = []
     for _ in range(4):
         for of, is_same_batch in ((first, False), (second, True)):
@@ -126,7 +126,7 @@ def test_engines_change_where_a_batch_of_several_optimizers_ends(clock):
 
 
 def test_optimizers_that_never_clear_gradients_do_not_take_the_end_from_each_other(clock, chosen):
-    choice, both = EngineChoice("auto"), (optimizer(), optimizer())
+    choice, both = EngineSelector("auto"), (optimizer(), optimizer())
     for step in range(100):
         clock.now_s += 0.1
         choice.stepped(both[step % 2], "xla" if choice.defers else "eager", True)
@@ -135,7 +135,7 @@ def test_optimizers_that_never_clear_gradients_do_not_take_the_end_from_each_oth
 
 def test_nothing_compiled_ends_the_choice(clock, chosen):
     """A loop that always falls back runs eagerly whoever is chosen; there is nothing to time."""
-    choice, of = EngineChoice("auto"), optimizer()
+    choice, of = EngineSelector("auto"), optimizer()
     for _ in range(30):
         clock.now_s += 0.1
         choice.stepped(of, "eager")
@@ -161,14 +161,14 @@ def test_what_has_won_runs_the_rest(winner, monkeypatch):
     """The clock favours one engine; the training is the same."""
     times = {"eager": 0.3, "xla": 0.3, winner: 0.1}
     now_s = 0.0
-    stepped = EngineChoice.stepped
+    stepped = EngineSelector.stepped
 
     def timed(self, of, engine, is_same_batch):
         nonlocal now_s
         now_s += times[engine]
         stepped(self, of, engine, is_same_batch)
 
-    monkeypatch.setattr(EngineChoice, "stepped", timed)
+    monkeypatch.setattr(EngineSelector, "stepped", timed)
     monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now_s))
 
     def loop(objects, data):
@@ -189,7 +189,7 @@ def test_eager_compiles_nothing():
     assert run.statistics.compiles == 0 and run.statistics.eager_steps == 20
 
 
-class LongTurns(Turns):
+class LongTurns(EngineTrial):
     """Of four steps; what is called is noted."""
 
     steps = 4
@@ -210,7 +210,7 @@ class LongTurns(Turns):
 @pytest.mark.parametrize(("eager_s", "xla_s", "winner"), [(1.0, 0.5, "xla"), (0.5, 1.0, "eager")])
 def test_long_turns_leave_out_their_first_step(clock, chosen, eager_s, xla_s, winner):
     turns = LongTurns()
-    choice = EngineChoice("auto", turns)
+    choice = EngineSelector("auto", turns)
     of, engines = optimizer(), []
     while choice.chosen is None:
         engine = "xla" if choice.defers else "eager"
@@ -227,7 +227,7 @@ def test_long_turns_leave_out_their_first_step(clock, chosen, eager_s, xla_s, wi
 def test_without_room_for_torchs_step_it_is_not_tried(clock, chosen):
     notes = []
     unsubscribe = subscribe(lambda event: notes.append(event) if isinstance(event, Note) else None)
-    choice = EngineChoice("auto", LongTurns(room=False))
+    choice = EngineSelector("auto", LongTurns(room=False))
     assert run_steps(choice, clock, {"xla": 0.1, "eager": 0.1}) == ["xla"] * 4
     unsubscribe()
     assert choice.chosen == "xla" and not chosen

@@ -7,7 +7,7 @@ from small import adamw
 from torch import nn
 from torch.nn import functional as F
 
-from trainingcompiler.frameworks.pytorch.session.eval_policy import Evaluations, key_of
+from trainingcompiler.frameworks.pytorch.session.eval_policy import EvalCompilePolicy, key_of
 from trainingcompiler.reporting.events import Note
 
 
@@ -86,7 +86,7 @@ def test_what_is_seen_to_draw_waits_no_more():
 
 
 def test_a_shape_that_has_taken_as_long_as_compiling_is_compiled():
-    evaluations, module = Evaluations(), nn.Linear(2, 2)
+    evaluations, module = EvalCompilePolicy(), nn.Linear(2, 2)
     long, short = ((key_of(module, [torch.zeros(rows, 2)], None)) for rows in (8, 3))
     assert not evaluations.waits(module, long)  # the first is compiled
     evaluations.compiled(module, long, 2.0, is_random=False)

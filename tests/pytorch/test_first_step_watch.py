@@ -32,7 +32,7 @@ def groups(monkeypatch):
         session = Session(TrainingCompilerConfig(engine="xla"))
         watch = FirstStepWatch(session)
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, weight_decay=0.2)
-        session.book.register(optimizer)
+        session.registry.register(optimizer)
         watch.made(optimizer)
         kept = change(optimizer)  # a scheduler that somebody holds
         watch.steps()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from trainingcompiler import GradientNotKeptError
-from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 
 
 @pytest.mark.parametrize("to_none", [True, False])
@@ -289,19 +289,19 @@ def test_a_leaf_made_of_a_result_has_its_gradient():
 
 def test_where_gradients_are_not_kept_a_look_is_an_error_with_the_cure():
     """On GPUs, and where several devices or workers train: a gradient there would be memory that is missed."""
-    book = OptimizerBook(keep_gradients=False)
+    registry = OptimizerRegistry(keep_gradients=False)
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    book.register(optimizer)
-    book.clears_gradients(None, [parameter], set_to_none=True)
-    assert not book.keeps_gradient(parameter)
-    book.consume([weakref.ref(parameter)])
-    for use in (book.reads_gradient, lambda parameter: book.check_unconsumed([parameter])):
+    registry.register(optimizer)
+    registry.clears_gradients(None, [parameter], set_to_none=True)
+    assert not registry.keeps_gradient(parameter)
+    registry.consume([weakref.ref(parameter)])
+    for use in (registry.reads_gradient, lambda parameter: registry.check_unconsumed([parameter])):
         with pytest.raises(
             GradientNotKeptError, match=r"Pass --keep-gradients to the launcher, or .*keep_gradients=True"
         ):
             use(parameter)
-    assert OptimizerBook(keep_gradients=True).keeps_gradient(parameter)
+    assert OptimizerRegistry(keep_gradients=True).keeps_gradient(parameter)
 
 
 def test_a_gradient_read_when_none_was_computed_is_none():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.state import ownership
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_shared, overlapping
-from trainingcompiler.frameworks.pytorch.state.shared_tensors import Cell
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor
 
 
 def kinds(tensor: torch.Tensor) -> str:
@@ -92,9 +92,9 @@ def test_memory_that_other_tensors_see():
 
 def test_memory_of_a_compiled_step_is_its_own():
     tensor = nn.Parameter(torch.ones(3, 4))
-    cell = Cell(tensor)
-    cell.array(None)
-    assert kinds(tensor) == "own" and not cell.stays
+    shared = SharedTensor(tensor)
+    shared.array(None)
+    assert kinds(tensor) == "own" and not shared.stays
 
 
 def test_without_knowing_torchs_storages_all_memory_but_torchs_own_is_foreign(monkeypatch):

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
+from trainingcompiler.frameworks.pytorch.aot.skip_init import SkipParameterInit
 
 LARGE = """
 import resource
@@ -31,7 +31,7 @@ def test_four_gigabytes_of_weights_take_none():
 
 def test_what_is_small_or_no_parameter_is_written():
     large, small, plain = nn.Parameter(torch.zeros(512, 512)), nn.Parameter(torch.zeros(8)), torch.zeros(512, 512)
-    with Unfilled(), torch.no_grad():
+    with SkipParameterInit(), torch.no_grad():
         assert large.normal_() is large and nn.init.ones_(large) is large and large.copy_(plain + 1) is large
         nn.init.ones_(small)
         plain.fill_(2)

@@ -127,7 +127,7 @@ def test_variables_are_taken_over_and_given_back(config):
     loop = Loop()
     step = tc.compile(loop.step, config)
     step(*batches()[0])
-    cell = state.cell_of(loop.w)  # asks for the handle, which gives the value back
+    cell = state.state_of(loop.w)  # asks for the handle, which gives the value back
     assert cell.array is None
     step(*batches()[0])
     assert cell.array is not None and cell.is_ahead

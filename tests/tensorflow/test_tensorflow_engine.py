@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineChoice
+from trainingcompiler.frameworks.tensorflow.engine import TF_GRAPH, TF_XLA, XLA, EngineSelector
 from trainingcompiler.reporting.events import EngineChosen, subscribe
 
 ALL = (XLA, TF_GRAPH, TF_XLA)
@@ -39,7 +39,7 @@ def run(choice, seconds, steps=200):
     ],
 )
 def test_the_fastest_wins_and_all_figures_are_told(seconds, winner, chosen):
-    choice = EngineChoice(ALL)
+    choice = EngineSelector(ALL)
     run(choice, seconds)
     assert choice.chosen == choice.next == winner
     (event,) = chosen
@@ -48,24 +48,24 @@ def test_the_fastest_wins_and_all_figures_are_told(seconds, winner, chosen):
 
 
 def test_short_and_close_steps_are_timed_more_often():
-    clear = run(EngineChoice(ALL), {XLA: 0.1, TF_GRAPH: 0.3, TF_XLA: 0.5})
-    short = run(EngineChoice(ALL), {XLA: 0.0010, TF_GRAPH: 0.0012, TF_XLA: 0.0015})
+    clear = run(EngineSelector(ALL), {XLA: 0.1, TF_GRAPH: 0.3, TF_XLA: 0.5})
+    short = run(EngineSelector(ALL), {XLA: 0.0010, TF_GRAPH: 0.0012, TF_XLA: 0.0015})
     assert len(clear) < len(short)
     assert {engine: short.count(engine) for engine in ALL} == {XLA: 12, TF_GRAPH: 12, TF_XLA: 12}
 
 
 def test_a_hopeless_engine_gets_no_further_turn():
-    engines = run(EngineChoice(ALL), {XLA: 0.0010, TF_GRAPH: 0.0012, TF_XLA: 0.02})
+    engines = run(EngineSelector(ALL), {XLA: 0.0010, TF_GRAPH: 0.0012, TF_XLA: 0.02})
     assert engines.count(TF_XLA) == 4 and engines.count(XLA) == 12
 
 
 def test_tensorflows_xla_is_not_compiled_where_the_graph_is_far_behind():
-    engines = run(EngineChoice(ALL), {XLA: 0.001, TF_GRAPH: 0.0014, TF_XLA: 0.0})
+    engines = run(EngineSelector(ALL), {XLA: 0.001, TF_GRAPH: 0.0014, TF_XLA: 0.0})
     assert TF_XLA not in engines
 
 
 def test_steps_that_are_not_typical_are_not_timed(chosen):
-    choice = EngineChoice((XLA, TF_GRAPH))
+    choice = EngineSelector((XLA, TF_GRAPH))
     for _ in range(4):
         choice.ran(XLA, 0.1)
     choice.ran(TF_GRAPH, 5.0)
@@ -76,5 +76,5 @@ def test_steps_that_are_not_typical_are_not_timed(chosen):
 
 
 def test_a_single_engine_is_not_measured(chosen):
-    choice = EngineChoice((XLA,))
+    choice = EngineSelector((XLA,))
     assert choice.chosen == XLA and run(choice, {}) == [] and not chosen

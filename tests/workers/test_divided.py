@@ -56,7 +56,7 @@ def main(name):
 
             sizes = [p.numel() * p.element_size() for p in model.parameters()]
             small = sum(size for size in sizes if size < 8 * 2**14)
-            held = sum(cell._array.addressable_data(0).nbytes for cell in offloaded._cells.values())
+            held = sum(cell._array.addressable_data(0).nbytes for cell in offloaded._offloaded.values())
             assert 0.9 * 3 * sum(sizes) / size < held < 1.1 * 3 * sum(sizes) / size + 3 * small, (held, sum(sizes))
         if rank == 1 % size and step == 5:
             average = [p.detach().clone() for p in model.parameters()]

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jaxlib import lapack
 
-from trainingcompiler.cache.prefetch import Ahead
+from trainingcompiler.cache.prefetch import ExecutablePrefetcher
 from trainingcompiler.files import write_whole
 from trainingcompiler.program import StepProgram, TensorSpec
 from trainingcompiler.reporting.events import CacheDamaged, Note, emit
@@ -69,7 +69,7 @@ class ExecutableStore:
 
     folder: Path
     size_limit_bytes: int
-    ahead: Ahead | None = None
+    ahead: ExecutablePrefetcher | None = None
 
     def begin(self, target: Target) -> None:
         """Begins to load, in a thread of its own, what the last run of this script began with.
@@ -80,7 +80,7 @@ class ExecutableStore:
         """
         if target.described is None and target.workers == 1:
             surroundings = [_of_target(target), *_surroundings(), *_options()]
-            self.ahead = Ahead(self.folder, surroundings, lambda path: self._read(path, target))
+            self.ahead = ExecutablePrefetcher(self.folder, surroundings, lambda path: self._read(path, target))
             self.ahead.begin()
 
     def has(self, program: StepProgram, target: Target) -> bool:

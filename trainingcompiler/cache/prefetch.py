@@ -22,7 +22,7 @@ LIST = "-began"  # the suffix of the file that names the entries which a run beg
 _MOST = 4  # programs of a usual run: one or two kinds of step, an evaluation, a last and smaller batch
 
 
-class Ahead:
+class ExecutablePrefetcher:
     """What one script begins with.
 
     Loading goes on in a thread of its own. A fork waits for it, as the child would inherit what it has locked.
@@ -94,7 +94,7 @@ class Ahead:
             future.exception()
 
 
-_begun: weakref.WeakSet[Ahead] = weakref.WeakSet()
+_begun: weakref.WeakSet[ExecutablePrefetcher] = weakref.WeakSet()
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Program:
+class Command:
     """One of our programs, as its command line knows it.
 
     Attributes:
@@ -89,14 +89,14 @@ class CommandLine:
         arguments: The script's own arguments, untouched.
     """
 
-    program: Program
+    program: Command
     given: dict[str, str] = field(default_factory=dict)
     target: str | None = None
     is_module: bool = False
     arguments: list[str] = field(default_factory=list)
 
 
-def parse(words: Sequence[str], program: Program) -> CommandLine:
+def parse(words: Sequence[str], program: Command) -> CommandLine:
     """Splits the command line into our options, the script, and the script's arguments.
 
     Raises:
@@ -190,7 +190,7 @@ def _place_of(arguments: Sequence[str], name: str) -> int | None:
     return places[-1] if places else None
 
 
-def _option_of(word: str, program: Program) -> tuple[str, str | None]:
+def _option_of(word: str, program: Command) -> tuple[str, str | None]:
     """Returns the option a word names, and its value: "" for a switch, None where the next word holds it."""
     name, equals, value = word.partition("=")
     name = _SHORT.get(name, name.replace("_", "-"))
@@ -202,7 +202,7 @@ def _option_of(word: str, program: Program) -> tuple[str, str | None]:
     return name, value if equals or not program.options[name].value else None
 
 
-def _refuse_ours(line: CommandLine, program: Program) -> None:
+def _refuse_ours(line: CommandLine, program: Command) -> None:
     """An option of ours after the script is either misplaced or the script's: only the person knows which."""
     for word in line.arguments:
         if word == "--":

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from trainingcompiler.cache import jax_cache
 from trainingcompiler.cache.executables import ExecutableStore
 from trainingcompiler.cache.jax_cache import watching
-from trainingcompiler.compiling.gc_pause import collector_at_rest
+from trainingcompiler.compiling.gc_pause import gc_paused
 from trainingcompiler.compiling.memory import check as memory_check
 from trainingcompiler.errors import NotEnoughMemoryError, TrainingCompilerError, UsageError
 from trainingcompiler.parallel import spmd
@@ -207,7 +207,7 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
     if target.workers > 1 and not program.tells_apart:
         function = functools.wraps(function)(spmd.each(function))
     with jax.enable_x64(True):
-        with phase("lower", program.name), compiling_for(target), collector_at_rest():
+        with phase("lower", program.name), compiling_for(target), gc_paused():
             lowered = jax.jit(function, donate_argnums=0, keep_unused=True, **where).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Keeps the collector from running inside the block, in all threads; it is as it was afterwards.
 
     Importing JAX and capturing a step make some 100,000 objects, nearly none of them garbage, and each round over all

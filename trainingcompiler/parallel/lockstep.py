@@ -26,7 +26,7 @@ from trainingcompiler.parallel.arrays import placed_array
 from trainingcompiler.processes import rendezvous
 
 
-class Errand(enum.IntEnum):
+class Occasion(enum.IntEnum):
     """What a worker has come for: a program, a function of `torch.distributed`, arrays; or it leaves."""
 
     RUN = 1
@@ -35,7 +35,7 @@ class Errand(enum.IntEnum):
     LEAVE = 4
 
 
-class RollCall:
+class Lockstep:
     """Every worker's errands, in the order in which all come to them.
 
     It begins with the first `run`: before that, nothing is divided.
@@ -59,7 +59,7 @@ class RollCall:
         """
         if not self._count:
             atexit.register(self._leave)
-        self._together(Errand.RUN, what)
+        self._together(Occasion.RUN, what)
 
     def talk(self, what: str, details: str = "") -> None:
         """Waits until all have come to the same function of `torch.distributed`, in which they would wait anyway.
@@ -72,7 +72,7 @@ class RollCall:
             TrainingCompilerError: As `run`.
         """
         if self._count:
-            self._together(Errand.TALK, what, details=details)
+            self._together(Occasion.TALK, what, details=details)
 
     def fetch(self, numbers: Sequence[int], what: str) -> None:
         """Waits until all have come to something, and has them hand over arrays.
@@ -80,41 +80,41 @@ class RollCall:
         Raises:
             TrainingCompilerError: Somebody has left, or is gone.
         """
-        self._together(Errand.FETCH, what, numbers)
+        self._together(Occasion.FETCH, what, numbers)
 
     def _leave(self) -> None:
         """Stays for as long as others may still want arrays."""
         if os.getpid() != self._process or rendezvous.leaves_alone():
             return
         try:
-            self._together(Errand.LEAVE, "the end of its script")
+            self._together(Occasion.LEAVE, "the end of its script")
         except TrainingCompilerError as error:  # what has failed elsewhere is told there; this script has ended well
             sys.stderr.write(f"trainingcompiler: {error}\n")
 
-    def _together(self, errand: Errand, what: str, numbers: Sequence[int] = (), details: str = "") -> None:
+    def _together(self, occasion: Occasion, what: str, numbers: Sequence[int] = (), details: str = "") -> None:
         with self._turn:
             while True:
                 self._count += 1
                 digest = hashlib.sha256(f"{what} {list(numbers)}".encode()).digest()
-                told = self._told(errand, int.from_bytes(digest[:8], signed=True))
+                told = self._told(occasion, int.from_bytes(digest[:8], signed=True))
                 if (told == told[0]).all():
-                    if errand is Errand.FETCH:
+                    if occasion is Occasion.FETCH:
                         self._hand_over(numbers, numbers)
                     return
                 mine = {"what": f"{what}: {details}" if details else what, "numbers": list(numbers)}
                 everyone = spmd.share(f"roll call {self._count}", mine)
                 wanted = {number for other in everyone for number in other["numbers"]}
                 if not wanted:
-                    if errand is Errand.LEAVE:
+                    if occasion is Occasion.LEAVE:
                         return
                     raise _disagreement(everyone)
                 self._hand_over(sorted(wanted), numbers)
-                if errand is Errand.FETCH:
+                if occasion is Occasion.FETCH:
                     return
 
-    def _told(self, errand: Errand, digest: int) -> np.ndarray:
+    def _told(self, occasion: Occasion, digest: int) -> np.ndarray:
         """Int64[workers, 2]: the errand and the digest of each."""
-        values = placed_array(np.array([errand, digest], np.int64), spmd.own())
+        values = placed_array(np.array([occasion, digest], np.int64), spmd.own())
         try:
             with jax.enable_x64(True):
                 return np.asarray(_exchange()(values).addressable_data(0))

@@ -109,7 +109,7 @@ def _rank() -> int:
 _meetings = itertools.count(1)  # of the process: a second session must not take a key of the first
 
 
-class Agreement:
+class ProgramAgreement:
     """Sees that all workers run the same programs in the same order, where these wait for each other.
 
     A program's first run is agreed upon. A later one that lasts is looked into: workers that have come to different

@@ -12,7 +12,7 @@ from trainingcompiler.targets.target import Target
 _MOST_HALVINGS = 4
 
 
-def with_cures(error: NotEnoughMemoryError, step: PlannableStep, target: Target) -> NotEnoughMemoryError:
+def with_memory_advice(error: NotEnoughMemoryError, step: PlannableStep, target: Target) -> NotEnoughMemoryError:
     """The same error, which also says what would fit this process's devices.
 
     Args:

@@ -29,7 +29,7 @@ class Worker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class ClusterEnvironment:
     """What one source says.
 
     Attributes:
@@ -45,7 +45,7 @@ class Surroundings:
     master: tuple[str, int] | None
 
 
-def read(environ: Mapping[str, str]) -> Surroundings | None:
+def read(environ: Mapping[str, str]) -> ClusterEnvironment | None:
     """What the environment says; None for a process that is alone.
 
     A launcher that sets torch's variables stands between this process and the cluster's, so that its word holds.
@@ -67,7 +67,7 @@ def read(environ: Mapping[str, str]) -> Surroundings | None:
     return found[0] if found else None
 
 
-def _torchs(environ: Mapping[str, str]) -> Surroundings | None:
+def _torchs(environ: Mapping[str, str]) -> ClusterEnvironment | None:
     if not (environ.get("RANK") and environ.get("WORLD_SIZE")):
         return None
     # A pod of a PyTorchJob is one worker, and has no local rank.
@@ -77,10 +77,10 @@ def _torchs(environ: Mapping[str, str]) -> Surroundings | None:
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
         master = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     node = _number(environ, "GROUP_RANK", environ.get("NODE_RANK", str(worker.rank // worker.local_world_size)))
-    return Surroundings(worker=worker, source=_shown(environ, names), node_rank=node, master=master)
+    return ClusterEnvironment(worker=worker, source=_shown(environ, names), node_rank=node, master=master)
 
 
-def _slurms(environ: Mapping[str, str]) -> Surroundings | None:
+def _slurms(environ: Mapping[str, str]) -> ClusterEnvironment | None:
     if not environ.get("SLURM_STEP_NODELIST") or not environ.get("SLURM_PROCID"):
         return None  # a batch script has a rank as well, but is no task of srun
     count = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
@@ -95,10 +95,10 @@ def _slurms(environ: Mapping[str, str]) -> Surroundings | None:
     # Steps of one allocation may run side by side: each has its own ports.
     job, step = (int(environ.get(name, "0") or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     master = first_host(environ["SLURM_STEP_NODELIST"]), _PORTS[(job * 37 + step) % len(_PORTS)]
-    return Surroundings(worker=worker, source=_shown(filled, names), node_rank=node, master=master)
+    return ClusterEnvironment(worker=worker, source=_shown(filled, names), node_rank=node, master=master)
 
 
-def _mpis(environ: Mapping[str, str]) -> Surroundings | None:
+def _mpis(environ: Mapping[str, str]) -> ClusterEnvironment | None:
     prefix = "OMPI_COMM_WORLD"
     names = tuple(f"{prefix}_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     if not environ.get(names[0]) or environ.get(names[1], "1") == "1":
@@ -114,7 +114,7 @@ def _mpis(environ: Mapping[str, str]) -> Surroundings | None:
         host = found[1] if found else None
     node = _number(environ, f"{prefix}_NODE_RANK", str(worker.rank // worker.local_world_size))
     master = (host, port) if host else None
-    return Surroundings(worker=worker, source=_shown(environ, names), node_rank=node, master=master)
+    return ClusterEnvironment(worker=worker, source=_shown(environ, names), node_rank=node, master=master)
 
 
 def _worker(

@@ -208,7 +208,9 @@ def _check_gpus(worker: Worker, environ: Mapping[str, str]) -> None:
         )
 
 
-def _address_of(found: cluster_env.Surroundings, environ: Mapping[str, str], timeout_s: float) -> Callable[[], Address]:
+def _address_of(
+    found: cluster_env.ClusterEnvironment, environ: Mapping[str, str], timeout_s: float
+) -> Callable[[], Address]:
     """Returns the function that says where JAX's processes meet; on rank 0 it is asked once."""
     if COORDINATOR in environ:
         host, _, port = environ[COORDINATOR].rpartition(":")
@@ -227,7 +229,7 @@ def _address_of(found: cluster_env.Surroundings, environ: Mapping[str, str], tim
 
 
 def _set_variables(
-    found: cluster_env.Surroundings, services: tuple[str, ...], environ: MutableMapping[str, str]
+    found: cluster_env.ClusterEnvironment, services: tuple[str, ...], environ: MutableMapping[str, str]
 ) -> None:
     worker = found.worker
     values: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainingcompiler.frameworks.pytorch.capture import optimizers
-from trainingcompiler.frameworks.pytorch.capture.fake_mode import Twins
+from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, replay, results_of
 
 _BLOCK = 512  # bytes: what torch's allocator for CUDA rounds to
@@ -31,7 +31,7 @@ def peak_bytes(entries: list[Entry]) -> int:
         CaptureError: The entries cannot be replayed.
     """
     counter = _Counter()
-    twins = _Twins(counter)
+    fake_tensors = _CountedFakeTensors(counter)
     values: dict[Any, torch.Tensor] = {}
     last_reader = {leaf: index for index, entry in enumerate(entries) for leaf in entry.slots()}
 
@@ -39,18 +39,18 @@ def peak_bytes(entries: list[Entry]) -> int:
         if isinstance(leaf, Slot | Input):
             if leaf not in values:
                 shape = leaf.shape if isinstance(leaf, Input) else tuple(leaf.meta.shape)
-                values[leaf] = twins.fake_like(shape, leaf.dtype if isinstance(leaf, Input) else leaf.meta.dtype)
+                values[leaf] = fake_tensors.fake_like(shape, leaf.dtype if isinstance(leaf, Input) else leaf.meta.dtype)
             return values[leaf]
         return leaf
 
     for state in _state(entries):
-        twins.twin(state)
+        fake_tensors.fake(state)
     try:
         for index, entry in enumerate(entries):
-            with twins.recording(), contextlib.ExitStack() as prepared:
+            with fake_tensors.recording(), contextlib.ExitStack() as prepared:
                 for optimizer in entry.optimizers:
                     prepared.enter_context(optimizers.traced(optimizer, lambda _, value: value, frozenset()))
-                prepared.enter_context(twins.numbers_in_steps())
+                prepared.enter_context(fake_tensors.numbers_in_steps())
                 result = replay(entry, resolve)
             values |= dict(zip(entry.outputs or (), results_of(entry, result), strict=False))
             del result
@@ -62,7 +62,7 @@ def peak_bytes(entries: list[Entry]) -> int:
         for entry in entries:
             for optimizer in entry.optimizers:
                 optimizers.drop_fake_state(optimizer)
-    twins.let_go()
+    fake_tensors.let_go()
     return counter.peak_bytes
 
 
@@ -78,7 +78,7 @@ def _state(entries: list[Entry]) -> list[torch.Tensor]:
     return list({id(value): value for value in found if isinstance(value, torch.Tensor)}.values())
 
 
-class _Twins(Twins):
+class _CountedFakeTensors(FakeTensors):
     """Stand-ins whose attention never needs the matrix of scores: PyTorch on a GPU drops out inside its kernel."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -89,7 +89,7 @@ class _Twins(Twins):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the memory behind every tensor that is made while it is entered; in the place of a `Recorder`.
+    """Counts the memory behind every tensor that is made while it is entered; in the place of a `FunctionalRecorder`.
 
     Attributes:
         peak_bytes: The most there was.

@@ -10,9 +10,9 @@ from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch.aot.eager_memory import peak_bytes
 from trainingcompiler.frameworks.pytorch.aot.step_program import with_state
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledTape, Purpose
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
+from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Purpose
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
@@ -42,15 +42,15 @@ class RecordedStep:
         entries = self._with_rows(rows, batch_size)
         optimizers = self._optimizers(entries)
         for optimizer in optimizers:  # gradients die with the step, as in a loop that clears them
-            habits = self._cache.book.habits(optimizer)
+            habits = self._cache.registry.habits(optimizer)
             habits.clears |= not habits.zeroes
-        with undeferred(), contextlib.ExitStack() as stack:
+        with passthrough(), contextlib.ExitStack() as stack:
             for optimizer in optimizers:
                 stack.enter_context(with_state(optimizer))
             captured = self._captured(entries, rows, batch_size)
             exports = [slot for entry in entries for slot in entry.outputs if slot.live]
             name = f"train_step_batch_{batch_size}"
-            program = CompiledTape(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
+            program = CompiledStep(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
         if program is None or all(spec.role == "gradient" for spec in program.state):
             raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
         return program.with_batch(batch_size)
@@ -58,7 +58,7 @@ class RecordedStep:
     def eager_bytes(self, rows: int, batch_size: int) -> int | None:
         """Counts what the tape allocates in torch; None where it cannot be replayed."""
         entries = self._with_rows(rows, batch_size)
-        with undeferred(), contextlib.ExitStack() as stack:
+        with passthrough(), contextlib.ExitStack() as stack:
             for optimizer in self._optimizers(entries):
                 stack.enter_context(with_state(optimizer))
             try:
@@ -104,14 +104,14 @@ class RecordedStep:
         return list({id(o): o for entry in entries for o in entry.optimizers}.values())
 
     def _captured(self, entries: list[Entry], rows: int, batch_size: int) -> CapturedStep:
-        book = self._cache.book
+        registry = self._cache.registry
         while True:
             try:
-                return capture(entries, lambda optimizer: book.habits(optimizer).constants)
-            except NumberUsed as error:  # a hyperparameter that has to be a constant, as a run finds out too
+                return capture(entries, lambda optimizer: registry.habits(optimizer).constants)
+            except ConcretizationError as error:  # a hyperparameter that has to be a constant, as a run finds out too
                 source: Any = error.source
                 of_optimizer = source is not None and source.optimizer is not None
-                if not of_optimizer or not book.fix_number(source.optimizer(), source.position):
+                if not of_optimizer or not registry.fix_number(source.optimizer(), source.position):
                     raise CaptureError("the step decides by the value of a number", entries[0].where) from None
             except CaptureError:
                 raise

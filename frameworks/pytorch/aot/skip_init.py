@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 _LEAST_ELEMENTS = 2**16  # smaller ones cost nothing, and stay what the script has made them
 
 
-class Unfilled(TorchFunctionMode):
+class SkipParameterInit(TorchFunctionMode):
     """While it is entered, nothing writes to a large parameter: no initializer, no loading of a checkpoint.
 
     For a run that takes no step, and so needs shapes and no values: a model of 7 billion parameters is made in two

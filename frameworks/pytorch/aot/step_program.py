@@ -14,13 +14,13 @@ from trainingcompiler.compiling.compiler import Executable
 from trainingcompiler.errors import CaptureError, UsageError
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledTape, Purpose
-from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Purpose
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 from trainingcompiler.program import StepProgram
@@ -82,9 +82,9 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         optimizer.step()
         return loss
 
-    book = OptimizerBook()
-    book.register(optimizer)
-    book.habits(optimizer).clears = True
+    registry = OptimizerRegistry()
+    registry.register(optimizer)
+    registry.habits(optimizer).clears = True
     leaves, structure = flatten(((batch,), {}))
     entry = Entry(
         train_step,
@@ -97,11 +97,11 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
         optimizers=(optimizer,),
         modules=(module,),
     )
-    with undeferred(), with_state(optimizer), phase("capture", "train_step") as running:
+    with passthrough(), with_state(optimizer), phase("capture", "train_step") as running:
         captured = _captured(entry)
         running.detail += f"  {len(captured.graph.nodes):,} ops"
-        tape = CompiledTape(
-            ProgramCache(book, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT
+        tape = CompiledStep(
+            ProgramCache(registry, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT
         )
     if tape.program is None or all(spec.role == "gradient" for spec in tape.program.state):
         raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
@@ -113,7 +113,7 @@ def _captured(entry: Entry) -> CapturedStep:
         return capture([entry])
     except CaptureError:
         raise
-    except NumberUsed:
+    except ConcretizationError:
         reason = "the step decides by the value of a number that changes between steps"
         raise CaptureError(reason, entry.where) from None
     except Exception as error:  # the model's own, most likely

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import optimizer_init, optimizers
-from trainingcompiler.frameworks.pytorch.capture.fake_mode import Twins
-from trainingcompiler.frameworks.pytorch.capture.traced_float import TracedNumber
+from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
+from trainingcompiler.frameworks.pytorch.capture.traced_float import TracedFloat
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient
 from trainingcompiler.frameworks.pytorch.tape.tape import (
@@ -31,7 +31,7 @@ from trainingcompiler.frameworks.pytorch.tape.tape import (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lifted:
+class LiftedTensor:
     """A real tensor that the step reads, by identity.
 
     Attributes:
@@ -48,7 +48,7 @@ class Lifted:
 
 
 @dataclass(frozen=True, slots=True)
-class NumberSource:
+class FloatSource:
     """A Python number that the step reads: a leaf of an entry, or an optimizer's hyperparameter.
 
     Attributes:
@@ -78,10 +78,10 @@ class CapturedStep:
     """
 
     graph: Graph
-    lifted: list[Lifted]
+    lifted: list[LiftedTensor]
     leaves: list[tuple[int, int, int]]
     seeds: list[tuple[int, int]]
-    numbers: list[tuple[NumberSource, int]]
+    numbers: list[tuple[FloatSource, int]]
     outputs: dict[Slot, int]
     gradients: list[tuple[weakref.ref, int | None]]
 
@@ -107,41 +107,41 @@ def capture(
         CaptureError: The entries cannot be expressed as a pure function of tensors and numbers.
         NumberUsed: A number has to be a constant.
     """
-    twins = Twins()
-    twins.grad_flags = flags or {}
-    recorder = twins.recorder
+    fake_tensors = FakeTensors()
+    fake_tensors.grad_flags = flags or {}
+    recorder = fake_tensors.recorder
     recorder.until = replay.__code__
     fakes: dict[Any, torch.Tensor] = {}
     leaves: list[tuple[int, int, int]] = []
     seeds: list[tuple[int, int]] = []
-    numbers: list[tuple[NumberSource, int]] = []
+    numbers: list[tuple[FloatSource, int]] = []
     seed_fakes: dict[int, torch.Tensor] = {}
 
     pieces: dict[int, _Captured] = {}
 
-    def number(source: NumberSource, value: float) -> TracedNumber:
-        fake = twins.fake_like((), torch.float64)
+    def number(source: FloatSource, value: float) -> TracedFloat:
+        fake = fake_tensors.fake_like((), torch.float64)
         numbers.append((source, recorder.value_of(fake)))
-        return TracedNumber(value, fake, source)
+        return TracedFloat(value, fake, source)
 
-    def hyperparameter(index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedNumber:
-        return number(NumberSource(index, path, optimizer), value)
+    def hyperparameter(index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedFloat:
+        return number(FloatSource(index, path, optimizer), value)
 
     def resolve_in(index: int, entry: Entry):
         def resolve(leaf: Any, position: int) -> Any:
             if type(leaf) is Slot:
                 if leaf not in fakes:
                     assert leaf.value is not None
-                    fakes[leaf] = twins.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
+                    fakes[leaf] = fake_tensors.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
                     leaves.append((index, position, recorder.value_of(fakes[leaf])))
                 return fakes[leaf]
             if type(leaf) is Input:
                 if leaf not in fakes:
-                    fakes[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
+                    fakes[leaf] = fake_tensors.fake_like(leaf.shape, leaf.dtype)
                     leaves.append((index, position, recorder.value_of(fakes[leaf])))
                 return fakes[leaf]
             if position in entry.numbers:
-                return number(NumberSource(index, position), leaf)
+                return number(FloatSource(index, position), leaf)
             return leaf
 
         return resolve
@@ -154,7 +154,7 @@ def capture(
         values = []
         for position, leaf in enumerate(part.returned or ()):
             value = resolve_in(part.end, entries[part.end])(leaf, position)
-            values.append(twins.twin(value) if isinstance(value, torch.Tensor) else value)
+            values.append(fake_tensors.fake(value) if isinstance(value, torch.Tensor) else value)
         return part.piece.returned(values)
 
     def piece_of(index: int, entry: Entry) -> "_Captured | None":
@@ -167,7 +167,7 @@ def capture(
         recorder.where = entry.where
         if entry.seed is not None:
             if index not in seed_fakes:  # a block that is computed again draws the same
-                seed_fakes[index] = twins.fake_like((), torch.int64)
+                seed_fakes[index] = fake_tensors.fake_like((), torch.int64)
                 seeds.append((index, recorder.value_of(seed_fakes[index])))
             recorder.seed_with(seed_fakes[index])
         with contextlib.ExitStack() as prepared:
@@ -176,7 +176,7 @@ def capture(
                 of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
                 prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
             if entry.optimizers:
-                prepared.enter_context(twins.numbers_in_steps())
+                prepared.enter_context(fake_tensors.numbers_in_steps())
             results = results_of(entry, replay(entry, resolve_in(index, entry), piece_of(index, entry)))
         if entry.outputs is None:  # a whole step, of which nobody knows yet what it returns
             entry.outputs = [Slot(fake, entry.device) for fake in results]
@@ -223,9 +223,9 @@ def capture(
             end += 1
         for entry in entries[index:end]:
             for optimizer in entry.optimizers:
-                optimizer_init.prepare(optimizer, twins.has_gradient)
-        twins.device = entries[index].device
-        with twins.recording(), _no_new_state(entries[index:end]):
+                optimizer_init.prepare(optimizer, fake_tensors.has_gradient)
+        fake_tensors.device = entries[index].device
+        with fake_tensors.recording(), _no_new_state(entries[index:end]):
             while index < end:
                 if entries[index].is_in_backward:  # its backward has run it
                     index += 1
@@ -243,16 +243,16 @@ def capture(
                 else:
                     run(index, entries[index])
                 index = stop
-    with twins.recording():
+    with fake_tensors.recording():
         outputs = {
-            slot: recorder.value_of(twins.twin(fakes[slot]))
+            slot: recorder.value_of(fake_tensors.fake(fakes[slot]))
             for entry in entries
             for slot in entry.outputs
             if slot in fakes
         }
-        lifted, gradients = _state(twins)
+        lifted, gradients = _state(fake_tensors)
     fakes.clear()
-    twins.let_go()
+    fake_tensors.let_go()
     if recorder.missing is not None:
         raise recorder.missing
     if any(item.tensor() is None for item in lifted):
@@ -322,24 +322,29 @@ def _no_new_state(entries: list[Entry]) -> Iterator[None]:
             state.restore()
 
 
-def _state(twins: Twins) -> tuple[list[Lifted], list[tuple[weakref.ref, int | None]]]:
-    recorder = twins.recorder
+def _state(fake_tensors: FakeTensors) -> tuple[list[LiftedTensor], list[tuple[weakref.ref, int | None]]]:
+    recorder = fake_tensors.recorder
     owners = {
         id(gradient): weakref.ref(real)
-        for real in twins.lifted
+        for real in fake_tensors.lifted
         if real.is_leaf and (gradient := real_gradient(real)) is not None
     }
     gradients: list[tuple[weakref.ref, int | None]] = []
-    for real in twins.lifted:
+    for real in fake_tensors.lifted:
         before = real_gradient(real) if real.is_leaf else None
-        after = twins.gradient(real)
+        after = fake_tensors.gradient(real)
         if after is None:
             if before is not None:
                 gradients.append((weakref.ref(real), None))
-        elif before is None or after is not twins.twin(before):
+        elif before is None or after is not fake_tensors.fake(before):
             gradients.append((weakref.ref(real), recorder.value_of(after)))
     lifted = [
-        Lifted(weakref.ref(real), owners.get(id(real)), twins.first_value(real), recorder.value_of(twins.twin(real)))
-        for real in twins.lifted
+        LiftedTensor(
+            weakref.ref(real),
+            owners.get(id(real)),
+            fake_tensors.first_value(real),
+            recorder.value_of(fake_tensors.fake(real)),
+        )
+        for real in fake_tensors.lifted
     ]
     return lifted, gradients

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.capture.fake_mode import Twins
+from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
@@ -27,8 +27,8 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
     Raises:
         Exception: Whatever the call raises.
     """
-    twins = Twins()
-    twins.device = entry.device
+    fake_tensors = FakeTensors()
+    fake_tensors.device = entry.device
     arguments: dict[int, torch.Tensor] = {}
     same: dict[Any, torch.Tensor] = {}
 
@@ -36,27 +36,27 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
         if type(leaf) is Slot:
             if leaf not in same:
                 meta = leaf.meta
-                fake = twins.fake_like(tuple(meta.shape), meta.dtype, meta.stride(), meta.requires_grad)
+                fake = fake_tensors.fake_like(tuple(meta.shape), meta.dtype, meta.stride(), meta.requires_grad)
                 with torch.enable_grad():
                     same[leaf] = fake.clone() if meta.requires_grad else fake
             arguments[position] = same[leaf]
         elif type(leaf) is Input:
             if leaf not in same:
-                same[leaf] = twins.fake_like(leaf.shape, leaf.dtype)
+                same[leaf] = fake_tensors.fake_like(leaf.shape, leaf.dtype)
             arguments[position] = same[leaf]
         elif isinstance(leaf, torch.Tensor):
-            arguments[position] = twin = twins.twin(leaf)
-            if gradients_exist and twin.requires_grad:
+            arguments[position] = fake = fake_tensors.fake(leaf)
+            if gradients_exist and fake.requires_grad:
                 with torch._C.DisableTorchFunction():
-                    twin.grad = twins.fake_like(twin.shape, twin.dtype)
+                    fake.grad = fake_tensors.fake_like(fake.shape, fake.dtype)
         else:
             return leaf
         return arguments[position]
 
-    with twins.recording():
-        twins.recorder.seed_with(twins.fake_like((), torch.int64))
+    with fake_tensors.recording():
+        fake_tensors.recorder.seed_with(fake_tensors.fake_like((), torch.int64))
         result = replay(entry, resolve)
-        written = tuple(position for position, fake in arguments.items() if twins.recorder.was_written(fake))
+        written = tuple(position for position, fake in arguments.items() if fake_tensors.recorder.was_written(fake))
         gains = any(type(entry.leaves[p]) is Input and arguments[p].requires_grad for p in written)
     leaves, structure = flatten(result)
     positions = {id(fake): position for position, fake in reversed(arguments.items())}
@@ -71,7 +71,7 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
             found.append(leaf)
             continue
         distinct.setdefault(id(leaf), len(distinct))
-        real = twins.twin(leaf)  # a state tensor that is handed back is the real one
+        real = fake_tensors.fake(leaf)  # a state tensor that is handed back is the real one
         if id(real) in positions:
             found.append(Argument(positions[id(real)]))
         else:
@@ -82,20 +82,20 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
     return CallShape(
         structure=structure,
         leaves=tuple(found),
-        metas=tuple(_cut(twins, meta) for _, meta in metas.values()),
+        metas=tuple(_cut(fake_tensors, meta) for _, meta in metas.values()),
         fresh=fresh,
         writes=written,
         views=views,
         has_views=any(position >= 0 for position in views),
-        random=any(node.seed is not None for node in twins.recorder.graph.nodes),
+        random=any(node.seed is not None for node in fake_tensors.recorder.graph.nodes),
         gains_history=gains,
         is_single=structure.kind is None and isinstance(found[0], Output),
     )
 
 
-def _cut(twins: Twins, fake: torch.Tensor) -> torch.Tensor:
+def _cut(fake_tensors: FakeTensors, fake: torch.Tensor) -> torch.Tensor:
     """A fake tensor like `fake` that does not keep the graph behind it alive."""
-    with twins.fake_mode:
+    with fake_tensors.fake_mode:
         empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
         with torch.enable_grad():
             return empty.requires_grad_().clone() if fake.requires_grad else empty

@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.capture.functional_recorder import Recorder
-from trainingcompiler.frameworks.pytorch.capture.rng import TracedGenerator
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed, TracedNumber, guarded_math
+from trainingcompiler.frameworks.pytorch.capture.functional_recorder import FunctionalRecorder
+from trainingcompiler.frameworks.pytorch.capture.rng import TracedRng
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError, TracedFloat, guarded_math
 from trainingcompiler.frameworks.pytorch.interop import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.interop.dynamo import left_out
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient, stored_gradient
@@ -45,29 +45,29 @@ _TAKES_TENSOR = frozenset(
 )
 
 
-class Twins(TorchFunctionMode):
+class FakeTensors(TorchFunctionMode):
     """Swaps real tensors for fake, recorded ones while it is entered.
 
     Args:
-        recorder: Who records what runs; None is a new `Recorder`.
+        recorder: Who records what runs; None is a new `FunctionalRecorder`.
 
     Attributes:
         recorder: Likewise.
         device: Where the script's tensors are, in place of which the stand-ins are on the CPU.
         lifted: The real tensors met so far, in order.
         grad_flags: `requires_grad` of real tensors at the first recorded call that met them, by identity.
-        reads_numbers: Whether `.item()` of a floating tensor gives a `TracedNumber`, as inside `optimizer.step()`.
+        reads_numbers: Whether `.item()` of a floating tensor gives a `TracedFloat`, as inside `optimizer.step()`.
     """
 
     def __init__(self, recorder: Any = None):
         super().__init__()
-        self.recorder: Any = Recorder() if recorder is None else recorder
+        self.recorder: Any = FunctionalRecorder() if recorder is None else recorder
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.device = devices.CPU
         self.lifted: list[torch.Tensor] = []
         self.reads_numbers = False
         self.grad_flags: dict[int, tuple[torch.Tensor, bool]] = {}
-        self._generator = TracedGenerator(self.recorder)
+        self._generator = TracedRng(self.recorder)
         self._fakes: dict[int, torch.Tensor] = {}
         self._first_values: dict[int, int] = {}
         self._reals: dict[int, torch.Tensor] = {}
@@ -119,7 +119,7 @@ class Twins(TorchFunctionMode):
         self.recorder.add_input(fake)
         return fake
 
-    def twin(self, real: torch.Tensor) -> torch.Tensor:
+    def fake(self, real: torch.Tensor) -> torch.Tensor:
         """The stand-in of a real tensor, made on first use."""
         if isinstance(real, FakeTensor):
             return real
@@ -135,9 +135,9 @@ class Twins(TorchFunctionMode):
         self._reals[id(fake)] = real
         gradient = real_gradient(real) if real.is_leaf else None
         if gradient is not None:
-            twin = self.twin(gradient)
+            fake_gradient = self.fake(gradient)
             with torch._C.DisableTorchFunction():
-                fake.grad = twin
+                fake.grad = fake_gradient
         return fake
 
     def stand_in(self, real: torch.Tensor, fake: torch.Tensor | None) -> None:
@@ -182,7 +182,7 @@ class Twins(TorchFunctionMode):
         if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
             raise CaptureError("a tensor's memory is replaced inside of the step (p.data = ...)", user_line())
         if name in ("item", "__float__") and self.reads_numbers and args[0].is_floating_point():
-            return TracedNumber(float("nan"), args[0].detach().to(torch.float64))
+            return TracedFloat(float("nan"), args[0].detach().to(torch.float64))
         numbers = _numbers(args) + _numbers(tuple(kwargs.values()))
         if numbers:
             return self._real(self._with_numbers(func, name, args, kwargs, numbers))
@@ -212,21 +212,21 @@ class Twins(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
         plain = name if name.startswith("__") else name.removesuffix("_")
         if plain not in _TAKES_TENSOR:
-            raise NumberUsed(numbers[0].source)
+            raise ConcretizationError(numbers[0].source)
         first = next(argument for argument in args if isinstance(argument, torch.Tensor))
         if plain.startswith("clamp"):
             return self._clamped(plain, in_place, *args, **kwargs)
         alpha = kwargs.pop("alpha", None)
         value = kwargs.pop("value", None)
         if alpha is not None:
-            args = (args[0], args[1] * alpha if not isinstance(alpha, TracedNumber) else self._scaled(args[1], alpha))
+            args = (args[0], args[1] * alpha if not isinstance(alpha, TracedFloat) else self._scaled(args[1], alpha))
         if value is not None and plain in ("addcdiv", "addcmul"):
             product = args[1] / args[2] if plain == "addcdiv" else args[1] * args[2]
             func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], self._scaled(product, value))
         elif value is not None:
             kwargs["value"] = value
-        args = tuple(a.tensor if isinstance(a, TracedNumber) else a for a in args)
-        kwargs = {key: a.tensor if isinstance(a, TracedNumber) else a for key, a in kwargs.items()}
+        args = tuple(a.tensor if isinstance(a, TracedFloat) else a for a in args)
+        kwargs = {key: a.tensor if isinstance(a, TracedFloat) else a for key, a in kwargs.items()}
         if plain == "lerp":
             args = (*args[:2], args[2].to(first.dtype))
         result = func(*args, **kwargs)
@@ -240,20 +240,20 @@ class Twins(TorchFunctionMode):
         result = tensor
         for name, limit in {**dict(zip(names, limits, strict=False)), **named}.items():
             if limit is not None:
-                limit = limit.tensor if isinstance(limit, TracedNumber) else torch.as_tensor(limit)
+                limit = limit.tensor if isinstance(limit, TracedFloat) else torch.as_tensor(limit)
                 result = (torch.maximum if name == "min" else torch.minimum)(result, limit.to(tensor.dtype))
         return tensor.copy_(result) if in_place else result
 
     @staticmethod
     def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-        if not isinstance(factor, TracedNumber):
+        if not isinstance(factor, TracedFloat):
             return tensor * factor
         return (tensor * factor.tensor).to(tensor.dtype)
 
     def _foreach(self, func, name, args, kwargs, numbers):
         single = getattr(torch.Tensor, name.removeprefix("_foreach_"), None)
         if single is None:
-            raise NumberUsed(numbers[0].source)
+            raise ConcretizationError(numbers[0].source)
         count = len(args[0])
         rows = [[a[i] if isinstance(a, list | tuple) else a for a in args] for i in range(count)]
         return [
@@ -265,13 +265,13 @@ class Twins(TorchFunctionMode):
 
     def _fused(self, func, args, kwargs):
         operator, lists = _FUSED_OPTIMIZERS[func]
-        kwargs = {k: v.tensor if isinstance(v, TracedNumber) else v for k, v in kwargs.items()}
+        kwargs = {k: v.tensor if isinstance(v, TracedFloat) else v for k, v in kwargs.items()}
         outputs = [tensor for argument in args[:lists] for tensor in argument]
         self.recorder.emit(operator, args, kwargs, outputs)
 
     def _swap(self, argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
-            return self.twin(argument)
+            return self.fake(argument)
         if type(argument) in (list, tuple):
             return type(argument)(self._swap(item) for item in argument)
         return argument
@@ -332,9 +332,9 @@ def _tuple(tensors: Any) -> tuple:
     return () if tensors is None else (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
 
 
-def _numbers(arguments: tuple) -> list[TracedNumber]:
-    found = [argument for argument in arguments if isinstance(argument, TracedNumber)]
+def _numbers(arguments: tuple) -> list[TracedFloat]:
+    found = [argument for argument in arguments if isinstance(argument, TracedFloat)]
     for argument in arguments:
         if type(argument) in (list, tuple):
-            found += [item for item in argument if isinstance(item, TracedNumber)]
+            found += [item for item in argument if isinstance(item, TracedFloat)]
     return found

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture import inspection
-from trainingcompiler.frameworks.pytorch.capture.remat_barriers import Recomputation
+from trainingcompiler.frameworks.pytorch.capture.remat_barriers import RematBarriers
 from trainingcompiler.frameworks.pytorch.graph.ir import HIDDEN_WRITES, Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.operators import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
@@ -71,7 +71,7 @@ class _Tensor:
     version: int
 
 
-class Recorder(TorchDispatchMode):
+class FunctionalRecorder(TorchDispatchMode):
     """Records every operator dispatched on fake tensors while it is entered, above a `FakeTensorMode`.
 
     Attributes:
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
         self.missing: CaptureError | None = None
         self._decompositions = torch._decomp.decomposition_table
         self._inside: set[str] = set()  # the operators that are being decomposed
-        self._recomputation = Recomputation(self.graph, self._new_value)
+        self._recomputation = RematBarriers(self.graph, self._new_value)
 
     # -- values -------------------------------------------------------------------------------------------------
 

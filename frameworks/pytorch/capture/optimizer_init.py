@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from trainingcompiler.errors import PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.optimizers import NEW_STATE, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient, stored_gradient
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 
 _ALIGNMENT_BYTES = 64  # XLA:CPU's
 
@@ -70,7 +70,7 @@ def make_state(optimizer: torch.optim.Optimizer, has_gradient: Callable[[torch.T
 def _make_state_of(optimizer: Any, group: dict, parameters: list[torch.Tensor]) -> None:
     before = [stored_gradient(parameter) for parameter in parameters]
     collected: list[list] = [[] for _ in list(inspect.signature(optimizer._init_group).parameters)[1:]]
-    with torch.no_grad(), undeferred(), _UntouchedZeros():
+    with torch.no_grad(), passthrough(), _UntouchedZeros():
         try:
             for parameter in parameters:  # of which only the shape and dtype are looked at
                 store_gradient(parameter, parameter.new_zeros(()).expand_as(parameter))

@@ -14,7 +14,7 @@ import torch
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref
 
 
-class Recomputation:
+class RematBarriers:
     """Puts a barrier before each part of a graph that is computed again.
 
     Args:

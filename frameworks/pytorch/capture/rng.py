@@ -12,14 +12,14 @@ from unittest import mock
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.capture.functional_recorder import Recorder
+from trainingcompiler.frameworks.pytorch.capture.functional_recorder import FunctionalRecorder
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 
 
-class TracedGenerator:
+class TracedRng:
     """Gives out states of the recorded sequence of draws, and takes them back, in place of torch's generator."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: FunctionalRecorder):
         self._recorder = recorder
         self._states: dict[int, tuple[torch.Tensor, Any]] = {}  # the tensors are kept, so that ids stay theirs
 

@@ -9,11 +9,11 @@ from unittest import mock
 import torch
 
 
-class NumberUsed(Exception):
+class ConcretizationError(Exception):
     """A number was used in a way that only its value can answer, so that it has to be a constant of the program.
 
     Attributes:
-        source: What the number was, as `TracedNumber.source` says.
+        source: What the number was, as `TracedFloat.source` says.
     """
 
     def __init__(self, source: Any):
@@ -22,38 +22,38 @@ class NumberUsed(Exception):
 
 
 def _refusal(name: str) -> Callable:
-    def refuse(self: "TracedNumber", *_: Any, **__: Any) -> Any:
-        raise NumberUsed(self.source)
+    def refuse(self: "TracedFloat", *_: Any, **__: Any) -> Any:
+        raise ConcretizationError(self.source)
 
     refuse.__name__ = name
     return refuse
 
 
 def _comparison(name: str) -> Callable:
-    def compare(self: "TracedNumber", other: Any) -> bool:
-        if self.source is None or isinstance(other, TracedNumber) or other != 0:
-            raise NumberUsed(self.source)
+    def compare(self: "TracedFloat", other: Any) -> bool:
+        if self.source is None or isinstance(other, TracedFloat) or other != 0:
+            raise ConcretizationError(self.source)
         return getattr(float, name)(self, other)
 
     return compare
 
 
 def _arithmetic(name: str, function: Callable) -> Callable:
-    def compute(self: "TracedNumber", other: Any) -> Any:
+    def compute(self: "TracedFloat", other: Any) -> Any:
         if isinstance(other, torch.Tensor) or not isinstance(other, int | float):
             return NotImplemented
-        tensor = other.tensor if isinstance(other, TracedNumber) else other
-        return TracedNumber(getattr(float, name)(self, other), function(self.tensor, tensor))
+        tensor = other.tensor if isinstance(other, TracedFloat) else other
+        return TracedFloat(getattr(float, name)(self, other), function(self.tensor, tensor))
 
     return compute
 
 
-class TracedNumber(float):
+class TracedFloat(float):
     """A float that also knows the 0-d float64 tensor which computes it in the captured step.
 
     It is a float, so that torch's argument checks and an optimizer's `momentum != 0` work on it unchanged. Arithmetic
-    gives another `TracedNumber`. Comparing one with zero is answered by its value, because whether a number is zero is
-    part of a program's signature; any other look at the value raises `NumberUsed`.
+    gives another `TracedFloat`. Comparing one with zero is answered by its value, because whether a number is zero is
+    part of a program's signature; any other look at the value raises `ConcretizationError`.
 
     Attributes:
         tensor: 0-d float64.
@@ -64,7 +64,7 @@ class TracedNumber(float):
     tensor: torch.Tensor
     source: Any
 
-    def __new__(cls, value: float, tensor: torch.Tensor, source: Any = None) -> "TracedNumber":
+    def __new__(cls, value: float, tensor: torch.Tensor, source: Any = None) -> "TracedFloat":
         """Pairs a value with the tensor that computes it."""
         self = super().__new__(cls, value)
         self.tensor = tensor
@@ -74,17 +74,17 @@ class TracedNumber(float):
     def __bool__(self) -> bool:
         return self != 0.0
 
-    def __neg__(self) -> "TracedNumber":
-        return TracedNumber(float.__neg__(self), -self.tensor)
+    def __neg__(self) -> "TracedFloat":
+        return TracedFloat(float.__neg__(self), -self.tensor)
 
-    def __pos__(self) -> "TracedNumber":
+    def __pos__(self) -> "TracedFloat":
         return self
 
-    def __abs__(self) -> "TracedNumber":
-        return TracedNumber(float.__abs__(self), self.tensor.abs())
+    def __abs__(self) -> "TracedFloat":
+        return TracedFloat(float.__abs__(self), self.tensor.abs())
 
     def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
-        raise NumberUsed(self.source)
+        raise ConcretizationError(self.source)
 
     __hash__ = float.__hash__
 
@@ -94,9 +94,9 @@ def _define_operators() -> None:
         "__int__ __float__ __round__ __trunc__ __floor__ __ceil__ __divmod__ __mod__ __floordiv__ __rmod__ "
         "__rfloordiv__ __rdivmod__ is_integer as_integer_ratio hex"
     ).split():
-        setattr(TracedNumber, name, _refusal(name))
+        setattr(TracedFloat, name, _refusal(name))
     for name in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__".split():
-        setattr(TracedNumber, name, _comparison(name))
+        setattr(TracedFloat, name, _comparison(name))
     for name, function in {
         "__add__": lambda a, b: a + b,
         "__radd__": lambda a, b: b + a,
@@ -109,7 +109,7 @@ def _define_operators() -> None:
         "__pow__": lambda a, b: a**b,
         "__rpow__": lambda a, b: b**a,
     }.items():
-        setattr(TracedNumber, name, _arithmetic(name, function))
+        setattr(TracedFloat, name, _arithmetic(name, function))
 
 
 _define_operators()
@@ -117,13 +117,13 @@ _define_operators()
 
 @contextlib.contextmanager
 def guarded_math() -> Iterator[None]:
-    """Makes the functions of `math` refuse a `TracedNumber`, whose value they would otherwise read unseen."""
+    """Makes the functions of `math` refuse a `TracedFloat`, whose value they would otherwise read unseen."""
 
     def guard(function: Callable) -> Callable:
         def guarded(*args: Any) -> Any:
             for argument in args:
-                if isinstance(argument, TracedNumber):
-                    raise NumberUsed(argument.source)
+                if isinstance(argument, TracedFloat):
+                    raise ConcretizationError(argument.source)
             return function(*args)
 
         return guarded
@@ -134,21 +134,19 @@ def guarded_math() -> Iterator[None]:
 
 
 def smallest(*items: Any, **options: Any) -> Any:
-    """`min`, which gives a `TracedNumber` where it is given one."""
+    """`min`, which gives a `TracedFloat` where it is given one."""
     return _extreme(min, torch.minimum, items, options)
 
 
 def largest(*items: Any, **options: Any) -> Any:
-    """`max`, which gives a `TracedNumber` where it is given one."""
+    """`max`, which gives a `TracedFloat` where it is given one."""
     return _extreme(max, torch.maximum, items, options)
 
 
 def _extreme(plain: Callable, function: Callable, items: tuple, options: dict) -> Any:
-    if len(items) != 2 or options or not any(isinstance(item, TracedNumber) for item in items):
+    if len(items) != 2 or options or not any(isinstance(item, TracedFloat) for item in items):
         return plain(*items, **options)
     one, other = items
-    traced = one if isinstance(one, TracedNumber) else other
-    tensors = [
-        item.tensor if isinstance(item, TracedNumber) else torch.full_like(traced.tensor, item) for item in items
-    ]
-    return TracedNumber(plain(float.__float__(one), float.__float__(other)), function(*tensors))
+    traced = one if isinstance(one, TracedFloat) else other
+    tensors = [item.tensor if isinstance(item, TracedFloat) else torch.full_like(traced.tensor, item) for item in items]
+    return TracedFloat(plain(float.__float__(one), float.__float__(other)), function(*tensors))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, Ref, references
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 
 # Where the positional arguments of attention end with `dropout_p, is_causal`.
 _ATTENTION = {
@@ -103,7 +103,7 @@ class _Masks:
         elif not _is_small(node) and not _is_view(function):
             return False
         try:
-            with undeferred(), torch.no_grad():
+            with passthrough(), torch.no_grad():
                 result = function(*args, **kwargs)
                 result = result.expand(rows, *result.shape[1:]) if rows else result
         except Exception:  # the functional form of a write, with arguments of its own: the mask stays a mask

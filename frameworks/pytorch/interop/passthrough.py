@@ -15,13 +15,13 @@ class _Depth(threading.local):
 _depth = _Depth()
 
 
-def is_replaying() -> bool:
-    """Whether `undeferred` is entered in this thread, or torch itself traces: `torch.compile`, `torch.jit.trace`."""
+def in_passthrough() -> bool:
+    """Whether `passthrough` is entered in this thread, or torch itself traces: `torch.compile`, `torch.jit.trace`."""
     return torch.compiler.is_dynamo_compiling() or _depth.value > 0 or torch._C._is_tracing()
 
 
 @contextlib.contextmanager
-def undeferred() -> Iterator[None]:
+def passthrough() -> Iterator[None]:
     """Lets torch run as if nobody watched."""
     _depth.value += 1
     try:
@@ -39,7 +39,7 @@ def outside_transforms() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[None]:
-    """Ends `undeferred` for a while: a signal handler of the script may come in the midst of what torch runs for us."""
+    """Ends `passthrough` for a while: a signal handler of the script may come while torch runs for us."""
     depth, _depth.value = _depth.value, 0
     try:
         yield

@@ -43,7 +43,7 @@ _VALUES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
+class TreeDef:
     """The shape of a nested value: a container's type, its keys, and the structures of its items.
 
     `kind` is None for a leaf.
@@ -51,12 +51,12 @@ class Structure:
 
     kind: Any = None
     keys: tuple = ()
-    children: tuple["Structure", ...] = ()
+    children: tuple["TreeDef", ...] = ()
     template: Any = None  # an object of the kind, emptied, to rebuild from; compares equal always
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
-            isinstance(other, Structure)
+            isinstance(other, TreeDef)
             and self.kind is other.kind
             and self.keys == other.keys
             and self.children == other.children
@@ -66,14 +66,14 @@ class Structure:
         return hash((self.kind, self.keys, self.children))
 
 
-_LEAF = Structure()
+_LEAF = TreeDef()
 _ATOMS: frozenset[type] = frozenset(
     {int, float, bool, str, type(None), torch.Tensor, torch.nn.Parameter, torch.dtype, torch.device}
 )
-_flat: dict[tuple, Structure] = {}
+_flat: dict[tuple, TreeDef] = {}
 
 
-def flatten(value: Any) -> tuple[list[Any], Structure]:
+def flatten(value: Any) -> tuple[list[Any], TreeDef]:
     """Takes `value` apart.
 
     Args:
@@ -86,7 +86,7 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
     return leaves, _flatten(value, leaves)
 
 
-def flatten_call(args: tuple, kwargs: dict, atoms: frozenset[type] = _ATOMS) -> tuple[list[Any], Structure]:
+def flatten_call(args: tuple, kwargs: dict, atoms: frozenset[type] = _ATOMS) -> tuple[list[Any], TreeDef]:
     """`flatten((args, kwargs))`, quicker where arguments are values, or tuples and lists of values: most calls are."""
     leaves: list[Any] = []
     shapes: list[Any] = []
@@ -107,7 +107,7 @@ def flatten_call(args: tuple, kwargs: dict, atoms: frozenset[type] = _ATOMS) -> 
     return leaves, structure
 
 
-def unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
+def unflatten(structure: TreeDef, leaves: Iterator[Any]) -> Any:
     """Puts a value together from its structure and its leaves, consuming as many leaves as the structure has."""
     if structure.kind is None:
         return next(leaves)
@@ -139,21 +139,21 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return unflatten(structure, iter([function(leaf) for leaf in leaves]))
 
 
-def _flatten(value: Any, leaves: list[Any]) -> Structure:
+def _flatten(value: Any, leaves: list[Any]) -> TreeDef:
     kind = type(value)
     if isinstance(value, _VALUES):
         leaves.append(value)
         return _LEAF
     if kind is tuple or kind is list or isinstance(value, tuple | list):
-        return Structure(kind, (), tuple(_flatten(item, leaves) for item in value), _template(value))
+        return TreeDef(kind, (), tuple(_flatten(item, leaves) for item in value), _template(value))
     if isinstance(value, dict):
-        return Structure(kind, tuple(value), tuple(_flatten(item, leaves) for item in value.values()), _template(value))
+        return TreeDef(kind, tuple(value), tuple(_flatten(item, leaves) for item in value.values()), _template(value))
     if kind is slice:
-        return Structure(kind, (), tuple(_flatten(item, leaves) for item in (value.start, value.stop, value.step)))
+        return TreeDef(kind, (), tuple(_flatten(item, leaves) for item in (value.start, value.stop, value.step)))
     if hasattr(value, "__dict__"):
         attributes = value.__dict__
         children = tuple(_flatten(item, leaves) for item in attributes.values())
-        return Structure(kind, tuple(attributes), children, _template(value))
+        return TreeDef(kind, tuple(attributes), children, _template(value))
     leaves.append(value)
     return _LEAF
 

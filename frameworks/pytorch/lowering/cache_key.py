@@ -20,7 +20,7 @@ class _Unknown(Exception):
     """An argument whose text does not tell its value."""
 
 
-def digest_of(graph: Graph, results: list[int], roles: Iterable[Any]) -> str | None:
+def graph_cache_key(graph: Graph, results: list[int], roles: Iterable[Any]) -> str | None:
     """A digest of everything that decides what a program of the graph computes, but for shapes of its inputs.
 
     Args:

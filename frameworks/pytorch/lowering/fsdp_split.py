@@ -11,7 +11,7 @@ from typing import Any
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from trainingcompiler.frameworks.pytorch.capture.capture import Lifted
+from trainingcompiler.frameworks.pytorch.capture.capture import LiftedTensor
 from trainingcompiler.frameworks.pytorch.graph.ir import Node, Ref, references
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, value_checks
 from trainingcompiler.frameworks.pytorch.operators.promotion import Array
@@ -22,7 +22,7 @@ _MEAN = "trainingcompiler.mean_over_workers.default"
 
 
 def common_inputs(
-    nodes: list[Node], lifted: Collection[Lifted], common: Collection[int], others: Collection[int]
+    nodes: list[Node], lifted: Collection[LiftedTensor], common: Collection[int], others: Collection[int]
 ) -> set[int]:
     """The inputs of a step that all workers have alike, and still have alike after it.
 
@@ -60,7 +60,7 @@ def _decisive(node: Node) -> list[int]:
     return references(node)
 
 
-def run_apart(
+def run_local_then_replicated(
     nodes: list[Node], results: list[int], values: dict[int, Any], inputs: Collection[int], run: Callable
 ) -> None:
     """Runs nodes inside of a program of several workers.

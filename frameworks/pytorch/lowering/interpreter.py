@@ -12,7 +12,7 @@ from trainingcompiler.frameworks.pytorch.graph.barrier_order import ordered
 from trainingcompiler.frameworks.pytorch.graph.causal_mask import for_gpu
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_apart
+from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_local_then_replicated
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 from trainingcompiler.frameworks.pytorch.operators.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.operators.matmul import products_at, strictest
@@ -55,7 +55,7 @@ def lower(
         with products_at(strictest(precisions)):
             nodes = _nodes(graph, results)
             if common is not None:
-                run_apart(nodes, results, values, {*common, *graph.constants}, _run_node_or_say)
+                run_local_then_replicated(nodes, results, values, {*common, *graph.constants}, _run_node_or_say)
             else:
                 for node in nodes:
                     _run_node_or_say(node, values)

@@ -33,7 +33,7 @@ class Library(Protocol):
 
 
 @dataclass(frozen=True)
-class Cell:
+class RnnCell:
     """One kind of recurrence.
 
     Attributes:
@@ -110,9 +110,9 @@ def _relu_backward(
 
 
 CELLS = {
-    "lstm": Cell(4, 5, _lstm, _lstm_backward),
-    "gru": Cell(3, 4, _gru, _gru_backward),
-    "rnn_tanh": Cell(1, 0, _tanh, _tanh_backward),
-    "rnn_relu": Cell(1, 0, _relu, _relu_backward),
+    "lstm": RnnCell(4, 5, _lstm, _lstm_backward),
+    "gru": RnnCell(3, 4, _gru, _gru_backward),
+    "rnn_tanh": RnnCell(1, 0, _tanh, _tanh_backward),
+    "rnn_relu": RnnCell(1, 0, _relu, _relu_backward),
 }
 """By the names of torch's functions."""

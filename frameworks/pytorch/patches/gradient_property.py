@@ -13,7 +13,7 @@ from torch import nn
 
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import STORED, store_gradient, stored_gradient
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 
 
 class _Gradient(property):
@@ -73,10 +73,10 @@ def _install(gradient: Any, module_zero_grad: Any, optimizer_zero_grad: Any) -> 
 def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]]) -> Any:
     @functools.wraps(zero_grad)
     def watched(owner: Any, set_to_none: bool = True) -> None:
-        if not is_replaying():
+        if not in_passthrough():
             for watcher in _watchers:
                 watcher.clears_gradients(owner, parameters_of(owner), set_to_none)
-        with undeferred(), torch._C.DisableTorchFunction():
+        with passthrough(), torch._C.DisableTorchFunction():
             zero_grad(owner, set_to_none)
 
     return watched
@@ -89,7 +89,7 @@ _ZERO_GRADS = (
 
 
 def _read(tensor: torch.Tensor) -> torch.Tensor | None:
-    if not is_replaying():
+    if not in_passthrough():
         for watcher in _watchers:
             gradient = watcher.reads_gradient(tensor)
             if gradient is not None:
@@ -98,7 +98,7 @@ def _read(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _write(tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
-    if not is_replaying():
+    if not in_passthrough():
         for watcher in _watchers:
             gradient = watcher.writes_gradient(tensor, gradient)
     store_gradient(tensor, gradient)

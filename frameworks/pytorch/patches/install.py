@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils import checkpoint
 
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import map_leaves
 from trainingcompiler.frameworks.pytorch.patches import gradient_property
 from trainingcompiler.frameworks.pytorch.session import ddp
@@ -78,7 +78,7 @@ class Hooks:
         @functools.wraps(original_apply)
         def apply(module, *args, **kwargs):  # what moves and casts: it asks for each gradient, if there is one
             session.state_is_read()
-            with undeferred():
+            with passthrough():
                 return original_apply(module, *args, **kwargs)
 
         self._replace(nn.Module, "_apply", apply)
@@ -93,14 +93,14 @@ class Hooks:
             session.makes_leaves(param_group)
             original_add(optimizer, param_group)
             self._watch.made(optimizer)
-            session.book.register(optimizer)
+            session.registry.register(optimizer)
 
         def patch_step_function(optimizer):
             original_patch(optimizer)
             self._hook_step(type(optimizer))
             if "param_groups" in vars(optimizer):  # not a new one: a state has been loaded
-                session.book.register(optimizer)
-                session.book.habits(optimizer).was_loaded = True
+                session.registry.register(optimizer)
+                session.registry.habits(optimizer).was_loaded = True
 
         self._replace(Optimizer, "add_param_group", add_param_group)
         self._replace(Optimizer, "_patch_step_function", patch_step_function)
@@ -178,7 +178,7 @@ class Hooks:
         self._replace(GradScaler, "step", scaled_step)
 
     def _hook_workers(self) -> None:
-        talk = ddp.Talk(self.session)
+        talk = ddp.DistributedPatches(self.session)
         for name in (*ddp.TALKING, *ddp.WAITING) if dist.is_available() else ():
             hooked = talk.hooked(getattr(dist, name))
             for owner in (dist, dist.distributed_c10d):
@@ -195,7 +195,7 @@ class Hooks:
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
             session.state_is_read()
-            with undeferred():
+            with passthrough():
                 return original(*args, **kwargs)
 
         return run

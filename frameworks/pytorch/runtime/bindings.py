@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.capture.capture import Lifted
+from trainingcompiler.frameworks.pytorch.capture.capture import LiftedTensor
 from trainingcompiler.frameworks.pytorch.interop.gradients import stored_gradient
 
 
@@ -16,7 +16,7 @@ class Bindings:
     state through the optimizer, because `load_state_dict` puts new tensors there.
     """
 
-    def __init__(self, lifted: list[Lifted], optimizers: Iterable[torch.optim.Optimizer]):
+    def __init__(self, lifted: list[LiftedTensor], optimizers: Iterable[torch.optim.Optimizer]):
         self._count = len(lifted)
         self._identities: list[tuple[int, weakref.ref]] = []
         self._gradients: list[tuple[int, weakref.ref]] = []

@@ -17,13 +17,13 @@ from torch import nn
 from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import inspection, optimizers
-from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, Lifted, NumberSource
+from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, FloatSource, LiftedTensor
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, references
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient, store_gradient, stored_gradient
-from trainingcompiler.frameworks.pytorch.lowering.cache_key import digest_of
+from trainingcompiler.frameworks.pytorch.lowering.cache_key import graph_cache_key
 from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import common_inputs
 from trainingcompiler.frameworks.pytorch.lowering.interpreter import lower
 from trainingcompiler.frameworks.pytorch.operators import value_checks
@@ -31,8 +31,8 @@ from trainingcompiler.frameworks.pytorch.operators.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.runtime.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import gradient_names, tensor_names, written_names
 from trainingcompiler.frameworks.pytorch.state.ownership import overlapping
-from trainingcompiler.frameworks.pytorch.state.prefetch import Mover
-from trainingcompiler.frameworks.pytorch.state.sharded import Division
+from trainingcompiler.frameworks.pytorch.state.prefetch import StatePrefetcher
+from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, step_ends
 from trainingcompiler.frameworks.pytorch.verify.sentinel import Sentinel
@@ -58,7 +58,7 @@ class Purpose(enum.Enum):
     HOLD = enum.auto()
 
 
-class CompiledTape:
+class CompiledStep:
     """One executable and how its arguments are found.
 
     Attributes:
@@ -163,7 +163,7 @@ class CompiledTape:
                 _spec("numbers", (len(self._numbers),), torch.float64, "hyperparameter"),
             ),
             outputs=self._output_specs([slots[index] for index in self._exports]),
-            digest=digest_of(
+            digest=graph_cache_key(
                 captured.graph,
                 returned,
                 [state_values, memory_values, input_values, seed_values, number_values, *precisions, common],
@@ -195,24 +195,26 @@ class CompiledTape:
         return replace(spec, tensor_dim=self._tensor_dims.get(id(tensor)), is_common=common)
 
     def _values_in_common(
-        self, entries: list[Entry], captured: CapturedStep, nodes: list[Node], items: list[Lifted]
+        self, entries: list[Entry], captured: CapturedStep, nodes: list[Node], items: list[LiftedTensor]
     ) -> set[int] | None:
         """The inputs that workers divide, as all have them alike; None where each has the program for itself.
 
         What trains is run by all together. What only looks is not: one of them may be alone in looking.
         """
-        division = self.cache.division
+        sharded_state = self.cache.sharded_state
         trains = self._purpose is Purpose.COMMIT and any(entry.ambient.grad for entry in entries)
-        if division is None or not (self._waits or trains):
+        if sharded_state is None or not (self._waits or trains):
             return None
-        tensors = division.common([o for entry in entries for o in entry.optimizers])
+        tensors = sharded_state.common([o for entry in entries for o in entry.optimizers])
         numbers = [*(value for _, value in captured.numbers), *captured.graph.constants]
         found = common_inputs(nodes, items, tensors, numbers)
-        division.forget([i.tensor() for i in items if id(i.tensor()) in tensors and i.value not in found], self._where)
-        self._version = division.version
+        sharded_state.forget(
+            [i.tensor() for i in items if id(i.tensor()) in tensors and i.value not in found], self._where
+        )
+        self._version = sharded_state.version
         return found
 
-    def _state_specs(self, items: list[Lifted], entries: list[Entry]) -> tuple[TensorSpec, ...]:
+    def _state_specs(self, items: list[LiftedTensor], entries: list[Entry]) -> tuple[TensorSpec, ...]:
         stepped = {id(optimizer): optimizer for entry in entries for optimizer in entry.optimizers}.values()
         kept = {id(value) for o in stepped for state in o.state.values() for value in state.values()}
 
@@ -225,16 +227,16 @@ class CompiledTape:
             for index, (tensor, value) in enumerate((item.tensor(), item.value) for item in items)
         )
 
-    def compile(self, mover: Mover) -> None:
-        """Compiles the program for this process's devices, while `mover` moves the state."""
+    def compile(self, prefetcher: StatePrefetcher) -> None:
+        """Compiles the program for this process's devices, while `prefetcher` moves the state."""
         if self.program is not None:
-            if self._waits and self.cache.division is None:
+            if self._waits and self.cache.sharded_state is None:
                 self.cache.agreement.meet(self._name, self._where, self._batches())
             tensors = self.bound() if self._donated else None
             if tensors is not None:
-                mover.move(tensors[: self._donated])
+                prefetcher.move(tensors[: self._donated])
             self._executable = compiler.compile(self.program, self.cache.target)
-            mover.wait()
+            prefetcher.wait()
             self._sentinel.begin(self._executable, self.cache.verify)
 
     @property
@@ -256,13 +258,13 @@ class CompiledTape:
         self._without_gradient: list[weakref.ref] = []
         if self._purpose is Purpose.PEEK:
             return
-        book = self.cache.book
-        cleared = _cleared_inside(captured) if not book.keep_gradients else set()
+        registry = self.cache.registry
+        cleared = _cleared_inside(captured) if not registry.keep_gradients else set()
 
         def keeps(parameter) -> bool:
-            if id(book.owner(parameter)) not in stepped:
+            if id(registry.owner(parameter)) not in stepped:
                 return True
-            return book.keeps_gradient(parameter) and id(parameter) not in cleared
+            return registry.keeps_gradient(parameter) and id(parameter) not in cleared
 
         for parameter, value in captured.gradients:
             if value is None:
@@ -285,7 +287,7 @@ class CompiledTape:
 
     def bound(self) -> list[torch.Tensor] | None:
         """The tensors that the program reads and writes; None if it was captured for others, or for other workers."""
-        if self._common is not None and self.cache.division.version != self._version:
+        if self._common is not None and self.cache.sharded_state.version != self._version:
             return None
         for reference in self._without_gradient:
             parameter = reference()
@@ -303,21 +305,23 @@ class CompiledTape:
         """
         if self._executable is None:
             return None
-        cell = self.cache.cells.cell
-        cells = [cell(tensor) for tensor in tensors[: self._donated]]
+        shared = self.cache.state.of
+        state_tensors = [shared(tensor) for tensor in tensors[: self._donated]]
         read = tensors[self._donated : self._donated + self._read]
         of_state = self._executable.state_shardings or itertools.repeat(None)
         of_read = self._executable.input_shardings or itertools.repeat(None)
-        if self.cache.division is not None:
-            placed = itertools.chain(zip(cells, of_state, strict=False), zip(map(cell, read), of_read, strict=False))
-            self._come_together(self.cache.division, list(placed))
+        if self.cache.sharded_state is not None:
+            placed = itertools.chain(
+                zip(state_tensors, of_state, strict=False), zip(map(shared, read), of_read, strict=False)
+            )
+            self._come_together(self.cache.sharded_state, list(placed))
         gradients = self._gradient_tensors()
-        gradient_cells = list(map(cell, gradients))
-        state = tuple(cell.array(where, written=True) for cell, where in zip(cells, of_state, strict=False))
-        state += tuple(cell.array(None, written=True) for cell in gradient_cells)
-        read_cells = list(map(cell, read))
-        inputs: list[Any] = [one.array(where) for one, where in zip(read_cells, of_read, strict=False)]
-        if any(one.stays for one in cells) or any(one.stays for one in read_cells):
+        gradient_tensors = list(map(shared, gradients))
+        state = tuple(one.array(where, written=True) for one, where in zip(state_tensors, of_state, strict=False))
+        state += tuple(one.array(None, written=True) for one in gradient_tensors)
+        read_tensors = list(map(shared, read))
+        inputs: list[Any] = [one.array(where) for one, where in zip(read_tensors, of_read, strict=False)]
+        if any(one.stays for one in state_tensors) or any(one.stays for one in read_tensors):
             self._check_apart(tensors)
         for entry, place in self._leaves:
             leaf = entries[entry].leaves[place]
@@ -339,17 +343,17 @@ class CompiledTape:
                     jax.block_until_ready((new_state, outputs))
                     statistics().waited_s += time.perf_counter() - started_s
             statistics().launches += 1
-            for updated, array in zip([*cells, *gradient_cells], new_state, strict=True):
+            for updated, array in zip([*state_tensors, *gradient_tensors], new_state, strict=True):
                 updated.update(array)
             if len(outputs) > self._outputs:
                 outputs, holds = outputs[:-1], outputs[-1]
             else:
                 holds = None
             if not on_cpu:
-                self.cache.pace.launched(inputs, (new_state, outputs), holds, self._where)
+                self.cache.dispatch_queue.launched(inputs, (new_state, outputs), holds, self._where)
             elif holds is not None and not holds:
                 raise PassingCaptureError(reason=_REFUSED, where=self._where)
-            watch.ran(cells, new_state, outputs)
+            watch.ran(state_tensors, new_state, outputs)
         if self._inspected is not None:
             self._show(given, [*new_state, *outputs])
         torch.autograd.graph.increment_version(
@@ -393,13 +397,13 @@ class CompiledTape:
                 devices.finish(device)
         self._has_run = True
 
-    def _come_together(self, division: Division, placed: list[tuple]) -> None:
+    def _come_together(self, sharded_state: ShardedState, placed: list[tuple]) -> None:
         """Makes whole what has to be, and sees that all workers are at the same program, if it is run by all."""
         assert self.program is not None
         name = f"{self._name} at {self._where}" if self._where else self._name
-        division.fetch([cell for cell, where in placed if where.is_fully_replicated and cell.is_divided], name)
+        sharded_state.fetch([one for one, where in placed if where.is_fully_replicated and one.is_divided], name)
         if self._common is not None:
-            division.meet(f"{name}, {', '.join(self._batches())}")
+            sharded_state.meet(f"{name}, {', '.join(self._batches())}")
 
     def _show(self, given: list[np.ndarray], results: list[jax.Array]) -> None:
         if inspection.inspector is None:
@@ -427,20 +431,20 @@ class CompiledTape:
             tensor = parameter()
             # On top of a gradient that was not kept (a GAN's generator reaches the discriminator after its step), the
             # sum stays unknown: reading it, or stepping by it, is an error until it is cleared.
-            if not self.cache.book.is_consumed(tensor):
-                store_gradient(tensor, self.cache.cells.tensor_for(array, tensor.dtype, tensor.device))
+            if not self.cache.registry.is_consumed(tensor):
+                store_gradient(tensor, self.cache.state.tensor_for(array, tensor.dtype, tensor.device))
         for tensor, array in zip(tensors, held, strict=True):
             tensor.copy_(tensor_of(array, tensor.device))
         for parameter in self._cleared + self._consumed:
             store_gradient(parameter(), None)
-        self.cache.book.consume(self._consumed)
+        self.cache.registry.consume(self._consumed)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a program has computed and nobody has asked for yet."""
 
-    program: CompiledTape
+    program: CompiledStep
     arrays: tuple
     tensors: list[torch.Tensor]
 
@@ -449,7 +453,7 @@ class Held:
         self.program.apply(self.arrays, self.tensors)
 
 
-def _tensors(lifted: list[Lifted]) -> list[torch.Tensor]:
+def _tensors(lifted: list[LiftedTensor]) -> list[torch.Tensor]:
     return [item.tensor() for item in lifted]
 
 
@@ -461,7 +465,7 @@ def _cleared_inside(captured: CapturedStep) -> set[int]:
     return replaced & {id(parameter()) for parameter, value in captured.gradients if value is not None}
 
 
-def number_of(entries: list[Entry], source: NumberSource) -> float:
+def number_of(entries: list[Entry], source: FloatSource) -> float:
     """The value of a number that entries read."""
     if source.optimizer is not None:
         entry = entries[source.entry]

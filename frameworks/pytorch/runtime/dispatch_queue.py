@@ -12,7 +12,7 @@ from trainingcompiler.reporting.statistics import current as statistics
 _AHEAD = 2  # programs: one computes, and the next is there when it ends
 
 
-class Pace:
+class DispatchQueue:
     """Programs that have been launched and not been looked at since.
 
     On a CPU a program is waited for. On a GPU the loop goes on while it computes, as it does in torch; without an end

@@ -14,7 +14,7 @@ from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient
 from trainingcompiler.planning import planner
 
 
-class _Habits:
+class OptimizerHabits:
     """What a script has been seen to do with one optimizer."""
 
     def __init__(self):
@@ -28,7 +28,7 @@ class _Habits:
         self.constants: frozenset = frozenset()
 
 
-class OptimizerBook:
+class OptimizerRegistry:
     """The optimizers of the process.
 
     Attributes:
@@ -39,7 +39,7 @@ class OptimizerBook:
     def __init__(self, keep_gradients: bool = False):
         self.keep_gradients = keep_gradients
         self.on_step = lambda optimizer, engine: None
-        self._habits: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Habits] = weakref.WeakKeyDictionary()
+        self._habits: weakref.WeakKeyDictionary[torch.optim.Optimizer, OptimizerHabits] = weakref.WeakKeyDictionary()
         self._owners: dict[int, weakref.ref] = {}
         self._owned_at = -1
         self._changes = 0
@@ -58,10 +58,10 @@ class OptimizerBook:
 
     def register(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes an optimizer, or that its groups have changed."""
-        self._habits.setdefault(optimizer, _Habits())
+        self._habits.setdefault(optimizer, OptimizerHabits())
         self._changes += 1
 
-    def habits(self, optimizer: torch.optim.Optimizer) -> _Habits:
+    def habits(self, optimizer: torch.optim.Optimizer) -> OptimizerHabits:
         """What is known of an optimizer."""
         if optimizer not in self._habits:
             self.register(optimizer)
@@ -125,7 +125,7 @@ class OptimizerBook:
         """Whether optimizers of the parameters have not stepped yet."""
         return bool(self._fresh(parameters))
 
-    def _fresh(self, parameters: Iterable[torch.Tensor]) -> list[_Habits]:
+    def _fresh(self, parameters: Iterable[torch.Tensor]) -> list[OptimizerHabits]:
         self._update_owners()
         owners = [self.owner(parameter) for parameter in parameters]
         return [self.habits(owner) for owner in owners if owner is not None and not self.habits(owner).steps]

@@ -4,22 +4,22 @@ import time
 
 import torch
 
-from trainingcompiler.compiling.gc_pause import collector_at_rest
+from trainingcompiler.compiling.gc_pause import gc_paused
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledTape, Held, Purpose
-from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import Pace
-from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Held, Purpose
+from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import DispatchQueue
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
-from trainingcompiler.frameworks.pytorch.runtime.tensor_parallel_dims import Layers
+from trainingcompiler.frameworks.pytorch.runtime.tensor_parallel_dims import TensorParallelDims
 from trainingcompiler.frameworks.pytorch.state.gradient_memory import GradientMemory
-from trainingcompiler.frameworks.pytorch.state.offloaded import PlacedCell
-from trainingcompiler.frameworks.pytorch.state.prefetch import Mover
-from trainingcompiler.frameworks.pytorch.state.sharded import Division
-from trainingcompiler.frameworks.pytorch.state.shared_tensors import Cell, CellRegistry
+from trainingcompiler.frameworks.pytorch.state.offloaded import OffloadedTensor
+from trainingcompiler.frameworks.pytorch.state.prefetch import StatePrefetcher
+from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor, StateRegistry
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
 from trainingcompiler.parallel import spmd
 from trainingcompiler.reporting.events import Recompiled, emit, phase
@@ -41,21 +41,23 @@ class ProgramCache:
         added_bytes: The most that one of them needs besides its arguments.
     """
 
-    def __init__(self, book: OptimizerBook, target: Target, verify: str = "off"):
-        self.book = book
+    def __init__(self, registry: OptimizerRegistry, target: Target, verify: str = "off"):
+        self.registry = registry
         self.target = target
         self.verify = verify
         # Several workers, where they divide their state.
-        self.division = Division() if target.workers > 1 and target.strategy.divides_state else None
-        if self.division is not None:
-            self.cells = CellRegistry(PlacedCell, self.division.cell)
+        self.sharded_state = ShardedState() if target.workers > 1 and target.strategy.divides_state else None
+        if self.sharded_state is not None:
+            self.state = StateRegistry(OffloadedTensor, self.sharded_state.sharded)
         else:
-            self.cells = CellRegistry(Cell if target.device_count == 1 and target.platform == "cpu" else PlacedCell)
-        self.gradients = GradientMemory(self.cells) if target.is_one_cpu else None
-        self.layers = Layers()
-        self.pace = Pace()
+            self.state = StateRegistry(
+                SharedTensor if target.device_count == 1 and target.platform == "cpu" else OffloadedTensor
+            )
+        self.gradients = GradientMemory(self.state) if target.is_one_cpu else None
+        self.layers = TensorParallelDims()
+        self.dispatch_queue = DispatchQueue()
         self.added_bytes = 0
-        self.agreement = spmd.Agreement()
+        self.agreement = spmd.ProgramAgreement()
         self._loops: dict[int, list[tuple]] = {}
 
     def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
@@ -98,7 +100,7 @@ class ProgramCache:
         with torch._C.DisableTorchFunction():  # our own looks at tensors are nobody's business
             return compiled.run(entries, tensors)
 
-    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "CompiledTape":
+    def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "CompiledStep":
         where = next((entry.where for entry in entries if entry.where), None)
         if len(self._loops.get(_loop(entries), ())) >= _MOST_PROGRAMS:
             reason = f"this loop has been compiled {_MOST_PROGRAMS} times; other shapes or constants are not compiled"
@@ -109,13 +111,13 @@ class ProgramCache:
         if not any(entry.ambient.grad for entry in entries):
             name = "evaluation"
         start_s = time.perf_counter()
-        with Mover(self.cells if self.target.is_one_cpu else None) as mover:
+        with StatePrefetcher(self.state if self.target.is_one_cpu else None) as prefetcher:
             if purpose is Purpose.COMMIT:
                 stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
-                mover.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
+                prefetcher.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
             captured = self._captured(entries, name, where, flags)
-            compiled = CompiledTape(self, name, entries, captured, exports, purpose)
-            compiled.compile(mover)
+            compiled = CompiledStep(self, name, entries, captured, exports, purpose)
+            compiled.compile(prefetcher)
             self.added_bytes = max(self.added_bytes, compiled.added_bytes)
         self._explain(entries, where, time.perf_counter() - start_s)
         statistics().compiles += not compiled.is_empty
@@ -123,10 +125,10 @@ class ProgramCache:
         return compiled
 
     def _captured(self, entries: list[Entry], name: str, where: str | None, flags: GradFlags) -> CapturedStep:
-        with phase("capture", f"{name} at {where}" if where else name) as running, collector_at_rest():
+        with phase("capture", f"{name} at {where}" if where else name) as running, gc_paused():
             try:
-                captured = capture(entries, lambda optimizer: self.book.habits(optimizer).constants, flags)
-            except (CaptureError, NumberUsed):
+                captured = capture(entries, lambda optimizer: self.registry.habits(optimizer).constants, flags)
+            except (CaptureError, ConcretizationError):
                 raise
             except Exception as error:  # an error of the script's, most likely: torch will say which
                 raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], where) from error
@@ -170,7 +172,7 @@ def _loop(entries: list[Entry]) -> int:
     return entries[-1].call.loop
 
 
-def programs_of(entries: list[Entry], purpose: Purpose) -> list[CompiledTape]:
+def programs_of(entries: list[Entry], purpose: Purpose) -> list[CompiledStep]:
     """The programs of entries, which are kept at the end of their path, and go with it."""
     last = entries[-1].call
     assert last is not None and entries[0].call is not None

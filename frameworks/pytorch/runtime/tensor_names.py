@@ -5,11 +5,11 @@ import weakref
 
 from torch import nn
 
-from trainingcompiler.frameworks.pytorch.capture.capture import Lifted
+from trainingcompiler.frameworks.pytorch.capture.capture import LiftedTensor
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 
 
-def written_names(entries: list[Entry], written: list[Lifted]) -> dict[int, str]:
+def written_names(entries: list[Entry], written: list[LiftedTensor]) -> dict[int, str]:
     """What a person calls the values that a step leaves in its state."""
     known = tensor_names(entries)
     return {item.new_value: f"new {known[id(item.tensor())]}" for item in written if id(item.tensor()) in known}

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trainingcompiler.frameworks.pytorch.capture.capture import Lifted
+from trainingcompiler.frameworks.pytorch.capture.capture import LiftedTensor
 from trainingcompiler.parallel.layer_rules import Rules, Side, side_of
 
 
-class Layers:
+class TensorParallelDims:
     """What is known of the layers of the models that train: an optimizer's program does not know their names."""
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Layers:
                     if parameter is not None and dim is not None:
                         self._dims.setdefault(parameter, dim)
 
-    def dims(self, optimizers: Iterable[torch.optim.Optimizer], lifted: Iterable[Lifted]) -> dict[int, int]:
+    def dims(self, optimizers: Iterable[torch.optim.Optimizer], lifted: Iterable[LiftedTensor]) -> dict[int, int]:
         """The divided dims of parameters and of what belongs to them.
 
         Args:

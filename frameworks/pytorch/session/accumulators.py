@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 
 _REACHED = "trainingcompiler: reached by the script"
 
@@ -38,7 +38,7 @@ class Accumulators:
         """Whether the script has reached the node that accumulates a leaf's gradient, and the node is still there."""
         if leaf not in self._reached:
             return False
-        with undeferred():
+        with passthrough():
             node: Any = torch.autograd.graph.get_gradient_edge(leaf).node  # torch says that `metadata` is a method
         is_held = _REACHED in node.metadata
         if not is_held:

@@ -14,7 +14,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.capture import backward_order
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import SecondRun
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
@@ -425,7 +425,7 @@ class BackwardPython:
         call, tape = backward.call, self._session.tape
         assert call is not None
         if call.pieces is None:
-            with undeferred():
+            with passthrough():
                 call.pieces = backward_order(tape.entries, tape.grad_flags)
         return call.pieces
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.interop.dynamo import as_written
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.state.offloaded import bring_back
@@ -115,7 +115,7 @@ def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return buckets
 
 
-class Workers:
+class DdpHandler:
     """What a session does for a script of several processes.
 
     Args:
@@ -138,14 +138,14 @@ class Workers:
         if reason is not None or not session.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
             session.keep_history(type(module).__name__, args, kwargs)
-            with undeferred(), session.torch_compile.in_torch(module):
+            with passthrough(), session.torch_compile.in_torch(module):
                 self._give_back(module)
                 kwargs = {name: session.real_arguments(value) for name, value in kwargs.items()}
                 return original(wrapper, *session.real_arguments(args), **kwargs)
         if session.has_backward:
             session.commit()
-        if session.programs.division is not None:
-            session.programs.division.share(_averaged(wrapper))
+        if session.programs.sharded_state is not None:
+            session.programs.sharded_state.share(_averaged(wrapper))
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
@@ -156,9 +156,9 @@ class Workers:
 
     def _give_back(self, module: nn.Module) -> None:
         """Lets the wrapper's own code, in C++, find the values of its tensors."""
-        division = self._session.programs.division
-        if division is not None:
-            division.bring_back([*module.parameters(), *module.buffers()], "PyTorch, which runs this step")
+        sharded_state = self._session.programs.sharded_state
+        if sharded_state is not None:
+            sharded_state.bring_back([*module.parameters(), *module.buffers()], "PyTorch, which runs this step")
 
     def may_be_looked_at(self, tape: Tape, slot: Slot) -> bool:
         """Whether a value can, and has to, be computed apart from averaging that all workers do together.
@@ -184,7 +184,7 @@ class Workers:
         if wrapper.will_sync_module_buffers():
             self._session.settle()
             self.come_to("the buffers of DistributedDataParallel")
-            with undeferred():
+            with passthrough():
                 bring_back([*wrapper.modules_buffers])
                 wrapper._sync_buffers()
 
@@ -193,15 +193,15 @@ class Workers:
         programs = self._session.programs
         if not torch.is_grad_enabled() or self._wrapped.isdisjoint(map(id, items)):
             return
-        if programs.division is None:
+        if programs.sharded_state is None:
             programs.agreement.leave(error.reason)
         else:
-            programs.division.roll_call.talk("PyTorch, to which it has left a step", error.reason)
+            programs.sharded_state.lockstep.talk("PyTorch, to which it has left a step", error.reason)
 
     def come_to(self, what: str) -> None:
         """Waits until all workers have come to the same talk, where one of them may be looking at divided state."""
-        if self._session.programs.division is not None:
-            self._session.programs.division.roll_call.talk(what)
+        if self._session.programs.sharded_state is not None:
+            self._session.programs.sharded_state.lockstep.talk(what)
 
 
 def _averaged(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
@@ -243,7 +243,7 @@ def not_joined() -> CaptureError:
     )
 
 
-class Talk:
+class DistributedPatches:
     """`torch.distributed`, which gets the values of tensors that a loop holds and nobody has computed."""
 
     def __init__(self, session: "Session"):

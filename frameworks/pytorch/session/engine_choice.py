@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from trainingcompiler.config import TrainingCompilerConfig
-from trainingcompiler.frameworks.pytorch.session.engine_trial import Turns
+from trainingcompiler.frameworks.pytorch.session.engine_trial import EngineTrial
 from trainingcompiler.reporting.events import EngineChosen, Note, emit
 from trainingcompiler.reporting.statistics import current as statistics
 from trainingcompiler.targets.target import Target
@@ -27,7 +27,7 @@ def engine_of(config: TrainingCompilerConfig, target: Target) -> str:
     return "xla" if config.engine == "auto" and together else config.engine
 
 
-class EngineChoice:
+class EngineSelector:
     """Decides before every step who runs it.
 
     With `auto`, the two engines take turns on the script's own first steps, so that drift of the machine hits both
@@ -43,7 +43,7 @@ class EngineChoice:
         chosen: The engine that has won, or None while it is open.
     """
 
-    def __init__(self, engine: str, turns: Turns | None = None):
+    def __init__(self, engine: str, turns: EngineTrial | None = None):
         self.engine = engine
         self.chosen = None if engine == "auto" else engine
         self._times_s: dict[str, list[float]] = {"xla": [], "eager": []}
@@ -51,7 +51,7 @@ class EngineChoice:
         self._earlier: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._last_end_s = 0.0
         self._compiles = 0
-        self._turns = turns or Turns()
+        self._turns = turns or EngineTrial()
         self._turn = "xla"
         self._in_turn = 0
         self._fruitless = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _EAGER_FACTOR = 3  # PyTorch's step took up to 1.8 times the memory of ours on an H100 (`benchmarks/results`)
 
 
-class Turns:
+class EngineTrial:
     """On a CPU: torch and XLA share the state, so that every step may be another's.
 
     Attributes:
@@ -32,7 +32,7 @@ class Turns:
         """Is called before an engine's turn."""
 
 
-class GpuTurns(Turns):
+class GpuEngineTrial(EngineTrial):
     """On a GPU: the state moves when the engine changes, and both compute behind the loop.
 
     Args:
@@ -46,7 +46,7 @@ class GpuTurns(Turns):
 
     def finish(self) -> None:
         """Waits until the step has been computed, so that its end is the clock's."""
-        self._programs.pace.settle()
+        self._programs.dispatch_queue.settle()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
@@ -61,6 +61,6 @@ class GpuTurns(Turns):
             torch.cuda.empty_cache()
 
 
-def turns_on(programs: "ProgramCache") -> Turns:
+def turns_on(programs: "ProgramCache") -> EngineTrial:
     """How engines take turns on the device that programs are compiled for."""
-    return Turns() if programs.target.platform == "cpu" else GpuTurns(programs)
+    return EngineTrial() if programs.target.platform == "cpu" else GpuEngineTrial(programs)

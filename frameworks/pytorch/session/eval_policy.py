@@ -26,7 +26,7 @@ class _Known:
         self.is_told = False
 
 
-class Evaluations:
+class EvalCompilePolicy:
     """The evaluations of every module."""
 
     def __init__(self):

@@ -14,7 +14,7 @@ ANOMALY = "anomaly detection is on, which looks into torch's own backward"
 _PASSES = 16  # as often may a passing reason come back (engines take turns) before its loop is left to torch
 
 
-class Fallbacks:
+class FallbackPolicy:
     """What has been left to torch, and what has been said about it.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.planning import first_step, planner, recommendation
 from trainingcompiler.planning.first_step import BY_HAND, FirstStep, Group
@@ -70,7 +70,7 @@ class FirstStepWatch:
         Raises:
             UsageError: It is not the step that was decided.
         """
-        if self.is_over or is_replaying():
+        if self.is_over or in_passthrough():
             return
         gc.collect()  # optimizers that the script has thrown away
         seen = FirstStep(calls=tuple(self._calls), groups=tuple(self._groups()))
@@ -86,7 +86,7 @@ class FirstStepWatch:
         return not unwatched and any(parameter.requires_grad for parameter in module.parameters())
 
     def _groups(self) -> Iterator[Group]:
-        for optimizer in self._session.book.optimizers():
+        for optimizer in self._session.registry.optimizers():
             made = self._made.get(optimizer, [])
             kind = type(optimizer).__name__
             for index, group in enumerate(optimizer.param_groups):
@@ -119,7 +119,7 @@ def _scheduled(optimizer: torch.optim.Optimizer, index: int, base: float) -> tup
         peaks = getattr(item, "max_lrs", getattr(item, "max_lr", None))  # CyclicLR's, and those of many scripts
         peak = peaks[index] if isinstance(peaks, list | tuple) and index < len(peaks) else peaks
         if type(item) is LambdaLR:
-            with undeferred():
+            with passthrough():
                 highest *= _highest(item.lr_lambdas[index])
         elif isinstance(peak, int | float) and base:
             highest *= peak / base

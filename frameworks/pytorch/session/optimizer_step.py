@@ -9,7 +9,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.optimizers import calls_closure_once, hooks_of, of_torch, parameters_of
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient, stored_gradient
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session import grad_scaler
 from trainingcompiler.frameworks.pytorch.session.custom_optimizers import End
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MANY_NEW = 4  # first steps in a row, beyond one for each optimizer that there is
 
 
-class Stepping:
+class OptimizerStepHandler:
     """The end of a step, in a session.
 
     Attributes:
@@ -45,9 +45,11 @@ class Stepping:
         session = self._session
         if session.is_unwatched():
             result = original(optimizer, *args, **kwargs)
-            if not is_replaying() and session.is_own_thread and not session.is_closed:
-                session.book.stepped(optimizer, "eager")  # a parameter's hook makes it, inside of torch's own backward
-            elif not is_replaying():
+            if not in_passthrough() and session.is_own_thread and not session.is_closed:
+                session.registry.stepped(
+                    optimizer, "eager"
+                )  # a parameter's hook makes it, inside of torch's own backward
+            elif not in_passthrough():
                 session.stepped_elsewhere(optimizer)
             return result
         with section:
@@ -84,9 +86,9 @@ class Stepping:
             return self._end_step(optimizer)
         if planner.current is not None:
             planner.current.left(f"PyTorch would run it, because {reason}")
-        if session.deferring and not session.book.habits(optimizer).steps:
+        if session.deferring and not session.registry.habits(optimizer).steps:
             self._tell_of_new_ones()
-        is_torchs = session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer)
+        is_torchs = session.fallbacks.covers(optimizer) or not session.registry.is_ready(optimizer)
         if session.tape and is_torchs and session.tape.committable() == len(session.tape.entries):
             session.commit()  # forward and backward, up to the gradients
         elif session.tape:
@@ -97,15 +99,15 @@ class Stepping:
             self._tell_of_unseen(optimizer)
         session.settle()
         if closure is None:
-            session.book.check_unconsumed(parameters_of(optimizer))
+            session.registry.check_unconsumed(parameters_of(optimizer))
         if self._overflow is not None and self._overflow.item():
             return None
         if closure is not None:
             args, kwargs = self._with_closure(optimizer, closure, args, kwargs)
-        with section.outside(), undeferred():
+        with section.outside(), passthrough():
             result = original(optimizer, *args, **kwargs)
         session.is_in_torch = False
-        session.book.stepped(optimizer, "eager")
+        session.registry.stepped(optimizer, "eager")
         return result
 
     def _is_recorded(self, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
@@ -113,7 +115,7 @@ class Stepping:
         session = self._session
         if of_torch(type(optimizer)) or planner.current is not None or self._overflow is not None:
             return False
-        if not session.deferring or session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer):
+        if not session.deferring or session.fallbacks.covers(optimizer) or not session.registry.is_ready(optimizer):
             return False
         return session.has_backward or session.backward_compiled or (closure is not None and not session.is_in_torch)
 
@@ -137,7 +139,7 @@ class Stepping:
                 CaptureError(f"{reason}, so the step itself runs in torch", user_line()), [optimizer]
             )
         session.is_in_torch = False
-        session.book.stepped(optimizer, "eager")
+        session.registry.stepped(optimizer, "eager")
         return result
 
     @staticmethod
@@ -154,18 +156,18 @@ class Stepping:
 
     def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Any, args: tuple, kwargs: dict) -> tuple:
         """The arguments of `step`, with a closure that has to clear gradients which an earlier step did not keep."""
-        book = self._session.book
+        registry = self._session.registry
 
         def checked(*given: Any) -> Any:
-            lost = [parameter for parameter in parameters_of(optimizer) if book.is_consumed(parameter)]
+            lost = [parameter for parameter in parameters_of(optimizer) if registry.is_consumed(parameter)]
             for parameter in lost:  # not a number, until somebody clears it
                 store_gradient(parameter, torch.full_like(parameter, float("nan")))
             loss = closure(*given)
             for parameter in lost:
                 gradient = stored_gradient(parameter)
                 if gradient is None or not gradient.isnan().any():
-                    book.forget_consumed(parameter)
-            book.check_unconsumed(parameters_of(optimizer))
+                    registry.forget_consumed(parameter)
+            registry.check_unconsumed(parameters_of(optimizer))
             return loss
 
         return ((checked, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": checked})
@@ -223,14 +225,14 @@ class Stepping:
     def _tell_of_new_ones(self) -> None:
         """Says so where every step is that of a new optimizer, which PyTorch makes."""
         self._first_steps += 1
-        if self._first_steps == len(self._session.book.optimizers()) + _MANY_NEW:
+        if self._first_steps == len(self._session.registry.optimizers()) + _MANY_NEW:
             reason = "each step is the first one of a new optimizer: make the optimizer once, before the loop"
             self._session.fallbacks.say(CaptureError(reason, user_line()))
 
     def _tell_of_unseen(self, optimizer: torch.optim.Optimizer) -> None:
         """Says why nothing is compiled of a loop whose gradients come from elsewhere, if nothing has been said."""
         session = self._session
-        habits = session.book.habits(optimizer)
+        habits = session.registry.habits(optimizer)
         if habits.steps < 2 or habits.was_compiled or not session.deferring:
             return
         if session.backward_compiled or session.fallbacks.has_spoken:
@@ -247,7 +249,7 @@ class Stepping:
         session = self._session
         if closure is not None:
             return "optimizer.step() was given a closure"
-        if not session.deferring or session.fallbacks.covers(optimizer) or not session.book.is_ready(optimizer):
+        if not session.deferring or session.fallbacks.covers(optimizer) or not session.registry.is_ready(optimizer):
             return f"{type(optimizer).__name__} steps eagerly"
         return None if session.tape or session.backward_compiled else "the gradients were computed eagerly"
 
@@ -266,7 +268,7 @@ class Stepping:
                 behind = session.tape.entries_behind(slot)
                 if any(isinstance(leaf, torch.Tensor) and id(leaf) in updated for e in behind for leaf in e.leaves):
                     if keeps and slot.value is None:
-                        with undeferred():
+                        with passthrough():
                             slot.late = kept(session.tape, slot, parameters_of(optimizer))
                     slot.freed = True
 
@@ -275,7 +277,7 @@ class Stepping:
         fallbacks = session.fallbacks.count
         if session.tape.committable() == len(session.tape.entries):
             session.commit()
-        elif sum(len(entry.optimizers) for entry in session.tape.entries) > 2 * len(session.book.optimizers()):
+        elif sum(len(entry.optimizers) for entry in session.tape.entries) > 2 * len(session.registry.optimizers()):
             session.run_eagerly(
                 CaptureError(
                     reason="results of earlier steps still need gradients after several optimizer steps",
@@ -283,7 +285,7 @@ class Stepping:
                 )
             )
         session.is_in_torch = False
-        session.book.stepped(optimizer, "xla" if fallbacks == session.fallbacks.count else "eager")
+        session.registry.stepped(optimizer, "xla" if fallbacks == session.fallbacks.count else "eager")
 
     @section.around
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:
@@ -292,7 +294,7 @@ class Stepping:
         if session.is_unwatched() or not session.has_backward:
             if not session.is_unwatched():
                 session.settle()
-            with undeferred():
+            with passthrough():
                 return original(*args, **kwargs)
         parameters = args[0] if args else kwargs.pop("parameters")
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

@@ -20,7 +20,7 @@ from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.dynamo import as_written
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import READS
@@ -28,12 +28,12 @@ from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulator
 from trainingcompiler.frameworks.pytorch.session.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import begin_region, begun, run_again
 from trainingcompiler.frameworks.pytorch.session.custom_optimizers import CustomSteps
-from trainingcompiler.frameworks.pytorch.session.ddp import Workers, averages_unseen, not_joined, obstacle
-from trainingcompiler.frameworks.pytorch.session.eval_policy import Evaluations, key_of
-from trainingcompiler.frameworks.pytorch.session.fallback import ANOMALY, Fallbacks
+from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler, averages_unseen, not_joined, obstacle
+from trainingcompiler.frameworks.pytorch.session.eval_policy import EvalCompilePolicy, key_of
+from trainingcompiler.frameworks.pytorch.session.fallback import ANOMALY, FallbackPolicy
 from trainingcompiler.frameworks.pytorch.session.function_mode import FunctionMode, Kind, kind_of, leaves_history
 from trainingcompiler.frameworks.pytorch.session.looks import Looks
-from trainingcompiler.frameworks.pytorch.session.optimizer_step import Stepping
+from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.session.torch_compile import TorchCompile
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import check_owned
@@ -65,14 +65,14 @@ class Session(Looks):
         super().__init__(config)
         self.config = config
         if self.programs.target.workers > 1:
-            self.workers = Workers(self)
-            self.fallbacks = Fallbacks(config, self.workers.left_to_torch)
-        self.stepping = Stepping(self)
+            self.workers = DdpHandler(self)
+            self.fallbacks = FallbackPolicy(config, self.workers.left_to_torch)
+        self.stepping = OptimizerStepHandler(self)
         self.custom_steps = CustomSteps(self)
         self.backward_python = BackwardPython(self)
         self.accumulators = Accumulators()
         self.torch_compile = TorchCompile(self)
-        self._evaluations = Evaluations()
+        self._evaluations = EvalCompilePolicy()
         self._thread = threading.current_thread()
         self._owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -140,7 +140,7 @@ class Session(Looks):
         It is recorded if a deferred value takes part, if it is part of a recorded call of a module, or if it computes
         something that has to be differentiated from what an optimizer trains.
         """
-        if is_replaying() or self.is_closed or not self.is_own_thread:
+        if in_passthrough() or self.is_closed or not self.is_own_thread:
             return function(*args, **kwargs)
         kind = kind_of(function)
         if kind is Kind.QUERY:
@@ -192,7 +192,7 @@ class Session(Looks):
             return self.gradient_of_result(function, args[0])
         if name in ("isnan", "isinf") and args[0].slot.finite:
             return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
-        if name in READS and not is_replaying() and not self.depth:  # inside a forward, torch has the answer
+        if name in READS and not in_passthrough() and not self.depth:  # inside a forward, torch has the answer
             statistics().host_reads += 1
         if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
             self._leave_tape_to_torch()
@@ -200,7 +200,7 @@ class Session(Looks):
             return function(_refused())
         if function is torch.Tensor.backward and args[0].slot.late is not None and self.is_own_thread:
             return self.record_backward(*args, **kwargs)
-        if is_replaying() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
+        if in_passthrough() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
         if self._bound_tape():
             return function(*self.real(args), **self.real(kwargs))
@@ -252,10 +252,10 @@ class Session(Looks):
         """
         if self.is_closed:
             return
-        if not self.tape and (not self.book.has_stepped or not self._thread.is_alive()):
+        if not self.tape and (not self.registry.has_stepped or not self._thread.is_alive()):
             self._thread = threading.current_thread()
             self.deferring = self._deferring
-            self.book.stepped(optimizer, "eager")
+            self.registry.stepped(optimizer, "eager")
             return
         statistics().step_finished("eager", time.monotonic())
         name, trains = threading.current_thread().name, self._thread.name
@@ -282,7 +282,7 @@ class Session(Looks):
 
     def _leave_tape_to_torch(self) -> None:
         entries, self.tape.entries = self.tape.entries, []
-        with undeferred():
+        with passthrough():
             run_in_torch(entries)
 
     # -- Python that torch calls, or does not see ---------------------------------------------------------------
@@ -346,7 +346,7 @@ class Session(Looks):
             self.commit()
         if self.has_backward and id(tensor) in self.tape.with_gradients():  # its graph is retained
             self.settle()
-        self.book.reads_gradient(tensor)
+        self.registry.reads_gradient(tensor)
         return None
 
     @section.around
@@ -356,7 +356,7 @@ class Session(Looks):
             return gradient
         if self.has_backward:
             self.settle()
-        self.book.writes_gradient(tensor, gradient)
+        self.registry.writes_gradient(tensor, gradient)
         if gradient is not None and torch._debug_has_internal_overlap(gradient) == 1:  # a program could not write to it
             self.backward_compiled = False
             self.fallbacks.say(PassingCaptureError("a gradient whose elements share memory is assigned", user_line()))
@@ -371,7 +371,7 @@ class Session(Looks):
             self.commit()  # to be zeros, gradients have to be there
         if self.has_backward and not self.tape.with_gradients().isdisjoint(map(id, parameters)):
             self.settle()
-        self.book.clears_gradients(owner, parameters, set_to_none)
+        self.registry.clears_gradients(owner, parameters, set_to_none)
 
     # -- calls of modules ---------------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ class Session(Looks):
         args, kwargs = self.real_arguments(args), {name: self.real_arguments(kwargs[name]) for name in kwargs}
         if self.tape.written:  # torch would not see what pending calls write
             self.settle()
-        with section.outside(), undeferred(), self.torch_compile.in_torch(module):
+        with section.outside(), passthrough(), self.torch_compile.in_torch(module):
             return original(in_torch, *args, **kwargs)
 
     def _run_at_once(self, original: Callable, in_torch: nn.Module, module: nn.Module, args: tuple, kwargs: dict):
@@ -456,7 +456,7 @@ class Session(Looks):
         parameters = self.modules.tensors(module).parameters
         if any(map(nn.parameter.is_lazy, parameters)):
             return False  # the first call gives them shapes and values
-        if not self.book.trains(module, parameters) and not self._any_pending(args, kwargs):
+        if not self.registry.trains(module, parameters) and not self._any_pending(args, kwargs):
             return False
         if torch.is_anomaly_enabled():
             self.fallbacks.say(CaptureError(ANOMALY, user_line()))
@@ -486,9 +486,11 @@ class Session(Looks):
             return False
         for tensor in tensors:
             if tensor.requires_grad and tensor.grad_fn is None:
-                owner = self.book.owner(tensor)
+                owner = self.registry.owner(tensor)
                 if owner is not None:
-                    return self.book.is_ready(owner) and not self.fallbacks.covers(owner) and planner.current is None
+                    return (
+                        self.registry.is_ready(owner) and not self.fallbacks.covers(owner) and planner.current is None
+                    )
         return False
 
     def _any_pending(self, args: Any, kwargs: Any) -> bool:
@@ -527,7 +529,7 @@ def _refused() -> torch.Tensor:
 
 def _is_inside_torch() -> bool:
     """Whether torch runs for us in this thread, or is in its own backward, which calls checkpointed blocks again."""
-    return is_replaying() or torch._C._current_graph_task_id() != -1  # in this order: Dynamo reads no further
+    return in_passthrough() or torch._C._current_graph_task_id() != -1  # in this order: Dynamo reads no further
 
 
 def _origins(module: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[nn.Module, Any]]:

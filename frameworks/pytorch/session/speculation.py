@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import Held, Purpose
@@ -48,9 +48,9 @@ class Speculation:
             return False
         backward = self._backward(tape, slot)
         try:
-            with undeferred():
+            with passthrough():
                 held = self._programs.run([*tape.entries, backward], tape.live_slots(), Purpose.HOLD, tape.grad_flags)
-        except (CaptureError, NumberUsed):
+        except (CaptureError, ConcretizationError):
             tape.place.backward_follows = False
             return False
         assert held is not None and backward.call is not None

@@ -10,26 +10,26 @@ from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.aot.recorded_step import RecordedStep, pretend
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
-from trainingcompiler.frameworks.pytorch.capture.traced_float import NumberUsed
+from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.module_tensors import ModuleIndex
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying, outside_transforms, undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, outside_transforms, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import Purpose
-from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerBook
+from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.torch_peek import value_of
 from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch
-from trainingcompiler.frameworks.pytorch.session.ddp import Workers
-from trainingcompiler.frameworks.pytorch.session.fallback import Fallbacks
+from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler
+from trainingcompiler.frameworks.pytorch.session.fallback import FallbackPolicy
 from trainingcompiler.frameworks.pytorch.session.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, Tape, as_called, memory_of, step_ends
 from trainingcompiler.planning import planner
-from trainingcompiler.planning.memory_advice import with_cures
+from trainingcompiler.planning.memory_advice import with_memory_advice
 from trainingcompiler.targets.target import Target
 
 _FEW_CALLS = 64  # as many are computed by torch for a look at a value; more are worth a program
@@ -61,10 +61,10 @@ class TapeRunner:
         self.modules = ModuleIndex()
         self.device = devices.CPU
         target = Target.of(config)
-        self.book = OptimizerBook(config.keep_gradients or target.is_one_cpu)
-        self.programs = ProgramCache(self.book, target, config.verify)
-        self.fallbacks = Fallbacks(config)
-        self.workers: Workers | None = None
+        self.registry = OptimizerRegistry(config.keep_gradients or target.is_one_cpu)
+        self.programs = ProgramCache(self.registry, target, config.verify)
+        self.fallbacks = FallbackPolicy(config)
+        self.workers: DdpHandler | None = None
         self.backward_compiled = False
         self.is_in_torch = False
         self.depth = 0
@@ -93,16 +93,16 @@ class TapeRunner:
         if planner.current is not None and self._planned(entries, planner.current):
             return self._committed(entries, rest)
         try:
-            with undeferred():
+            with passthrough():
                 self.programs.run(entries, exports, Purpose.COMMIT, self.tape.grad_flags)
-        except (CaptureError, NotEnoughMemoryError, NumberUsed) as error:
+        except (CaptureError, NotEnoughMemoryError, ConcretizationError) as error:
             return self.commit() if self._tries_again(error, entries) else None
         self._committed(entries, rest)
         return None
 
     def state_is_read(self) -> None:
         """Brings the buffers and parameters of modules up to date, before somebody reads all of them."""
-        if (self.tape.written or self.has_backward) and not is_replaying():
+        if (self.tape.written or self.has_backward) and not in_passthrough():
             self.settle()
 
     @section.around
@@ -152,7 +152,7 @@ class TapeRunner:
         self._check_not_in_backward(f"does what only torch can: {error.reason}")
         items: list[Any] = [*self.tape.roots, *(o for entry in self.tape.entries for o in entry.optimizers)]
         if not self.tape.roots:
-            owners = (self.book.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
+            owners = (self.registry.owner(tensor) for tensor, _ in self.tape.grad_flags.values())
             items += {id(owner): owner for owner in owners if owner is not None}.values()
         if error.culprit is not None:
             items = [error.culprit]
@@ -175,7 +175,7 @@ class TapeRunner:
 
     def _is_undecided(self) -> bool:
         """Whether a first step turns out to be torch's: the script has not cleared gradients before it."""
-        return self.book.is_undecided(tensor for tensor, _ in self.tape.grad_flags.values())
+        return self.registry.is_undecided(tensor for tensor, _ in self.tape.grad_flags.values())
 
     def _begin_in_torch(self) -> None:
         """Runs the tape in torch, and lets torch run what follows until the step ends."""
@@ -187,7 +187,7 @@ class TapeRunner:
         self._drop()
         self.is_in_torch = True
         self.backward_compiled = False
-        with undeferred():
+        with passthrough():
             for tensor, flag in flags.values():
                 if tensor.requires_grad != flag and tensor.is_leaf:
                     tensor.requires_grad_(flag)
@@ -209,9 +209,9 @@ class TapeRunner:
         self.commit()
         for slot in self.tape.live_slots():
             self.value(slot)
-        self.programs.pace.settle()
-        if self.programs.division is not None:
-            self.programs.division.end()
+        self.programs.dispatch_queue.settle()
+        if self.programs.sharded_state is not None:
+            self.programs.sharded_state.end()
         self.deferring = False
 
     @property
@@ -231,10 +231,10 @@ class TapeRunner:
         if not self.programs.target.is_one_cpu or self.workers is not None:
             raise LeftToTorch(what)
         try:
-            with undeferred(), outside_transforms():
-                constants = lambda optimizer: self.book.habits(optimizer).constants  # noqa: E731
+            with passthrough(), outside_transforms():
+                constants = lambda optimizer: self.registry.habits(optimizer).constants  # noqa: E731
                 slot.value = value_of(list(self.tape.entries), slot, constants, self.tape.grad_flags)
-        except (CaptureError, NumberUsed):
+        except (CaptureError, ConcretizationError):
             raise LeftToTorch(what) from None
         self.tape.asked = self.tape.asked or CaptureError(what, user_line())
         return slot.value
@@ -261,9 +261,9 @@ class TapeRunner:
             slots.append(slot)
         entries = self.tape.slice_for(slots)
         try:
-            with undeferred():
+            with passthrough():
                 self.programs.run(entries, slots, Purpose.PEEK, self.tape.grad_flags)
-        except (CaptureError, NotEnoughMemoryError, NumberUsed) as error:
+        except (CaptureError, NotEnoughMemoryError, ConcretizationError) as error:
             return self._peek(slot, apart) if self._tries_again(error, entries) else None
         return None
 
@@ -295,7 +295,7 @@ class TapeRunner:
         """Computes a value that the script's Python asks for from the few calls behind it; returns whether it could."""
         if any(entry.seed is not None or entry.writes_state for entry in entries):
             return False
-        with undeferred(), torch.no_grad():
+        with passthrough(), torch.no_grad():
             run_in_torch(entries)
         for entry in entries:
             for slot in entry.outputs:
@@ -312,7 +312,7 @@ class TapeRunner:
         if any(entry.optimizers for entry in entries):
             waiting.take(RecordedStep(self.programs, entries))
         if backwards:
-            with undeferred():
+            with passthrough():
                 pretend(entries)
         return bool(backwards)
 
@@ -398,12 +398,12 @@ class TapeRunner:
 
     def patterns(self, function: Any, optimizers: tuple[torch.optim.Optimizer, ...]) -> tuple:
         """What is known of the optimizers whose step an entry is; nothing where their Python has run."""
-        return () if function is step_ends else tuple(map(self.book.pattern, optimizers))
+        return () if function is step_ends else tuple(map(self.registry.pattern, optimizers))
 
     def _check_gradients(self, entries: list[Entry]) -> None:
         for entry in entries:
             for optimizer in entry.optimizers:
-                self.book.check_unconsumed(parameters_of(optimizer))
+                self.registry.check_unconsumed(parameters_of(optimizer))
 
     def _tries_again(self, error: Exception, entries: list[Entry]) -> bool:
         """Answers why entries are no program: true if they may be one now, and else torch has run the tape.
@@ -414,22 +414,22 @@ class TapeRunner:
         """
         if isinstance(error, NotEnoughMemoryError):
             self._give_up(error, entries)
-        if isinstance(error, NumberUsed) and self._make_constant(entries, error):
+        if isinstance(error, ConcretizationError) and self._make_constant(entries, error):
             return True
         self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return False
 
     def _give_up(self, error: NotEnoughMemoryError, entries: list[Entry]) -> NoReturn:
         self._drop()
-        with undeferred():
-            raise with_cures(error, RecordedStep(self.programs, entries), self.programs.target) from None
+        with passthrough():
+            raise with_memory_advice(error, RecordedStep(self.programs, entries), self.programs.target) from None
 
-    def _make_constant(self, entries: list[Entry], error: NumberUsed) -> bool:
+    def _make_constant(self, entries: list[Entry], error: ConcretizationError) -> bool:
         source: Any = error.source
         if source is None:
             return False
         if source.optimizer is not None:
-            fixed = self.book.fix_number(source.optimizer(), source.position)
+            fixed = self.registry.fix_number(source.optimizer(), source.position)
         else:
             entry = entries[source.entry]
             index = self.tape.entries.index(entry)

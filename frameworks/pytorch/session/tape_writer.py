@@ -15,7 +15,7 @@ from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
-from trainingcompiler.frameworks.pytorch.interop.passthrough import undeferred
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves, unflatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
@@ -37,7 +37,7 @@ from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant,
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, memory_of, step_ends
 
 if TYPE_CHECKING:
-    from trainingcompiler.frameworks.pytorch.session.optimizer_step import Stepping
+    from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler
 
 _ATOMS: frozenset[type] = frozenset(
     {int, float, bool, str, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device, DeferredTensor}
@@ -57,7 +57,7 @@ class TapeWriter(TapeRunner):
         open_blocks: The checkpointed blocks that the script's Python is in.
     """
 
-    stepping: "Stepping"
+    stepping: "OptimizerStepHandler"
     backward_python: BackwardPython
     accumulators: Accumulators
     new_root: nn.Module | None = None
@@ -265,7 +265,7 @@ class TapeWriter(TapeRunner):
         found = self.recording.shapes.get(key)
         if found is None:
             try:
-                with undeferred():
+                with passthrough():
                     found = call_shape(entry, gradients_exist)
             except CaptureError as error:
                 call.failure = error
@@ -433,7 +433,7 @@ class TapeWriter(TapeRunner):
         held = self._speculation.backward(self.tape, entry)
         if held is not None and self.tape.committable() == len(self.tape.entries):
             self._check_gradients(self.tape.entries)
-            with undeferred():
+            with passthrough():
                 held.apply()
             self._committed(self.tape.entries, [])
         return None
@@ -445,7 +445,7 @@ class TapeWriter(TapeRunner):
         self.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
         self.backward_compiled = False
         late, slot.late = slot.late, slot.late if retain_graph else None
-        with undeferred():
+        with passthrough():
             late.run(self.real(gradient), retain_graph)
 
     def _rewritten(self) -> tuple[Input, ...]:
@@ -501,11 +501,15 @@ class TapeWriter(TapeRunner):
             self.fallbacks.leave_part(error)
             return function(*self.real(args), **self.real(kwargs))
         roots = self.tape.roots
-        if self.depth and roots and any([self.book.begins_in_torch(self.modules.tensors(m).parameters) for m in roots]):
+        if (
+            self.depth
+            and roots
+            and any([self.registry.begins_in_torch(self.modules.tensors(m).parameters) for m in roots])
+        ):
             self._begin_in_torch()
         else:
             self.run_eagerly(error, function if is_module else None)
-        with undeferred() if is_module else contextlib.nullcontext():
+        with passthrough() if is_module else contextlib.nullcontext():
             return function(*self.real(args), **self.real(kwargs))
 
     def drop_backward(self, cleared: set[int]) -> bool:

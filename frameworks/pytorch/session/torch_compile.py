@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trainingcompiler.frameworks.pytorch.interop.dynamo import left_out
-from trainingcompiler.frameworks.pytorch.interop.passthrough import is_replaying
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.reporting.events import Note, emit
 
@@ -55,7 +55,7 @@ class TorchCompile:
         session = self._session
         if not self._told and self._older is None:  # nothing has been compiled
             return contextlib.nullcontext()
-        begins = session.deferring and session.book.begins(session.modules.tensors(module).parameters)
+        begins = session.deferring and session.registry.begins(session.modules.tensors(module).parameters)
         return left_out() if begins else self._in_force()
 
     def _in_force(self) -> AbstractContextManager:
@@ -80,7 +80,7 @@ class TorchCompile:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling() or self._session.reads_inside(flatten((args, kwargs))[0]):
                 return function(*args, **kwargs)
-            if self._older is None or is_replaying():
+            if self._older is None or in_passthrough():
                 return compiled(*args, **kwargs)
             with self._in_force():
                 return compiled(*args, **kwargs)

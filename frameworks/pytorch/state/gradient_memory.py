@@ -13,7 +13,7 @@ import torch
 
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.state.ownership import is_shared
-from trainingcompiler.frameworks.pytorch.state.shared_tensors import CellRegistry
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import StateRegistry
 from trainingcompiler.parallel.arrays import owned_array
 
 
@@ -21,11 +21,11 @@ class GradientMemory:
     """A tensor for the gradient of each parameter.
 
     Args:
-        cells: Where the tensors get their cells.
+        registry: Of the tensors that torch and XLA share.
     """
 
-    def __init__(self, cells: CellRegistry):
-        self._cells = cells
+    def __init__(self, registry: StateRegistry):
+        self._registry = registry
         self._tensors: dict[int, list[Any]] = {}  # by a parameter's identity; a reference to it, and the tensor
 
     def tensor_for(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class GradientMemory:
         if known is None or known[0]() is not parameter or not _fits(known, parameter):
             with torch._C.DisableTorchFunction():
                 array = owned_array(numpy_view(torch.empty(parameter.shape, dtype=parameter.dtype)))
-            tensor = self._cells.tensor_for(array, parameter.dtype, parameter.device)
+            tensor = self._registry.tensor_for(array, parameter.dtype, parameter.device)
             known = [weakref.ref(parameter, self._forget(id(parameter))), tensor]
             self._tensors[id(parameter)] = known
         return known[1]

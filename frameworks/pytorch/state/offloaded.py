@@ -27,10 +27,10 @@ from trainingcompiler.parallel.arrays import own_device, owned_array, placed_arr
 
 _SHOWN = METADATA | {"grad", "_grad", "_version"}
 _SETTABLE = {"grad", "_grad"}
-_cells: dict[int, "PlacedCell"] = {}  # of the tensors whose values are away, by identity
+_offloaded: dict[int, "OffloadedTensor"] = {}  # of the tensors whose values are away, by identity
 
 
-class PlacedCell:
+class OffloadedTensor:
     """One tensor that steps on several devices read or write.
 
     Tensors that share their memory with others keep their values: these are copied into and out of every step.
@@ -48,17 +48,17 @@ class PlacedCell:
         weakref.finalize(tensor, _forget, id(tensor), self).atexit = False
 
     @classmethod
-    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device) -> tuple["PlacedCell", torch.Tensor]:
-        """A cell, and its new tensor, whose values are an array that a step has returned."""
+    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device) -> tuple["OffloadedTensor", torch.Tensor]:
+        """An offloaded tensor, and torch's, whose values are an array that a step has returned."""
         tensor = torch.empty((), dtype=dtype, device=device).expand(array.shape)
-        cell = cls(tensor)
-        cell._array, cell._is_ahead = array, True
-        cell._leave(tensor)
-        return cell, tensor
+        offloaded = cls(tensor)
+        offloaded._array, offloaded._is_ahead = array, True
+        offloaded._leave(tensor)
+        return offloaded, tensor
 
     @property
     def is_divided(self) -> bool:
-        """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `division`."""
+        """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `sharded_state`."""
         return False
 
     @property
@@ -111,7 +111,7 @@ class PlacedCell:
         tensor, array = self.tensor(), self._array
         if tensor is None or array is None:
             return
-        del _cells[id(tensor)]
+        del _offloaded[id(tensor)]
         with torch._C.DisableTorchFunction():
             tensor.__class__ = _kind_of(type(tensor))
         if self._is_ahead:
@@ -125,25 +125,25 @@ class PlacedCell:
         set_data(tensor, torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
 
     def _leave(self, tensor: torch.Tensor) -> None:
-        _cells[id(tensor)] = self
+        _offloaded[id(tensor)] = self
         with torch._C.DisableTorchFunction():
             tensor.__class__ = _away(type(tensor))
 
 
 def array_of(tensor: torch.Tensor) -> jax.Array | None:
     """The values of a tensor, while they are away; the next step consumes the array."""
-    cell = cell_of(tensor)
-    return None if cell is None else cell._array
+    offloaded = offloaded_of(tensor)
+    return None if offloaded is None else offloaded._array
 
 
-def cell_of(tensor: torch.Tensor) -> PlacedCell | None:
-    """The cell of a tensor whose values are away."""
-    return _cells.get(id(tensor))
+def offloaded_of(tensor: torch.Tensor) -> OffloadedTensor | None:
+    """What is known of a tensor whose values are away."""
+    return _offloaded.get(id(tensor))
 
 
 def away() -> list[torch.Tensor]:
     """All tensors whose values are away."""
-    return [tensor for cell in list(_cells.values()) if (tensor := cell.tensor()) is not None]
+    return [tensor for offloaded in list(_offloaded.values()) if (tensor := offloaded.tensor()) is not None]
 
 
 class Away:
@@ -186,18 +186,18 @@ def bring_back(values: Iterable) -> None:
     """Gives tensors their values, wherever they are in lists and dicts: for C++ code, which asks nobody."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            cell = _cells.get(id(value))
-            if cell is not None:
-                cell.fetch()
+            offloaded = _offloaded.get(id(value))
+            if offloaded is not None:
+                offloaded.fetch()
         elif isinstance(value, list | tuple):
             bring_back(value)
         elif isinstance(value, dict):
             bring_back(value.values())
 
 
-def _forget(key: int, cell: PlacedCell) -> None:
-    if _cells.get(key) is cell:
-        del _cells[key]
+def _forget(key: int, offloaded: OffloadedTensor) -> None:
+    if _offloaded.get(key) is offloaded:
+        del _offloaded[key]
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 `DistributedDataParallel` keeps a model's parameters, and so their optimizer's state, the same on all workers. Under
 `--strategy fsdp` each holds a part of them only (FSDP, Zhao et al. 2023, https://arxiv.org/abs/2304.11277), from the
-first step on. Whoever looks at one gathers it (`roll_call`).
+first step on. Whoever looks at one gathers it (`lockstep`).
 """
 
 import weakref
@@ -16,14 +16,14 @@ from torch import nn
 
 from trainingcompiler.errors import TrainingCompilerError
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view, tensor_of
-from trainingcompiler.frameworks.pytorch.state.offloaded import PlacedCell, away, bring_back, cell_of
+from trainingcompiler.frameworks.pytorch.state.offloaded import OffloadedTensor, away, bring_back, offloaded_of
 from trainingcompiler.parallel import spmd
 from trainingcompiler.parallel.arrays import placed_array
-from trainingcompiler.parallel.lockstep import RollCall
+from trainingcompiler.parallel.lockstep import Lockstep
 from trainingcompiler.reporting.events import Note, emit
 
 
-class Division:
+class ShardedState:
     """The arrays that workers hold parts of. All number them alike, as all run the same programs in the same order.
 
     Attributes:
@@ -32,10 +32,10 @@ class Division:
     """
 
     def __init__(self) -> None:
-        self.roll_call = RollCall(self._hand_over)
+        self.lockstep = Lockstep(self._hand_over)
         self._common: dict[int, weakref.ref[nn.Parameter]] = {}  # by identity
-        self._cells: dict[int, DividedCell] = {}
-        self._late: dict[int, DividedCell] = {}  # of tensors that are gone here, and perhaps not elsewhere
+        self._sharded: dict[int, ShardedTensor] = {}
+        self._late: dict[int, ShardedTensor] = {}  # of tensors that are gone here, and perhaps not elsewhere
         self._count = 0
         self.version = 0
         self._own: set[int] = set()  # parameters that workers have changed alone, by identity
@@ -75,13 +75,13 @@ class Division:
         Raises:
             TrainingCompilerError: They have come to something else.
         """
-        self.roll_call.run(program)
+        self.lockstep.run(program)
         self._late.clear()
 
-    def fetch(self, cells: Sequence["DividedCell"], what: str) -> None:
-        """Makes divided cells whole."""
-        if cells:
-            self.roll_call.fetch([cell.number for cell in cells], what)
+    def fetch(self, sharded: Sequence["ShardedTensor"], what: str) -> None:
+        """Makes divided tensors whole."""
+        if sharded:
+            self.lockstep.fetch([sharded.number for sharded in sharded], what)
 
     def end(self) -> None:
         """Gives torch everything back: all workers go on without compiled steps."""
@@ -90,50 +90,50 @@ class Division:
     def bring_back(self, tensors: Iterable[torch.Tensor], what: str) -> None:
         """Gives torch the values of tensors, those that are divided all at once."""
         tensors = list(tensors)
-        cells = (cell_of(tensor) for tensor in tensors)
-        self.fetch([cell for cell in cells if isinstance(cell, DividedCell) and cell.is_divided], what)
+        sharded = (offloaded_of(tensor) for tensor in tensors)
+        self.fetch([sharded for sharded in sharded if isinstance(sharded, ShardedTensor) and sharded.is_divided], what)
         bring_back(tensors)
 
-    def cell(self, tensor: torch.Tensor) -> "DividedCell":
-        """A cell for a tensor, which may come to be divided."""
-        return DividedCell(tensor, self)
+    def sharded(self, tensor: torch.Tensor) -> "ShardedTensor":
+        """A tensor that may come to be divided."""
+        return ShardedTensor(tensor, self)
 
-    def enter(self, cell: "DividedCell", tensor: torch.Tensor) -> None:
-        """Gives a cell the number that it has on all workers."""
+    def enter(self, sharded: "ShardedTensor", tensor: torch.Tensor) -> None:
+        """Gives a tensor the number that it has on all workers."""
         self._count += 1
-        cell.number = self._count
-        self._cells[cell.number] = cell
-        weakref.finalize(tensor, self._bury, cell).atexit = False
+        sharded.number = self._count
+        self._sharded[sharded.number] = sharded
+        weakref.finalize(tensor, self._bury, sharded).atexit = False
 
-    def _bury(self, cell: "DividedCell") -> None:
-        self._late[cell.number] = self._cells.pop(cell.number)
+    def _bury(self, sharded: "ShardedTensor") -> None:
+        self._late[sharded.number] = self._sharded.pop(sharded.number)
 
     def _hand_over(self, wanted: Sequence[int], own: Sequence[int]) -> None:
         for number in wanted:
-            cell = self._cells.get(number) or self._late.get(number)
-            part = None if cell is None else cell.part()
-            if cell is None or part is None:
+            sharded = self._sharded.get(number) or self._late.get(number)
+            part = None if sharded is None else sharded.part()
+            if sharded is None or part is None:
                 raise TrainingCompilerError(
                     "another worker looks at a tensor that this one does not have any more: look at it before, or keep "
                     "the model on all ranks"
                 )
             whole = spmd.gathered(part)
             if number in own:
-                cell.take(whole)
+                sharded.take(whole)
 
 
-class DividedCell(PlacedCell):
+class ShardedTensor(OffloadedTensor):
     """A tensor whose values are with the steps, and, if all workers have the same, divided between them.
 
     Attributes:
         number: What all workers call it, once it is divided; else 0.
     """
 
-    __slots__ = ("_division", "_sharding", "number")
+    __slots__ = ("_sharded_state", "_sharding", "number")
 
-    def __init__(self, tensor: torch.Tensor, division: Division):
+    def __init__(self, tensor: torch.Tensor, sharded_state: ShardedState):
         super().__init__(tensor)
-        self._division = division
+        self._sharded_state = sharded_state
         self._sharding: Sharding | None = None  # how it is divided
         self.number = 0
 
@@ -146,13 +146,13 @@ class DividedCell(PlacedCell):
         """The array to pass to a step, placed as the step wants it: gathered, if it is divided and is to be whole."""
         if sharding.is_fully_replicated:
             if self.is_divided:
-                self._division.fetch([self], "a value")
+                self._sharded_state.fetch([self], "a value")
         else:
             self._sharding = sharding
             if not self.number:
                 tensor = self.tensor()
                 assert tensor is not None
-                self._division.enter(self, tensor)
+                self._sharded_state.enter(self, tensor)
         return super().array(sharding, written)
 
     def update(self, array: jax.Array) -> None:
@@ -161,7 +161,7 @@ class DividedCell(PlacedCell):
             super().update(array)
             return
         self._array = array  # for a moment: the tensor keeps its values, as others share its memory
-        self._division.fetch([self], "the memory of a tensor that others share")
+        self._sharded_state.fetch([self], "the memory of a tensor that others share")
         whole, self._array = self._array, None
         tensor = self.tensor()
         assert tensor is not None
@@ -170,7 +170,7 @@ class DividedCell(PlacedCell):
     def fetch(self) -> None:
         """Gives the tensor its values back; without effect while it has them."""
         if self.is_divided:
-            self._division.fetch([self], "a value")
+            self._sharded_state.fetch([self], "a value")
         super().fetch()
 
     def take(self, whole: jax.Array) -> None:

@@ -60,7 +60,7 @@ class _Copy:
         return (self._pointer, self._version) == (tensor.data_ptr(), tensor._version)
 
 
-class Cell:
+class SharedTensor:
     """One tensor that the compiled step reads or writes.
 
     Tensors that share their memory with other tensors have to stay where they are: their values are copied into and out
@@ -80,14 +80,16 @@ class Cell:
         self._copy: _Copy | None = None
 
     @classmethod
-    def over(cls, array: jax.Array, dtype: torch.dtype, device: torch.device = CPU) -> tuple["Cell", torch.Tensor]:
-        """A cell, and its new tensor, over an array that a step has returned; memory is shared on a CPU only."""
+    def over(
+        cls, array: jax.Array, dtype: torch.dtype, device: torch.device = CPU
+    ) -> tuple["SharedTensor", torch.Tensor]:
+        """A shared tensor, and torch's, over an array that a step has returned; memory is shared on a CPU only."""
         assert device.type == "cpu"
         buffer = _Buffer(array)
         tensor = tensor_over(array, buffer, dtype)
-        cell = cls(tensor)
-        cell._buffer, cell._pointer = buffer, tensor.data_ptr()
-        return cell, tensor
+        shared = cls(tensor)
+        shared._buffer, shared._pointer = buffer, tensor.data_ptr()
+        return shared, tensor
 
     @property
     def stays(self) -> bool:
@@ -144,22 +146,22 @@ class Cell:
         self._buffer, self._pointer = buffer, tensor.data_ptr()
 
 
-class CellRegistry:
-    """The cell of each tensor, found by identity.
+class StateRegistry:
+    """The shared tensor of each of torch's, found by identity.
 
     Args:
-        kind: `Cell`, or one with the same methods for state on several devices.
-        make: Makes a cell for a tensor; None is `kind` itself.
+        kind: `SharedTensor`, or one with the same methods for state on several devices.
+        make: Makes one for a tensor; None is `kind` itself.
     """
 
-    def __init__(self, kind: Any = Cell, make: Callable[[torch.Tensor], Any] | None = None):
+    def __init__(self, kind: Any = SharedTensor, make: Callable[[torch.Tensor], Any] | None = None):
         self._kind = kind
         self._make = make or kind
-        self._cells: dict[int, Any] = {}
+        self._shared: dict[int, Any] = {}
 
-    def cell(self, tensor: torch.Tensor) -> Any:
-        """The tensor's cell, made on first use."""
-        found = self._cells.get(id(tensor))
+    def of(self, tensor: torch.Tensor) -> Any:
+        """The one of a tensor, made on first use."""
+        found = self._shared.get(id(tensor))
         if found is None or found.tensor() is not tensor:
             found = self._make(tensor)
             self._register(tensor, found)
@@ -167,18 +169,18 @@ class CellRegistry:
 
     def tensor_for(self, array: jax.Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A new tensor over an array that a step has returned."""
-        cell, tensor = self._kind.over(array, dtype, device)
-        self._register(tensor, cell)
+        shared, tensor = self._kind.over(array, dtype, device)
+        self._register(tensor, shared)
         return tensor
 
-    def _register(self, tensor: torch.Tensor, cell: Any) -> None:
+    def _register(self, tensor: torch.Tensor, shared: Any) -> None:
         key = id(tensor)
-        self._cells[key] = cell
-        weakref.finalize(tensor, self._forget, key, cell).atexit = False
+        self._shared[key] = shared
+        weakref.finalize(tensor, self._forget, key, shared).atexit = False
 
-    def _forget(self, key: int, cell: Any) -> None:
-        if self._cells.get(key) is cell:
-            del self._cells[key]
+    def _forget(self, key: int, shared: Any) -> None:
+        if self._shared.get(key) is shared:
+            del self._shared[key]
 
 
 def input_array(tensor: torch.Tensor) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.interop.pytree import Structure
+from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class CallShape:
         is_single: Whether it returns one new tensor, and nothing else.
     """
 
-    structure: Structure
+    structure: TreeDef
     leaves: tuple[Any, ...]
     metas: tuple[torch.Tensor, ...]
     fresh: tuple[int, ...]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.interop.pytree import Structure
+from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.tape.call_shape import CallShape
@@ -71,7 +71,7 @@ class Call:
         "wrong_guesses",
     )
 
-    def __init__(self, function: Any, structure: Structure | None, kinds: tuple, modes: Any, parent: "Call | None"):
+    def __init__(self, function: Any, structure: TreeDef | None, kinds: tuple, modes: Any, parent: "Call | None"):
         self.function = function
         self.structure = structure
         self.kinds = kinds
@@ -147,7 +147,7 @@ class Recording:
         self,
         parent: Call,
         function: Callable,
-        structure: Structure,
+        structure: TreeDef,
         kinds: tuple,
         leaves: list[Any],
         modes: TorchModes,

@@ -11,7 +11,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.interop import cuda_autocast, devices
-from trainingcompiler.frameworks.pytorch.interop.pytree import Structure, flatten, unflatten
+from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef, flatten, unflatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Entry:
     """
 
     function: Callable
-    structure: Structure
+    structure: TreeDef
     leaves: list[Any]
     ambient: TorchModes
     call: "Call | None" = None

@@ -24,7 +24,7 @@ from trainingcompiler.files import write_whole
 from trainingcompiler.frameworks.pytorch.capture.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view, tensor_of
-from trainingcompiler.frameworks.pytorch.state.shared_tensors import Cell
+from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor
 from trainingcompiler.frameworks.pytorch.verify.compare import Judge, Verdict, gradients_in
 from trainingcompiler.frameworks.pytorch.verify.torch_replay import bytes_of_replay
 from trainingcompiler.reporting.events import Note, emit, phase
@@ -208,19 +208,19 @@ class Watch:
 
     def __init__(self):
         self.results: Sequence[Any] = ()
-        self._cells: list[Any] = []
+        self._shared: list[Any] = []
 
-    def ran(self, cells: list[Any], new_state: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Notes the results of a run, the state being in its cells already."""
-        self._cells, self.results = cells, [*new_state, *outputs]
+    def ran(self, shared: list[Any], new_state: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Notes the results of a run, the state being stored already."""
+        self._shared, self.results = shared, [*new_state, *outputs]
 
     def undo(self, state: Sequence[torch.Tensor]) -> None:
-        """Gives the cells the state again that they had."""
-        for cell, array, old in zip(self._cells, self.results, state, strict=False):
-            if isinstance(cell, Cell):
-                cell.tensor().data.copy_(old)  # which torch is not to take for a write to the tensor
+        """Gives the state the values again that it had."""
+        for shared, array, old in zip(self._shared, self.results, state, strict=False):
+            if isinstance(shared, SharedTensor):
+                shared.tensor().data.copy_(old)  # which torch is not to take for a write to the tensor
             else:
-                cell.update(jax.device_put(numpy_view(old), array.sharding))
+                shared.update(jax.device_put(numpy_view(old), array.sharding))
 
 
 def _summary(verdict: Verdict) -> str:

@@ -71,7 +71,7 @@ class Call:
         return f"{self.name}{shown}"
 
 
-class Recorder(TorchDispatchMode):
+class FunctionalRecorder(TorchDispatchMode):
     """Collects every overload dispatched inside it in `calls`, in-place ones under their functional name."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def assert_program_matches(function: Callable[..., object], *args, skip: Collect
         *args: its arguments.
         skip: names of overloads that are not checked; any other without a lowering fails.
     """
-    with Recorder() as recorder:
+    with FunctionalRecorder() as recorder:
         function(*args)
     compare(recorder.calls, skip)
 
@@ -181,7 +181,7 @@ def operator_calls(name: str, dtype: torch.dtype, samples: int) -> Iterator[Call
     inputs = list(operator.sample_inputs_func(operator, "cpu", dtype, differentiable))
     step = max(1, len(inputs) // samples)
     for sample in inputs[::step][:samples]:
-        with Recorder() as recorder:
+        with FunctionalRecorder() as recorder:
             result = operator(sample.input, *sample.args, **sample.kwargs)
         outputs, leaves = (
             [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor) and t.requires_grad]

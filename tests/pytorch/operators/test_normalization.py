@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.pytorch.lower.harness import (
     TOLERANCES,
-    Recorder,
+    FunctionalRecorder,
     assert_lowering_matches,
     assert_program_matches,
     check_operator,
@@ -46,7 +46,7 @@ def test_batch_norm(kind):
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
     x = (torch.randn(4, 3, 5, 2) * 2 + 1).to(dtype).requires_grad_()
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    with Recorder() as recorder:
+    with FunctionalRecorder() as recorder:
         result = layer(x)
         result.backward(torch.randn_like(result))
     calls = {call.name: call for call in recorder.calls}

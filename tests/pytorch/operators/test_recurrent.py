@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import Recorder, assert_program_matches
+from tests.pytorch.lower.harness import FunctionalRecorder, assert_program_matches
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -128,7 +128,7 @@ def test_what_is_left_to_torch(autocast):
 def test_the_operators_do_not_grow_with_the_sequence():
     def operators(places):
         layer, x = nn.LSTM(3, 4, num_layers=2, dropout=0.1), torch.randn(places, 2, 3)
-        with Recorder() as recorder, Ours():
+        with FunctionalRecorder() as recorder, Ours():
             layer(x)[0].sum().backward()
         return [call.name for call in recorder.calls]
 
