@@ -92,6 +92,10 @@ def enable(config: TrainingCompilerConfig | None = None) -> None:
         from trainingcompiler.reporting import run_record
 
         _withdrawals.append(run_record.keep(config, recommended.as_record()))
+    if config.dump:
+        from trainingcompiler.reporting import dump
+
+        _withdrawals.append(dump.begin(config.dump))
     if off_because:
         events.emit(events.Started(versions={}, device="", compiled=False, reason=off_because))
         hooked = {name: adapter for name, adapter in hooked.items() if name in dispatch.ALWAYS_HOOKED}

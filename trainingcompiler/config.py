@@ -50,6 +50,8 @@ class TrainingCompilerConfig:
             0 keeps none.
         small_pages: Do not have the launcher ask for huge pages, which make steps with large temporaries faster on a
             CPU (see `pages`). Only the launcher can: it is decided when the process starts.
+        dump: Folder to write the stages of every program to, as text: the tape, the graph after each pass, its cache
+            key, StableHLO and XLA's optimized program; None writes none.
         record: File to write at the end what the run was, as JSON; None writes none.
         devices: How many devices of this process run each step together; "all" of them. The batch of the script stays
             the global one.
@@ -69,6 +71,7 @@ class TrainingCompilerConfig:
     cache_dir: str | None = None
     cache_size_gb: float = 10.0
     small_pages: bool = False
+    dump: str | None = None
     record: str | None = None
     devices: int | Literal["all"] = 1
     strategy: str = "dp"

@@ -37,6 +37,7 @@ LAUNCH = Command(
         "--strategy": Option("dp|fsdp|tp=K|fsdp+tp=K", "how they share the training state", "strategy"),
         **CONFIGURING,
         **apply_plan.OPTIONS,
+        "--dump": Option("DIR", "write there the stages of every program: tape, graph, StableHLO, HLO", "dump"),
         "--record": Option("FILE", "write there what the run was: options, times, changes, as JSON", "record"),
         "--small-pages": Option("", "do not ask for huge pages, which speed large CPU steps up", "small_pages"),
         **job.OPTIONS,

@@ -34,6 +34,7 @@ def test_every_field_can_be_set_from_the_environment():
         "keep_gradients": True,
         "small_pages": True,
         "cache_dir": "kept",
+        "dump": "stages",
         "record": "run.json",
         "cache_size_gb": 2.5,
         "devices": 4,

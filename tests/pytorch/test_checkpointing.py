@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import trainingcompiler as tc
 from trainingcompiler.frameworks.pytorch.aot.step_program import compile_step, step_program
 from trainingcompiler.frameworks.pytorch.capture import inspection
-from trainingcompiler.frameworks.pytorch.graph.barrier_order import ordered
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.graph.passes import run_passes
 from trainingcompiler.frameworks.pytorch.verify.compare import check
 from trainingcompiler.targets.target import Target
 
@@ -131,7 +131,8 @@ def test_a_barrier_waits_for_the_gradients_of_the_block_behind_it():
     """Or XLA puts them off, and keeps what was computed again for all blocks."""
     seen = inspected(False)
     results = list(seen.results)
-    nodes = ordered(seen.graph.live_nodes(results), results)
+    *_, (_, arranged) = run_passes(seen.graph, results, "cpu")
+    nodes = arranged.nodes
     places = [place for place, node in enumerate(nodes) if node.operator == BARRIER]
     assert len(places) == LAYERS
     for start, place in zip(places, places[1:], strict=False):

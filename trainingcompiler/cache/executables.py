@@ -214,18 +214,25 @@ def digest_of_code(folder: Path) -> str:
 
 def key_of(program: StepProgram, target: Target) -> str:
     """What an executable of a program is found by; it must have a digest."""
-    parts = [
-        program.digest,
-        _of_target(target),
-        program.is_deterministic,
-        program.recomputes,
-        program.saves_memory,
-        *map(_described, (program.state, program.inputs, program.outputs)),
-        sorted(options(program, target).items()),
-        *_surroundings(),
-        *_options(),
-    ]
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
+    return hashlib.sha256(key_text(program, target).encode()).hexdigest()[:40]
+
+
+def key_text(program: StepProgram, target: Target) -> str:
+    """The entries of the key, each on a line with its name: two of them side by side show why a program is another."""
+    entries = {
+        "graph": program.digest,
+        "target": _of_target(target),
+        "is_deterministic": program.is_deterministic,
+        "recomputes": program.recomputes,
+        "saves_memory": program.saves_memory,
+        "state": _described(program.state),
+        "inputs": _described(program.inputs),
+        "outputs": _described(program.outputs),
+        "options": sorted(options(program, target).items()),
+        **_surroundings(),
+        **_options(),
+    }
+    return "\n".join(f"{name}: {value}" for name, value in entries.items())
 
 
 def _of_target(target: Target) -> str:
@@ -237,19 +244,19 @@ def _described(specs: Iterable[TensorSpec]) -> list[tuple]:
 
 
 @functools.cache
-def _surroundings() -> list[str]:
+def _surroundings() -> dict[str, Any]:
     """What does not change in a process: versions, the device, the processor that machine code is made for."""
     device: Any = jax.local_devices()[0]
-    return [
-        digest_of_code(Path(__file__).parents[1]),
-        jax.__version__,
-        jaxlib.__version__,
-        device.client.platform_version,
-        device.device_kind,
-        str(device.client.device_count()),
-        platform.machine(),
-        *_processor(),
-    ]
+    return {
+        "trainingcompiler": digest_of_code(Path(__file__).parents[1]),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "platform": device.client.platform_version,
+        "device": device.device_kind,
+        "device_count": device.client.device_count(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+    }
 
 
 def _processor() -> list[str]:
@@ -260,8 +267,8 @@ def _processor() -> list[str]:
     return [platform.processor()]
 
 
-def _options() -> list[str]:
+def _options() -> dict[str, Any]:
     """Whatever options decide what is compiled: XLA's by its variable, JAX's but for those known to be indifferent."""
     values = jax.config.values
-    of_jax = [f"{k}={v}" for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)]
-    return [os.environ.get("XLA_FLAGS", ""), *of_jax]
+    of_jax = {k: v for k, v in sorted(values.items()) if not any(word in k for word in _INDIFFERENT)}
+    return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), **of_jax}

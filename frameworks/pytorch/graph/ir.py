@@ -14,6 +14,9 @@ class Ref:
 
     id: int
 
+    def __repr__(self) -> str:
+        return f"%{self.id}"
+
 
 @dataclass(slots=True)
 class Node:
@@ -39,6 +42,16 @@ class Node:
     where: str | None = None
     casts: bool = False
 
+    def __str__(self) -> str:
+        """One line: `%5 = aten.mm.default(%1, %4)  # float32[8, 4], train.py:12`."""
+        outputs = ", ".join("_" if output is None else f"%{output}" for output in self.outputs)
+        given = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
+        if self.seed is not None:
+            given.append(f"seed={self.seed[0]!r}+{self.seed[1]}")
+        facts = [f"{str(meta[1]).removeprefix('torch.')}{list(meta[0])}" for meta in self.metas if meta is not None]
+        comment = ", ".join([*facts, *([self.where] if self.where else [])])
+        return f"{outputs} = {self.operator}({', '.join(given)})" + (f"  # {comment}" if comment else "")
+
 
 @dataclass(slots=True)
 class Graph:
@@ -53,6 +66,12 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The inputs, the constants and the nodes, a line each."""
+        inputs = f"inputs {', '.join(f'%{number}' for number in self.inputs)}"
+        constants = (f"%{number} = {value.tolist()}" for number, value in self.constants.items())
+        return "\n".join([inputs, *constants, *map(str, self.nodes)])
 
     def live_nodes(self, outputs: list[int]) -> list[Node]:
         """The nodes that any of `outputs` depends on, in order; a barrier with what is read behind it alone."""

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.graph.attention_remat import recomputed
-from trainingcompiler.frameworks.pytorch.graph.barrier_order import ordered
-from trainingcompiler.frameworks.pytorch.graph.causal_mask import for_gpu
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.graph.passes import run_passes
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.lowering.fsdp_split import run_local_then_replicated
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
@@ -65,12 +63,9 @@ def lower(
 
 
 def _nodes(graph: Graph, results: list[int]) -> list[Node]:
-    nodes = graph.live_nodes(results)
     target = current_target()
-    if target is not None and target.platform == "cuda":
-        nodes = Graph(graph.inputs, for_gpu(nodes, graph.constants), graph.constants).live_nodes(results)
-        nodes = Graph(graph.inputs, recomputed(nodes), graph.constants).live_nodes(results)
-    return ordered(nodes, results)
+    *_, (_, graph) = run_passes(graph, results, "" if target is None else target.platform)
+    return graph.nodes
 
 
 def _run_node_or_say(node: Node, values: dict[int, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import functools
 import itertools
 import time
 import weakref
@@ -18,7 +19,8 @@ from trainingcompiler.compiling import compiler
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture import inspection, optimizers
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, FloatSource, LiftedTensor
-from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, references
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, references
+from trainingcompiler.frameworks.pytorch.graph.passes import PASSES, run_passes
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
@@ -38,6 +40,7 @@ from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, st
 from trainingcompiler.frameworks.pytorch.verify.sentinel import Sentinel
 from trainingcompiler.parallel import spmd
 from trainingcompiler.program import Role, StepProgram, TensorSpec
+from trainingcompiler.reporting.events import StageReached, emit
 from trainingcompiler.reporting.statistics import current as statistics
 
 if TYPE_CHECKING:
@@ -174,6 +177,19 @@ class CompiledStep:
         )
         self.program = program if results else None
         self._executable: compiler.Executable | None = None
+        self._tell_stages(entries, captured.graph, returned)
+
+    def _tell_stages(self, entries: list[Entry], graph: Graph, results: list[int]) -> None:
+        """Lets whoever writes stages down know of those that lie before StableHLO."""
+        platform = self.cache.target.platform
+
+        def after(name: str) -> str:
+            return str(dict(run_passes(graph, results, platform))[name])
+
+        emit(StageReached(program=self._name, stage="tape", text=lambda: "\n".join(map(str, entries))))
+        emit(StageReached(program=self._name, stage="graph", text=lambda: str(graph)))
+        for name in ("live", *(one.name for one in PASSES if one.platform in ("", platform))):
+            emit(StageReached(program=self._name, stage=f"graph after {name}", text=functools.partial(after, name)))
 
     def _divided(self, entries: list[Entry], captured: CapturedStep) -> dict[int, int]:
         """The dims of tensors that devices which share a layer divide, by identity."""

@@ -63,6 +63,9 @@ class Slot:
         self.memory: Any = None
         self.wrapper: weakref.ref | None = None
 
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
     @property
     def is_cut(self) -> bool:
         """Whether a gradient that should pass the tensor no longer can: torch would raise an error too."""
@@ -95,6 +98,9 @@ class Input:
     requires_grad: bool = False
     device: torch.device = devices.CPU
     origin: tuple[Any, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"input {_type_of(self)}"
 
 
 @dataclass(eq=False, slots=True)
@@ -144,6 +150,15 @@ class Entry:
     is_in_backward: bool = False
     second: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        """One line: `%3 = linear(%2, float32[4, 8], float32[4])  # float32[2, 4], train.py:12`."""
+        args, kwargs = unflatten(self.structure, iter([_Text(_leaf_text(leaf)) for leaf in self.leaves]))
+        given = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+        name = getattr(self.function, "__qualname__", None) or getattr(self.function, "__name__", repr(self.function))
+        results = f"{', '.join(map(repr, self.outputs))} = " if self.outputs else ""
+        comment = ", ".join([*(_type_of(slot.meta) for slot in self.outputs), *([self.where] if self.where else [])])
+        return f"{results}{name}({', '.join(given)})" + (f"  # {comment}" if comment else "")
+
     def slots(self) -> list[Slot]:
         """The slots that the entry reads."""
         return [leaf for leaf in self.leaves if type(leaf) is Slot]
@@ -159,6 +174,25 @@ class Entry:
         if self.reads_gradients or self.optimizers or self.function is torch.Tensor.backward:
             return True
         return any(isinstance(memory_of(self.leaves[position]), torch.Tensor) for position in self.writes)
+
+
+class _Text(str):
+    """Text that stands for a value, and is shown as it is within a list."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _type_of(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _leaf_text(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"state {_type_of(leaf)}"
+    if isinstance(leaf, torch.nn.Module | torch.optim.Optimizer):
+        return type(leaf).__name__
+    return getattr(leaf, "__qualname__", None) or repr(leaf)
 
 
 def memory_of(leaf: Any) -> Any:
@@ -215,6 +249,9 @@ class Tape:
 
     def __bool__(self) -> bool:
         return bool(self.entries)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries))
 
     def producers(self) -> dict[Slot, int]:
         """The index of the entry that produced each pending slot."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 
 # Where the positional arguments of attention end with `dropout_p, is_causal`.
@@ -18,21 +18,21 @@ _LEAST_COMPACTED = 2**20  # elements
 _MOST_ELEMENTS = 2**28  # of a mask that is looked at: half a gigabyte in 16 bits, 64 x 2048 x 2048
 
 
-def for_gpu(nodes: Sequence[Node], constants: dict[int, torch.Tensor]) -> list[Node]:
+def canonicalize_causal_masks(graph: Graph, results: list[int]) -> list[Node]:
     """Attention under a mask that always is the lower triangle becomes causal attention; one that masks nothing goes.
 
     Transformers computes its masks from positions, inside of forward, so that no library sees what they are. cuDNN's
     causal kernel computes half of the scores, and reads no mask.
 
     Args:
-        nodes: In order of execution.
-        constants: The graph's literals.
+        graph: The captured step.
+        results: Numbers of the values that it is run for.
 
     Returns:
         The nodes, some of them replaced; those that only made the mask may be left without a reader.
     """
-    masks = _Masks(nodes, constants)
-    return [_without_mask(node, masks.kind(node)) if _is_masked(node) else node for node in nodes]
+    masks = _Masks(graph.nodes, graph.constants)
+    return [_without_mask(node, masks.kind(node)) if _is_masked(node) else node for node in graph.nodes]
 
 
 def _is_masked(node: Node) -> bool:

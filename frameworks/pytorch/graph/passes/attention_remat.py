@@ -8,11 +8,10 @@ https://arxiv.org/abs/1604.06174; FlashAttention, Dao et al. 2022, https://arxiv
 """
 
 import dataclasses
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref, references
 
 _PRODUCTS = ("aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default")
 _SOFTMAXES = ("aten._softmax.default", "aten._safe_softmax.default")
@@ -26,20 +25,21 @@ _CHEAP = frozenset(
         "t.default", "transpose.int", "unsqueeze.default", "view.default",
     )
 )  # fmt: skip
-_NOTHING_BEFORE = 2**62  # a barrier that waits for no gradients; see `recomputation.ordered`
+_NOTHING_BEFORE = 2**62  # a barrier that waits for no gradients; see `barrier_order`
 
 
-def recomputed(nodes: Sequence[Node]) -> list[Node]:
+def rematerialize_attention(graph: Graph, results: list[int]) -> list[Node]:
     """Has every backward of attention compute scores and probabilities again.
 
     Args:
-        nodes: In order of execution.
+        graph: The captured step.
+        results: Numbers of the values that it is run for.
 
     Returns:
         The nodes, with a copy of each attention's scores in front of what its backward reads of them.
     """
-    found = list(nodes)
-    for softmax in [node for node in nodes if node.operator in _SOFTMAXES]:
+    found = list(graph.nodes)
+    for softmax in [node for node in graph.nodes if node.operator in _SOFTMAXES]:
         block = _Block.around(softmax, found)
         if block is not None:
             found = block.computed_again(found)

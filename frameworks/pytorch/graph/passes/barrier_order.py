@@ -2,22 +2,23 @@
 
 import dataclasses
 
-from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.operators import VIEW_INVERSES
 
 
-def ordered(nodes: list[Node], results: list[int]) -> list[Node]:
+def order_barriers(graph: Graph, results: list[int]) -> list[Node]:
     """Makes every barrier wait for what the backward before it has computed for later: gradients of parameters.
 
     Otherwise XLA puts those off, and keeps what they are computed from: all that was computed again, for all blocks.
 
     Args:
-        nodes: In order of execution.
-        results: The values that they are run for.
+        graph: The captured step.
+        results: Numbers of the values that it is run for.
 
     Returns:
         The nodes, each barrier with more to wait for, and with results that take the place of what it waits for.
     """
+    nodes = graph.nodes
     if not any(node.operator == BARRIER for node in nodes):
         return nodes
     last_read = {number: index for index, node in enumerate(nodes) for number in references(node)}
