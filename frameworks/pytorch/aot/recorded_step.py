@@ -12,8 +12,8 @@ from trainingcompiler.frameworks.pytorch.aot.step_program import with_state
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Purpose
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
+from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, plan_step
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 from trainingcompiler.program import StepProgram
@@ -50,7 +50,7 @@ class RecordedStep:
             captured = self._captured(entries, rows, batch_size)
             exports = [slot for entry in entries for slot in entry.outputs if slot.live]
             name = f"train_step_batch_{batch_size}"
-            program = CompiledStep(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
+            program = plan_step(self._cache, name, entries, captured, exports, Purpose.COMMIT).program
         if program is None or all(spec.role == "gradient" for spec in program.state):
             raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
         return program.with_batch(batch_size)

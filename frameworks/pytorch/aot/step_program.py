@@ -19,9 +19,9 @@ from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Purpose
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
+from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, plan_step
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 from trainingcompiler.program import StepProgram
 from trainingcompiler.reporting.events import phase
@@ -100,12 +100,11 @@ def step_program(module: nn.Module, optimizer: torch.optim.Optimizer, loss_funct
     with passthrough(), with_state(optimizer), phase("capture", "train_step") as running:
         captured = _captured(entry)
         running.detail += f"  {len(captured.graph.nodes):,} ops"
-        tape = CompiledStep(
-            ProgramCache(registry, Target.local()), "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT
-        )
-    if tape.program is None or all(spec.role == "gradient" for spec in tape.program.state):
+        cache = ProgramCache(registry, Target.local())
+        program = plan_step(cache, "train_step", [entry], captured, entry.outputs or [], Purpose.COMMIT).program
+    if program is None or all(spec.role == "gradient" for spec in program.state):
         raise UsageError("the step changes nothing: does the optimizer train parameters that the loss depends on?")
-    return tape.program
+    return program
 
 
 def _captured(entry: Entry) -> CapturedStep:

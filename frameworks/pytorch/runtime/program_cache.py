@@ -10,9 +10,10 @@ from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, ca
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Held, Purpose
+from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Held
 from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import DispatchQueue
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
+from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, plan_step
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
 from trainingcompiler.frameworks.pytorch.runtime.tensor_parallel_dims import TensorParallelDims
 from trainingcompiler.frameworks.pytorch.state.gradient_memory import GradientMemory
@@ -116,7 +117,7 @@ class ProgramCache:
                 stepped = [optimizer for entry in entries for optimizer in entry.optimizers]
                 prefetcher.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
             captured = self._captured(entries, name, where, flags)
-            compiled = CompiledStep(self, name, entries, captured, exports, purpose)
+            compiled = CompiledStep(self, plan_step(self, name, entries, captured, exports, purpose), entries)
             compiled.compile(prefetcher)
             self.added_bytes = max(self.added_bytes, compiled.added_bytes)
         self._explain(entries, where, time.perf_counter() - start_s)

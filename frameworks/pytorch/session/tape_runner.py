@@ -16,9 +16,9 @@ from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.module_tensors import ModuleIndex
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, outside_transforms, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
-from trainingcompiler.frameworks.pytorch.runtime.compiled_step import Purpose
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
+from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose
 from trainingcompiler.frameworks.pytorch.runtime.torch_peek import value_of
 from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch
 from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler
