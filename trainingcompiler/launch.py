@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from trainingcompiler.cli import apply_plan, job
 from trainingcompiler.cli.job import Job
+from trainingcompiler.cli.list_patches import list_patches
 from trainingcompiler.cli.parser import CONFIGURING, GENERAL, Command, CommandLine, Option, flags_of, parse, target_of
 from trainingcompiler.config import RECIPE, ResolvedConfig, default_cache_dir, resolve, to_environment
 from trainingcompiler.errors import ConfigError, UsageError
@@ -41,6 +42,7 @@ LAUNCH = Command(
         "--record": Option("FILE", "write there what the run was: options, times, changes, as JSON", "record"),
         "--small-pages": Option("", "do not ask for huge pages, which speed large CPU steps up", "small_pages"),
         **job.OPTIONS,
+        "--list-patches": Option("", "print what is replaced in the installed frameworks, and why, and exit"),
         "--print-config": Option("", "print each option's value and where it came from, and exit"),
         **GENERAL,
     },
@@ -61,6 +63,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         flags = flags_of(line)
         if "--print-config" in line.given:
             sys.stdout.write(resolve(flags, os.environ).describe() + "\n")
+            sys.exit(0)
+        if "--list-patches" in line.given:
+            sys.stdout.write("".join(f"{text}\n" for text in list_patches()))
             sys.exit(0)
         kind, target = "module" if line.is_module else "script", line.target or ""
         os.environ.pop(RECIPE, None)  # that of a launcher around this one is not for this script

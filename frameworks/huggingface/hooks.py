@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks import pytorch
 from trainingcompiler.frameworks.huggingface import apply_recommendation, flag_scope
 from trainingcompiler.frameworks.huggingface.conflicts import check
@@ -19,7 +20,7 @@ class Hooks:
     """The libraries' own functions, and ours in their place while installed."""
 
     def __init__(self):
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
         self._waiting: list[tuple[str, str, dict[str, Callable]]] = [
             ("accelerate.accelerator", "Accelerator", {"clip_grad_norm_": _clip}),
             (
@@ -43,9 +44,7 @@ class Hooks:
 
     def uninstall(self) -> None:
         """Leaves the libraries as they were."""
-        for owner, name, original in reversed(self._replaced):
-            setattr(owner, name, original)
-        self._replaced.clear()
+        self._patches.restore()
 
     def _replace(self, owner: Any, name: str, inside: Callable) -> None:
         """Puts `inside(original, owner's instance, ...)` in the place of a method."""
@@ -55,8 +54,7 @@ class Hooks:
         def method(instance: Any, *args: Any, **kwargs: Any) -> Any:
             return inside(original, instance, *args, **kwargs)
 
-        self._replaced.append((owner, name, original))
-        setattr(owner, name, method)
+        self._patches.replace(owner, name, method, inside.__doc__.strip().split("\n")[0].rstrip("."))
 
 
 def _clip(original: Callable, accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
@@ -78,6 +76,7 @@ _LOOKS = {"_has_mixed_mesh_grads": _has_mixed_mesh_grads}
 
 
 def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A loop of the Trainer: what it looks at within a step is answered by the program."""
     if not flag_scope.compiles(trainer.args):
         with passthrough():
             return original(trainer, *args, **kwargs)
@@ -87,6 +86,7 @@ def _run(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A training of the Trainer, which may be planned, or told to stop."""
     if planner.current is not None and flag_scope.compiles(trainer.args):
         apply_recommendation.tell(planner.current, trainer)
     if not flag_scope.compiles(trainer.args):

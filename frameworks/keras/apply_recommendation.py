@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks.keras.schedules import is_schedule, peak_of, scaled_schedule
 from trainingcompiler.planning import first_step, planner, recommendation
 from trainingcompiler.planning.batch_scaling import Scaled
@@ -20,6 +21,7 @@ from trainingcompiler.reporting.events import Note, emit
 NAME = "keras"
 _DEFAULT_BATCH_SIZE = 32  # what Keras takes of arrays where `fit` is given none
 _fit: Callable = TensorFlowTrainer.fit
+_patches = Patches()
 _scaled: "weakref.WeakSet[Any]" = weakref.WeakSet()  # optimizers, each of which is changed once
 _bases: "weakref.WeakKeyDictionary[Any, float]" = weakref.WeakKeyDictionary()  # optimizer -> its rate when `fit` began
 _is_over = False  # the first step of the run has been taken
@@ -43,12 +45,12 @@ def install() -> None:
             _bases.setdefault(optimizer, _rate(optimizer))
         return _fit(*given.args, **given.kwargs)
 
-    TensorFlowTrainer.fit = fit
+    _patches.replace(TensorFlowTrainer, "fit", fit, "the batch and the rate that were decided are set here")
 
 
 def uninstall() -> None:
     """Leaves `fit` as it was."""
-    TensorFlowTrainer.fit = _fit
+    _patches.restore()
 
 
 def recipe_of(optimizer: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras.src.trainers.trainer import Trainer
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import UsageError
 from trainingcompiler.frameworks.keras import backend_module
@@ -25,6 +26,7 @@ class Hooks:
         self._config = config
         self._compile: Callable = Trainer.compile
         self._backend: Any = None
+        self._patches = Patches()
 
     def install(self) -> None:
         """Puts ours in front of Keras's."""
@@ -44,11 +46,11 @@ class Hooks:
             given = dict(zip(parameters, args, strict=False)) | kwargs
             self._prepared(config).take(model, config, jit_compile=given.get("jit_compile", "auto"))
 
-        Trainer.compile = compile
+        self._patches.replace(Trainer, "compile", compile, "its option training_compiler, and who is to train")
 
     def uninstall(self) -> None:
         """Leaves Keras as it was."""
-        Trainer.compile = self._compile
+        self._patches.restore()
         if self._backend is not None:
             self._backend.uninstall()
 

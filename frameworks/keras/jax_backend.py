@@ -10,6 +10,7 @@ import keras
 from keras.src.backend.jax import trainer as keras_trainer
 
 from trainingcompiler.adapters import fallback
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.cache import jax_cache
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, UsageError
@@ -20,6 +21,7 @@ from trainingcompiler.targets.target import Target
 from trainingcompiler.targets.xla_options import sound_fusions
 
 _make_train_function: Callable = keras_trainer.JAXTrainer.make_train_function
+_patches = Patches()
 _taken: "weakref.WeakKeyDictionary[Any, TrainingCompilerConfig]" = weakref.WeakKeyDictionary()
 
 
@@ -42,12 +44,13 @@ def install(config: TrainingCompilerConfig) -> None:
     jax_cache.enable_persistent_cache(config.cache_dir, int(config.cache_size_gb * 1e9))
     versions = {"keras": keras.__version__, "jax": jax.__version__}
     emit(Started(versions=versions, device=Target.local().description, compiled=True, reason="Keras does it on JAX"))
-    keras_trainer.JAXTrainer.make_train_function = _make_hooked_train_function
+    why = "the step that fit calls"
+    _patches.replace(keras_trainer.JAXTrainer, "make_train_function", _make_hooked_train_function, why)
 
 
 def uninstall() -> None:
     """Leaves Keras as it was."""
-    keras_trainer.JAXTrainer.make_train_function = _make_train_function
+    _patches.restore()
     for model in list(_taken):
         model.train_function = None
     _taken.clear()

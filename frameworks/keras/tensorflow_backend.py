@@ -12,6 +12,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
 from trainingcompiler.adapters import fallback
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks import tensorflow as adapter
@@ -23,19 +24,21 @@ from trainingcompiler.frameworks.tensorflow.runner import StepRunner
 from trainingcompiler.frameworks.tensorflow.tracing import Shapes, Traces, is_input
 
 _make_train_function: Callable = TensorFlowTrainer.make_train_function
+_patches = Patches()
 _taken: "weakref.WeakKeyDictionary[Any, tuple[TrainingCompilerConfig, Any]]" = weakref.WeakKeyDictionary()
 
 
 def install(config: TrainingCompilerConfig) -> None:
     """Prepares TensorFlow, and hooks the making of a model's train function."""
     adapter.prepare(config, keras=keras.__version__)
-    TensorFlowTrainer.make_train_function = _make_hooked_train_function
+    why = "the step that fit calls"
+    _patches.replace(TensorFlowTrainer, "make_train_function", _make_hooked_train_function, why)
     apply_recommendation.install()
 
 
 def uninstall() -> None:
     """Leaves Keras and TensorFlow as they were."""
-    TensorFlowTrainer.make_train_function = _make_train_function
+    _patches.restore()
     apply_recommendation.uninstall()
     for model in list(_taken):
         if isinstance(model.train_function, TrainFunction):

@@ -15,9 +15,10 @@ from tensorflow.python.data.ops.structured_function import StructuredFunctionWra
 from tensorflow.python.eager.polymorphic_function.concrete_function import ConcreteFunction
 from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks.tensorflow import state
 
-_originals: list[tuple[type, str, Any]] = []
+_patches = Patches()
 
 
 class _WatchedHandle:
@@ -42,29 +43,22 @@ class _WatchedHandle:
 
 def install() -> None:
     """Watches variables from now on; a second call does nothing."""
-    if _originals:
+    if _patches:
         return
-    _originals.append((BaseResourceVariable, "_handle", None))
-    BaseResourceVariable._handle = _WatchedHandle()
-    _replace(ConcreteFunction, "_call_flat", _watched_call)
-    _replace(StructuredFunctionWrapper, "__init__", _watched_pipeline)
+    _patches.replace(BaseResourceVariable, "_handle", _WatchedHandle(), "who looks at a variable gets its value")
+    _wrap(ConcreteFunction, "_call_flat", _watched_call, "so does a graph that holds the handle")
+    _wrap(StructuredFunctionWrapper, "__init__", _watched_pipeline, "so does a tf.data pipeline, in its own threads")
 
 
 def uninstall() -> None:
     """Gives everything back to TensorFlow, and leaves it as it was."""
     state.give_back_all()
-    while _originals:
-        owner, name, original = _originals.pop()
-        if original is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+    _patches.restore()
 
 
-def _replace(owner: type, name: str, wrap: Callable) -> None:
+def _wrap(owner: type, name: str, wrap: Callable, why: str) -> None:
     original = getattr(owner, name)
-    _originals.append((owner, name, original))
-    setattr(owner, name, functools.wraps(original)(wrap(original)))
+    _patches.replace(owner, name, functools.wraps(original)(wrap(original)), why)
 
 
 def _watched_call(original: Callable) -> Callable:

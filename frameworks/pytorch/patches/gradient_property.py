@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import STORED, store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
@@ -39,14 +40,17 @@ class GradientWatcher(Protocol):
 
 
 _watchers: list[GradientWatcher] = []
-_module_zero_grad: Any = nn.Module.zero_grad
-_optimizer_zero_grad: Any = torch.optim.Optimizer.zero_grad
+_patches = Patches()
 
 
 def watch_gradients(watcher: GradientWatcher) -> None:
     """Tells `watcher` of every read and write of `.grad`, but for those of torch code that we run."""
     _watchers.append(watcher)
-    _install(_Gradient(_read, _write, lambda tensor: _write(tensor, None), STORED.__doc__), *_ZERO_GRADS)
+    if not _patches:
+        gradient = _Gradient(_read, _write, lambda tensor: _write(tensor, None), STORED.__doc__)
+        _patches.replace(torch.Tensor, "grad", gradient, "who reads or sets a gradient is seen")
+        for owner, zero_grad in _ZERO_GRADS.items():
+            _patches.replace(owner, "zero_grad", zero_grad, "gradients are cleared without being made")
 
 
 def unwatch_gradients(watcher: GradientWatcher) -> None:
@@ -54,7 +58,7 @@ def unwatch_gradients(watcher: GradientWatcher) -> None:
     if watcher in _watchers:
         _watchers.remove(watcher)
     if not _watchers:
-        _install(STORED, _module_zero_grad, _optimizer_zero_grad)
+        _patches.restore()
 
 
 def skipped_by_dynamo() -> None:
@@ -63,11 +67,6 @@ def skipped_by_dynamo() -> None:
 
     for function in (_read, _write, stored_gradient, store_gradient):
         skip(function)
-
-
-def _install(gradient: Any, module_zero_grad: Any, optimizer_zero_grad: Any) -> None:
-    owners: Any = torch.Tensor, nn.Module, torch.optim.Optimizer
-    owners[0].grad, owners[1].zero_grad, owners[2].zero_grad = gradient, module_zero_grad, optimizer_zero_grad
 
 
 def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]]) -> Any:
@@ -82,10 +81,10 @@ def _watched(zero_grad: Any, parameters_of: Callable[[Any], list[torch.Tensor]])
     return watched
 
 
-_ZERO_GRADS = (
-    _watched(_module_zero_grad, lambda module: list(module.parameters())),
-    _watched(_optimizer_zero_grad, parameters_of),
-)
+_ZERO_GRADS = {
+    nn.Module: _watched(nn.Module.zero_grad, lambda module: list(module.parameters())),
+    torch.optim.Optimizer: _watched(torch.optim.Optimizer.zero_grad, parameters_of),
+}
 
 
 def _read(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import checkpoint
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import map_leaves
@@ -28,7 +29,7 @@ class Hooks:
     def __init__(self, session: Session):
         self.session = session
         self._watch = FirstStepWatch(session)
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
 
     def install(self) -> None:
         """Puts the session between the loop and torch."""
@@ -37,7 +38,12 @@ class Hooks:
         self._hook_clipping()
         self._hook_scaler()
         torch_compile = self.session.torch_compile
-        self._replace(torch, "compile", torch_compile.hooked(torch.compile, gradient_property.skipped_by_dynamo))
+        self._patches.replace(
+            torch,
+            "compile",
+            torch_compile.hooked(torch.compile, gradient_property.skipped_by_dynamo),
+            "a recorded step reads what was given to it as it is written",
+        )
         torch_compile.begin()
         if self.session.workers is not None:
             self._hook_workers()
@@ -54,13 +60,7 @@ class Hooks:
         section.unwatch_signals()
         gradient_property.unwatch_gradients(self.session)
         self.session.torch_compile.end()
-        for owner, name, original in reversed(self._replaced):
-            setattr(owner, name, original)
-        self._replaced.clear()
-
-    def _replace(self, owner: Any, name: str, new: Any) -> None:
-        self._replaced.append((owner, name, owner.__dict__[name]))
-        setattr(owner, name, new)
+        self._patches.restore()
 
     def _hook_modules(self) -> None:
         session = self.session
@@ -81,9 +81,11 @@ class Hooks:
             with passthrough():
                 return original_apply(module, *args, **kwargs)
 
-        self._replace(nn.Module, "_apply", apply)
-        self._replace(nn.Module, "__call__", self._watch.watched(call))
-        self._replace(nn.Module, "state_dict", state_dict)
+        self._patches.replace(nn.Module, "_apply", apply, "it moves and casts: state and gradients have to be torch's")
+        self._patches.replace(
+            nn.Module, "__call__", self._watch.watched(call), "a call of a module is where recording begins"
+        )
+        self._patches.replace(nn.Module, "state_dict", state_dict, "it reads the state, which has to be torch's")
 
     def _hook_optimizers(self) -> None:
         session = self.session
@@ -102,8 +104,13 @@ class Hooks:
                 session.registry.register(optimizer)
                 session.registry.habits(optimizer).was_loaded = True
 
-        self._replace(Optimizer, "add_param_group", add_param_group)
-        self._replace(Optimizer, "_patch_step_function", patch_step_function)
+        self._patches.replace(Optimizer, "add_param_group", add_param_group, "which optimizer trains which parameters")
+        self._patches.replace(
+            Optimizer,
+            "_patch_step_function",
+            patch_step_function,
+            "optimizers of new classes, and states that are loaded",
+        )
         for kind in _subclasses(Optimizer):
             self._hook_step(kind)
 
@@ -127,7 +134,7 @@ class Hooks:
 
         # `hooked` keeps torch from wrapping it again: its own profiling wrapper is inside, in `original`.
         vars(step).update(defers=True, hooked=True)
-        self._replace(owner, "step", step)
+        self._patches.replace(owner, "step", step, "the end of a step")
 
     def _hook_functions(self) -> None:
         """Hooks what runs the script's Python and is no torch function: `autograd.Function`, scripted functions."""
@@ -137,21 +144,42 @@ class Hooks:
         def recorded(kind: type, *args: Any, **kwargs: Any) -> Any:
             return session.apply(apply, kind, args, kwargs)
 
-        self._replace(torch.autograd.Function, "apply", classmethod(recorded))
+        self._patches.replace(
+            torch.autograd.Function, "apply", classmethod(recorded), "no torch function: its Python is recorded"
+        )
         scripted = torch.jit.ScriptFunction.__call__
 
         def call(function: Any, *args: Any, **kwargs: Any) -> Any:
             return session.call_unseen(function, scripted, (function, *args), kwargs)
 
-        self._replace(torch.jit.ScriptFunction, "__call__", call)
+        self._patches.replace(torch.jit.ScriptFunction, "__call__", call, "no torch function: it gets values")
         for owner in (torch.jit, torch.jit._trace):
-            self._replace(owner, "trace_module", self._in_torch(torch.jit.trace_module))
-        self._replace(torch.jit._trace, "_trace_impl", self._in_torch(torch.jit._trace._trace_impl))
+            self._patches.replace(
+                owner, "trace_module", self._in_torch(torch.jit.trace_module), "tracing runs modules for itself"
+            )
+        self._patches.replace(
+            torch.jit._trace,
+            "_trace_impl",
+            self._in_torch(torch.jit._trace._trace_impl),
+            "tracing runs modules for itself",
+        )
         generator = "_checkpoint_without_reentrant_generator"
-        self._replace(checkpoint, generator, noting(session, getattr(checkpoint, generator)))
+        self._patches.replace(
+            checkpoint,
+            generator,
+            noting(session, getattr(checkpoint, generator)),
+            "where a checkpointed block begins and ends",
+        )
         for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):
-            self._replace(eager_transforms, name, self._transforming(getattr(eager_transforms, name)))
-        self._replace(apis, "vmap_impl", self._transforming(apis.vmap_impl))
+            self._patches.replace(
+                eager_transforms,
+                name,
+                self._transforming(getattr(eager_transforms, name)),
+                "torch.func's transforms look at tensors in C++",
+            )
+        self._patches.replace(
+            apis, "vmap_impl", self._transforming(apis.vmap_impl), "torch.func's transforms look at tensors in C++"
+        )
 
     def _hook_clipping(self) -> None:
         """Hooks the functions inside torch's `no_grad` wrappers, which scripts may have imported by name already."""
@@ -159,8 +187,7 @@ class Hooks:
             wrapper = getattr(torch.nn.utils, name)
             cell = wrapper.__closure__[wrapper.__code__.co_freevars.index("func")]
             original = cell.cell_contents
-            self._replaced.append((cell, "cell_contents", original))
-            cell.cell_contents = self._clipping(original)
+            self._patches.replace(cell, "cell_contents", self._clipping(original), "clipping is part of the step")
 
     def _hook_scaler(self) -> None:
         session = self.session
@@ -174,19 +201,28 @@ class Hooks:
         def scaled_step(scaler, optimizer, *args, **kwargs):
             return session.stepping.scaled_step(step, scaler, optimizer, args, kwargs)
 
-        self._replace(GradScaler, "unscale_", unscale_)
-        self._replace(GradScaler, "step", scaled_step)
+        self._patches.replace(
+            GradScaler, "unscale_", unscale_, "whether gradients are finite is decided in the program"
+        )
+        self._patches.replace(GradScaler, "step", scaled_step, "whether gradients are finite is decided in the program")
 
     def _hook_workers(self) -> None:
         talk = ddp.DistributedPatches(self.session)
         for name in (*ddp.TALKING, *ddp.WAITING) if dist.is_available() else ():
             hooked = talk.hooked(getattr(dist, name))
             for owner in (dist, dist.distributed_c10d):
-                self._replace(owner, name, hooked)
+                self._patches.replace(owner, name, hooked, "workers of a divided state do the same together")
         batch_norm = ddp.synchronized_batch_norm(nn.SyncBatchNorm.forward)
-        self._replace(nn.SyncBatchNorm, "forward", batch_norm)
+        self._patches.replace(
+            nn.SyncBatchNorm, "forward", batch_norm, "the statistics of all workers are part of the program"
+        )
         if not torch.cuda.is_available():  # the wrapper refuses torch's own on a CPU; ours is in place there
-            self._replace(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda wrapper, module: None)
+            self._patches.replace(
+                DistributedDataParallel,
+                "_passing_sync_batchnorm_handle",
+                lambda wrapper, module: None,
+                "torch's own refuses a CPU",
+            )
 
     def _in_torch(self, original):
         """A function that runs modules to see what they ask torch for."""
