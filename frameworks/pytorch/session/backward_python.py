@@ -332,19 +332,24 @@ class BackwardPython:
         if not differentiates or session.is_in_torch:
             return found if not differentiates else original(kind, *session.real(args))
         results = found if isinstance(found, tuple) else (found,)
+        try:
+            whole = self._attach(kind, context, args, results)
+        except CaptureError as error:
+            return self._leave(place, error.reason, original, kind, args)
+        return whole if isinstance(found, tuple) else whole[0]
+
+    def _attach(self, kind: Any, context: Context, args: tuple, results: tuple) -> tuple:
+        """Writes on the tape that the gradient of `results` goes through a function's own `backward`."""
+        session = self._session
         are_tensors = [isinstance(result, torch.Tensor) for result in results]
         positions = [position for position, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
         tensors = [result for result in results if isinstance(result, torch.Tensor)]
         silent = bytes(position for position, result in enumerate(tensors) if id(result) in context.silent)
         piece = Function(kind, context, positions, are_tensors)
         given = ([args[position] for position in positions], tensors, silent, context.materializes)
-        try:
-            wrapped = iter(session.record_piece(attached, given, piece))
-        except CaptureError as error:
-            return self._leave(place, error.reason, original, kind, args)
+        wrapped = iter(session.record_piece(attached, given, piece))
         session.tape.has_pieces = True
-        whole = tuple(next(wrapped) if known else result for known, result in zip(are_tensors, results, strict=True))
-        return whole if isinstance(found, tuple) else whole[0]
+        return tuple(next(wrapped) if known else result for known, result in zip(are_tensors, results, strict=True))
 
     @staticmethod
     def _forward(kind: Any, context: Context, args: tuple) -> Any:

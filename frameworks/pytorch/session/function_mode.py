@@ -40,6 +40,8 @@ class Kind(enum.Enum):
     OPAQUE = enum.auto()
     NATIVE = enum.auto()
 
+    __hash__ = object.__hash__  # that of `enum` is a call in Python, at every call that is recorded
+
 
 _OPAQUE = frozenset(
     "register_hook retain_grad grad register_post_accumulate_grad_hook _make_subclass as_subclass".split()

@@ -10,13 +10,13 @@ from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.session.backward_recorder import BackwardRecorder
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind
-from trainingcompiler.frameworks.pytorch.session.tape_writer import TapeWriter
 from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 
 
-class Looks(TapeWriter):
+class Looks(BackwardRecorder):
     """What becomes of a look or a write before the tape has run."""
 
     def metadata(self, function: Any, args: tuple, kwargs: dict) -> Any:
@@ -149,6 +149,48 @@ class Looks(TapeWriter):
         if self.needs_gradient(args, kwargs) and (torch.is_grad_enabled() or name != "requires_grad_"):
             self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
         return function(*self.real(args), **self.real(kwargs))
+
+    # -- calls that go the way of their kind --------------------------------------------------------------------
+
+    def flags(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`requires_grad`, asked to change, of a result."""
+        result = self.require_gradient(function, args, kwargs)
+        return None if name == "__set__" else result  # torch never lets go of what an assignment gives
+
+    def sets(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """An attribute is assigned."""
+        if getattr(getattr(function, "__self__", None), "__name__", "") == "data":
+            self.before_write([args[0]])
+            return function(*self.real(args))  # `p.data = ...`: values without a history
+        return self.run_with_history(name, function, args, kwargs)
+
+    def reaches_into_graph(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """A hook, and what else looks at the graph that autograd would have."""
+        if name == "register_hook" and torch.is_grad_enabled() and self.needs_gradient(args, {}):
+            try:
+                return self.backward_python.hook(*args, **kwargs)
+            except CaptureError as error:
+                self.run_eagerly(error)
+                return function(*self.real(args), **self.real(kwargs))
+        if name == "as_subclass" and args[1:] == (torch.Tensor,):
+            return args[0]
+        return self.run_with_history(name, function, args, kwargs)
+
+    def draws(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Random numbers shaped like a result."""
+        return self.draw(function, args, kwargs)  # it looks at shapes only: torch draws, with its own generator
+
+    def draws_from(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Random numbers, of probabilities."""
+        if name == "multinomial" or not self.differentiates(args, kwargs):  # its result has no gradient
+            return function(*self.real(args), **self.real(kwargs))
+        return self.record(function, args, kwargs)
+
+    def draws_into(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """A result is filled with random numbers."""
+        if not self.differentiates(args, kwargs):
+            return self.draw_into(function, args[0], args[1:], kwargs)
+        return self.record(function, args, kwargs)
 
 
 def _storage(tensor: torch.Tensor) -> int:

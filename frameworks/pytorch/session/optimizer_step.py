@@ -75,28 +75,31 @@ class OptimizerStepHandler:
             return self._record(optimizer, original, args, kwargs)
         reason = self._reason_to_step_eagerly(optimizer, closure)
         if reason is None:
-            self._cut(optimizer)
-            self._look_at_state(optimizer)
-            function, arguments = self._unless_overflow(original, optimizer)
-            session.append(function, arguments, {}, optimizers=(optimizer,))
-            session.tape.mutated = True
-            with torch._C.DisableTorchFunction():
-                trained = [p for p in parameters_of(optimizer) if p.requires_grad]
-                session.tape.written |= {p.untyped_storage()._cdata for p in trained}
-            return self._end_step(optimizer)
+            return self._step_in_program(optimizer, original)
+        return self._step_in_torch(optimizer, original, args, kwargs, closure, reason)
+
+    def _step_in_program(self, optimizer: torch.optim.Optimizer, original: Callable) -> Any:
+        session = self._session
+        self._cut(optimizer)
+        self._look_at_state(optimizer)
+        function, arguments = self._unless_overflow(original, optimizer)
+        session.append(function, arguments, {}, optimizers=(optimizer,))
+        session.tape.mutated = True
+        with torch._C.DisableTorchFunction():
+            trained = [p for p in parameters_of(optimizer) if p.requires_grad]
+            session.tape.written |= {p.untyped_storage()._cdata for p in trained}
+        return self._end_step(optimizer)
+
+    def _step_in_torch(
+        self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict, closure: Any, reason: str
+    ) -> Any:
+        """A step that torch runs, once what is pending has been computed."""
+        session = self._session
         if planner.current is not None:
             planner.current.left(f"PyTorch would run it, because {reason}")
         if session.deferring and not session.registry.habits(optimizer).steps:
             self._tell_of_new_ones()
-        is_torchs = session.fallbacks.covers(optimizer) or not session.registry.is_ready(optimizer)
-        if session.tape and is_torchs and session.tape.committable() == len(session.tape.entries):
-            session.commit()  # forward and backward, up to the gradients
-        elif session.tape:
-            session.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
-        elif session.deferring and closure is not None and of_torch(type(optimizer)):
-            session.fallbacks.say(CaptureError(reason=reason, where=user_line()))
-        else:
-            self._tell_of_unseen(optimizer)
+        self._bring_gradients(optimizer, closure, reason)
         session.settle()
         if closure is None:
             session.registry.check_unconsumed(parameters_of(optimizer))
@@ -109,6 +112,19 @@ class OptimizerStepHandler:
         session.is_in_torch = False
         session.registry.stepped(optimizer, "eager")
         return result
+
+    def _bring_gradients(self, optimizer: torch.optim.Optimizer, closure: Any, reason: str) -> None:
+        """Has the tape computed up to the gradients that torch's step reads: as a program, or in torch."""
+        session = self._session
+        is_torchs = session.fallbacks.covers(optimizer) or not session.registry.is_ready(optimizer)
+        if session.tape and is_torchs and session.tape.committable() == len(session.tape.entries):
+            session.commit()  # forward and backward, up to the gradients
+        elif session.tape:
+            session.run_eagerly(CaptureError(reason=reason, where=user_line()), optimizer)
+        elif session.deferring and closure is not None and of_torch(type(optimizer)):
+            session.fallbacks.say(CaptureError(reason=reason, where=user_line()))
+        else:
+            self._tell_of_unseen(optimizer)
 
     def _is_recorded(self, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
         """Whether a step runs its Python and is recorded: of an optimizer that is not torch's, after our backward."""

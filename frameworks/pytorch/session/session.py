@@ -156,6 +156,10 @@ class Session(Looks):
             if kind is Kind.BACKWARD and self.workers is not None:  # a forward that was recorded up to its middle
                 self.workers.after_backward()
             return result
+        return self._on_real(kind, function, args, kwargs, tensors)
+
+    def _on_real(self, kind: Kind, function: Callable, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
+        """What becomes of a call while steps are recorded, none of whose arguments is pending."""
         if self.tape.written and any(map(self.is_written, tensors)):
             return self.after_write(kind, function, args, kwargs)
         # In a signal's handler, which may have come in the middle of a recorded call, nothing is recorded.
@@ -163,84 +167,88 @@ class Session(Looks):
             return function(*args, **kwargs)
         if kind is Kind.FLAG:
             return self.set_flag(function, args, kwargs)
-        if kind in (Kind.READ, Kind.OPAQUE, Kind.BACKWARD, Kind.GRADIENT):
+        if kind in _LOOKING:
             return self.look(kind, function, args, kwargs)
-        if kind is Kind.DRAW_INTO:
-            self.before_write(tensors)
-            return function(*args, **kwargs)
-        if self.depth and kind is not Kind.SET:
-            if tensors or kind is Kind.FACTORY:
-                return self.record(function, args, kwargs)
-        elif self._trains_with(kind, function, tensors):
-            if self.has_backward and any(id(tensor) in self.tape.grad_flags for tensor in tensors):
-                self.commit()  # the next micro-batch, or the next step of a loop that updates by hand
+        if self._is_recorded(kind, function, tensors):
             return self.record(function, args, kwargs)
-        elif kind in (Kind.SET, Kind.IN_PLACE) or "out" in kwargs or kwargs.get("inplace"):
+        if kind in _WRITING or "out" in kwargs or kwargs.get("inplace"):
             self.before_write(tensors)
         return function(*args, **kwargs)
 
+    def _is_recorded(self, kind: Kind, function: Callable, tensors: list[torch.Tensor]) -> bool:
+        """Whether a call on real tensors is recorded: in a module's forward, or where parameters are trained."""
+        if kind is Kind.DRAW_INTO:
+            return False
+        if self.depth and kind is not Kind.SET:
+            return bool(tensors) or kind is Kind.FACTORY
+        if not self._trains_with(kind, function, tensors):
+            return False
+        if self.has_backward and any(id(tensor) in self.tape.grad_flags for tensor in tensors):
+            self.commit()  # the next micro-batch, or the next step of a loop that updates by hand
+        return True
+
     @section.around
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`."""
-        kind = kind_of(function)
-        if kind is Kind.QUERY:
-            return self.metadata(function, args, kwargs)
-        if kind is Kind.GRAPH:
-            return self.graph_node(function, args[0])
-        name = getattr(function, "__name__", "")
-        if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
-            return self.gradient_of_result(function, args[0])
-        if name in ("isnan", "isinf") and args[0].slot.finite:
-            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
-        if name in READS and not in_passthrough() and not self.depth:  # inside a forward, torch has the answer
-            statistics().host_reads += 1
+        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`.
+
+        What is known without values is answered. What asks for values, or cannot be recorded now, gets real ones. The
+        rest is recorded, or goes the way of its kind.
+        """
+        kind, name = kind_of(function), getattr(function, "__name__", "")
+        known = self._known(kind, name, function, args, kwargs)
+        if known is not _UNKNOWN:
+            return known
         if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
             self._leave_tape_to_torch()
         if name == "numpy" and args[0].slot.meta.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
         if function is torch.Tensor.backward and args[0].slot.late is not None and self.is_own_thread:
             return self.record_backward(*args, **kwargs)
-        if in_passthrough() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
+        if self._gets_values(name, function, args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
-        if self._bound_tape():
-            return function(*self.real(args), **self.real(kwargs))
-        first = args[0] if args else None
-        if isinstance(first, DeferredTensor) and devices.leads_away(function, args, kwargs, first.slot.device):
-            if self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
-                self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
-            return function(*self.real(args), **self.real(kwargs))
-        if kind is Kind.FLAG:
-            result = self.require_gradient(function, args, kwargs)
-            return None if name == "__set__" else result  # torch never lets go of what an assignment gives
-        if name == "register_hook" and torch.is_grad_enabled() and self.needs_gradient(args, {}):
-            try:
-                return self.backward_python.hook(*args, **kwargs)
-            except CaptureError as error:
-                self.run_eagerly(error)
-                return function(*self.real(args), **self.real(kwargs))
-        if kind is Kind.SET and getattr(getattr(function, "__self__", None), "__name__", "") == "data":
-            self.before_write([args[0]])
-            return function(*self.real(args))  # `p.data = ...`: values without a history
-        if name == "as_subclass" and args[1:] == (torch.Tensor,):
-            return args[0]
-        if kind in (Kind.OPAQUE, Kind.SET, Kind.NATIVE, Kind.FLAG) or kwargs.get("create_graph"):
+        if kwargs.get("create_graph"):
             return self.run_with_history(name, function, args, kwargs)
-        if kind is Kind.BACKWARD:
-            record = self.record_backward if function is torch.Tensor.backward else self.record_backwards
-            record(*args, **kwargs)
-            if self.workers is not None:
-                self.workers.after_backward()
-            return None
+        handler = _HANDLERS.get(kind)
+        if handler is not None:
+            return handler(self, name, function, args, kwargs)
         if name == "__iter__":
             return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
-        if kind is Kind.DRAW:  # it looks at shapes only: torch draws, with its own generator
-            return self.draw(function, args, kwargs)
-        is_draw = kind is Kind.DRAW_FROM or kind is Kind.DRAW_INTO
-        if is_draw and (name == "multinomial" or not self.differentiates(args, kwargs)):  # its result has no gradient
-            if kind is Kind.DRAW_INTO:
-                return self.draw_into(function, args[0], args[1:], kwargs)
-            return function(*self.real(args), **self.real(kwargs))
         return self.record(function, args, kwargs)
+
+    def _known(self, kind: Kind, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """The answer to a question that needs no values; `_UNKNOWN` for any other."""
+        if kind is Kind.QUERY:
+            return self.metadata(function, args, kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
+        if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
+            return self.gradient_of_result(function, args[0])
+        if name in ("isnan", "isinf") and args[0].slot.finite:
+            return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
+        return _UNKNOWN
+
+    def _gets_values(self, name: str, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether a call is given real tensors now, in place of being recorded."""
+        if name in READS and not in_passthrough() and not self.depth:  # inside a forward, torch has the answer
+            statistics().host_reads += 1
+        if in_passthrough() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
+            return True
+        if self._bound_tape():
+            return True
+        first = args[0] if args else None
+        if not isinstance(first, DeferredTensor):
+            return False
+        if not devices.leads_away(function, args, kwargs, first.slot.device):
+            return False
+        if self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
+            self.run_eagerly(CaptureError("the loop moves a result to another device", user_line()))
+        return True
+
+    def _goes_back(self, name: str, function: Callable, args: tuple, kwargs: dict) -> None:
+        record = self.record_backward if function is torch.Tensor.backward else self.record_backwards
+        record(*args, **kwargs)
+        if self.workers is not None:
+            self.workers.after_backward()
 
     # -- threads and forks --------------------------------------------------------------------------------------
 
@@ -519,6 +527,21 @@ class Session(Looks):
         """Commits calls whose results nobody holds any more, for what they leave behind: buffers."""
         if self.tape and not self.has_backward and not self.tape.live_slots():
             self.commit()
+
+
+_UNKNOWN = object()
+_LOOKING = frozenset({Kind.READ, Kind.OPAQUE, Kind.BACKWARD, Kind.GRADIENT})
+_WRITING = frozenset({Kind.SET, Kind.IN_PLACE, Kind.DRAW_INTO})
+_HANDLERS: dict[Kind, Callable[[Session, str, Callable, tuple, dict], Any]] = {
+    Kind.FLAG: Session.flags,
+    Kind.SET: Session.sets,
+    Kind.OPAQUE: Session.reaches_into_graph,
+    Kind.NATIVE: Session.run_with_history,
+    Kind.BACKWARD: Session._goes_back,
+    Kind.DRAW: Session.draws,
+    Kind.DRAW_FROM: Session.draws_from,
+    Kind.DRAW_INTO: Session.draws_into,
+}
 
 
 def _refused() -> torch.Tensor:

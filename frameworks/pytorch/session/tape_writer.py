@@ -1,7 +1,6 @@
 """Writes calls on the tape, and finds what they return."""
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,6 @@ from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulators
 from trainingcompiler.frameworks.pytorch.session.backward_python import (
     BackwardPython,
-    LeftToTorch,
-    leaf_hooked,
-    leaf_unhooked,
 )
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
@@ -230,7 +226,7 @@ class TapeWriter(TapeRunner):
                 self.tape.grad_flags[key] = tensor, tensor.requires_grad
             return tensor, self.recording.kind_of_state(tensor)
         known = self.tape.inputs.get(key) if self.depth else None
-        if known is not None and known[0] is tensor and known[1] == _version(tensor):
+        if known is not None and known[0] is tensor and known[1] == version_of(tensor):
             return known[2], known[3]
         if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
             _check_plain(tensor)
@@ -241,7 +237,7 @@ class TapeWriter(TapeRunner):
         encoded.origin = self.origins.get(key)
         if self.depth:
             again = "again", len(self.tape.inputs)
-            self.tape.inputs[key] = tensor, _version(tensor), encoded, again
+            self.tape.inputs[key] = tensor, version_of(tensor), encoded, again
             kind = (*kind, again)
         return encoded, kind
 
@@ -379,119 +375,6 @@ class TapeWriter(TapeRunner):
         if leaves and not self.has_backward:
             self.commit()
 
-    @section.around
-    def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
-        slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
-        if slot is not None and not slot.freed and not slot.committed:
-            _check_root(slot.meta, gradient, self.tape.mutated)
-        if slot is not None and slot.late is not None and not create_graph and not inputs:
-            return self._record_late(slot, gradient, retain_graph)
-        if slot is not None and slot.freed and slot.committed:
-            raise RuntimeError(
-                "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier "
-                "backward() (pass retain_graph=True to that one), or its parameters have been updated since by "
-                "optimizer.step()."
-            )
-        if slot is None or slot.committed or slot.freed or create_graph:
-            reason = "backward() keeps a graph, or goes through a module that another one has gone through"
-            self.run_eagerly(CaptureError(reason=reason, where=user_line()))
-            return torch.Tensor.backward(self.real(tensor), gradient, retain_graph, create_graph, inputs)
-        if self._is_undecided():
-            self._begin_in_torch()
-            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
-        if len(self.tape.roots) > 1 and not self.has_backward:
-            self._forget_unread(slot)
-        place = self.tape.place
-        try:
-            changed = self._rewritten()
-            if changed:
-                self.append(rewritten, changed, {})
-                self.tape.read = [read for read in self.tape.read if read[2] not in changed]
-            hooked = self.backward_python.hook_leaves()
-            entry = self.append(
-                torch.Tensor.backward, (tensor, gradient, retain_graph, create_graph), {"inputs": inputs}
-            )
-            with section.outside():
-                if changed:
-                    self.backward_python.check(entry)
-                self.backward_python.run(entry, bool(retain_graph))
-            self.backward_python.unhook_leaves(hooked)
-        except (CaptureError, LeftToTorch) as error:
-            error = error.error if isinstance(error, LeftToTorch) else error
-            self.take_back(place)
-            self.run_eagerly(error)
-            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
-        except BaseException:  # the script's own error, in Python that backward runs
-            self.take_back(place)
-            raise
-        if self.tape.asked is not None:
-            return self.run_eagerly(self.tape.asked)
-        if not retain_graph:
-            self.tape.free(slot)
-        self._has_backward = True
-        self._called_since_backward = {id(module) for module in self.tape.roots}
-        held = self._speculation.backward(self.tape, entry)
-        if held is not None and self.tape.committable() == len(self.tape.entries):
-            self._check_gradients(self.tape.entries)
-            with passthrough():
-                held.apply()
-            self._committed(self.tape.entries, [])
-        return None
-
-    def _record_late(self, slot: Slot, gradient: Any, retain_graph: bool | None) -> None:
-        """A backward after a step: torch runs it."""
-        self.settle()
-        reason = "backward() goes through parameters that a step has changed since"
-        self.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
-        self.backward_compiled = False
-        late, slot.late = slot.late, slot.late if retain_graph else None
-        with passthrough():
-            late.run(self.real(gradient), retain_graph)
-
-    def _rewritten(self) -> tuple[Input, ...]:
-        """What calls have read and has been written to since, or is by a call that is pending."""
-        with torch._C.DisableTorchFunction():
-            pending = {tensor.untyped_storage()._cdata for tensor in self.tape.state.values()} & self.tape.written
-            return tuple(
-                encoded
-                for owner, version, encoded in self.tape.read
-                if _version(owner) != version or (pending and owner.untyped_storage()._cdata in pending)
-            )
-
-    def record_backwards(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
-        """`torch.autograd.backward`: of several results, that of their sum, so that each hook runs once."""
-        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        gradients = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else list(grad_tensors or ())
-        gradients += [None] * (len(tensors) - len(gradients))
-        if len(tensors) == 1:
-            return self.record_backward(tensors[0], gradients[0], retain_graph, create_graph, inputs)
-        if not create_graph and all(map(self._is_pending, tensors)):
-            with torch.enable_grad():
-                parts = list(map(self._weighted, tensors, gradients))
-                total = functools.reduce(lambda sum, part: self.record(torch.add, (sum, part), {}), parts)
-            self.record_backward(total, None, retain_graph, create_graph, inputs)
-        else:
-            self.run_eagerly(CaptureError("backward() goes through what torch has computed, too", user_line()))
-            real, given = self.real(tensors), self.real(gradients)
-            torch.autograd.backward(real, given, retain_graph, create_graph, inputs=inputs)
-        for tensor in tensors:
-            if not retain_graph and isinstance(tensor, DeferredTensor) and not tensor.slot.committed:
-                self.tape.free(tensor.slot)
-
-    @staticmethod
-    def _is_pending(tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, DeferredTensor) and not tensor.slot.committed and not tensor.slot.freed
-
-    def _weighted(self, result: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """A scalar whose gradient with respect to `result` is `gradient`, or 1."""
-        if gradient is not None:
-            if gradient.shape != result.shape:
-                raise RuntimeError(f"Mismatch in shape: {list(gradient.shape)} for a result of {list(result.shape)}")
-            result = self.record(torch.mul, (result, self.record(torch.detach, (gradient,), {})), {})
-        elif result.numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-        return self.record(torch.sum, (result,), {})
-
     def _record_nothing(self, function, args, kwargs, error: CaptureError) -> Any:
         kind = kind_of(function)
         is_module = isinstance(function, nn.Module)
@@ -512,18 +395,6 @@ class TapeWriter(TapeRunner):
         with passthrough() if is_module else contextlib.nullcontext():
             return function(*self.real(args), **self.real(kwargs))
 
-    def drop_backward(self, cleared: set[int]) -> bool:
-        """Takes back a backward, as an aborted step leaves behind, if all its gradients are being cleared."""
-        for entry in self.tape.entries:
-            if entry.optimizers or entry.function in self.stepping.clippings:
-                return False
-        if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in self.tape.grad_flags.values()):
-            return False
-        goes = (torch.Tensor.backward, leaf_hooked, leaf_unhooked)
-        stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
-        self._rebuild(stays)
-        return True
-
     def differentiates(self, args: Any, kwargs: Any) -> bool:
         """Whether autograd would follow a call with these arguments."""
         return torch.is_grad_enabled() and self.needs_gradient(args, kwargs)
@@ -540,31 +411,6 @@ class TapeWriter(TapeRunner):
     def real(self, value: Any) -> Any:
         """`value` with real tensors in place of deferred ones."""
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
-
-
-def _check_root(root: torch.Tensor, gradient: Any, may_have_history: bool) -> None:
-    """Refuses what `backward()` refuses of a result, in its words: here, and not when the step is computed.
-
-    Args:
-        root: Of its shape, and whether it was made with a history.
-        gradient: What `backward()` was given.
-        may_have_history: Whether something that has one may have been written into it since.
-
-    Raises:
-        RuntimeError: As torch's.
-    """
-    if not root.requires_grad and not may_have_history:
-        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
-    if gradient is None and root.numel() != 1:
-        raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    if isinstance(gradient, torch.Tensor) and gradient.shape != root.shape:
-        shapes = f"grad_output[0] has a shape of {gradient.shape} and output[0] has a shape of {root.shape}"
-        raise RuntimeError(f"Mismatch in shape: {shapes}.")
-
-
-def rewritten(*tensors: torch.Tensor) -> None:
-    """Says that these were written to after they were read: where a gradient needs them, `backward()` raises."""
-    torch.autograd.graph.increment_version(tensors)
 
 
 def _geometry(leaf: Any) -> tuple:
@@ -591,7 +437,8 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's own reference and `storage`'s
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written to; another number once it has become a result of the tape."""
     if type(tensor) is DeferredTensor:  # has become a result of the tape when it was written to
         return -2
     return -1 if tensor.is_inference() else tensor._version
