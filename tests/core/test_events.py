@@ -15,6 +15,13 @@ def test_subscribers_get_events_until_they_unsubscribe():
     assert collected == [events.Note(text="one")]
 
 
+def test_logging_has_every_event_at_debug_level(caplog):
+    events.emit(events.Note(text="one"))
+    with caplog.at_level("DEBUG", logger="trainingcompiler"):
+        events.emit(events.Note(text="two"))
+    assert caplog.messages == ["Note(text='two')"]
+
+
 def test_a_phase_is_two_events_and_its_detail_can_grow(seen):
     with events.phase("capture", "train step") as running:
         running.detail += ", 12 ops"

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import time
@@ -137,6 +138,7 @@ class Ended(Event):
 Subscriber = Callable[[Event], None]
 
 _subscribers: list[Subscriber] = []
+_LOG = logging.getLogger("trainingcompiler")
 
 
 def subscribe(callback: Subscriber) -> Callable[[], None]:
@@ -146,7 +148,12 @@ def subscribe(callback: Subscriber) -> Callable[[], None]:
 
 
 def emit(event: Event) -> None:
-    """Hands `event` to every subscriber, in the order they came, in the calling thread."""
+    """Hands `event` to every subscriber, in the order they came, in the calling thread; and to `logging`, for debugging.
+
+    Example:
+        >>> logging.basicConfig(); logging.getLogger("trainingcompiler").setLevel(logging.DEBUG)
+    """
+    _LOG.debug("%s", event)
     for callback in tuple(_subscribers):
         callback(event)
 
