@@ -148,7 +148,7 @@ def subscribe(callback: Subscriber) -> Callable[[], None]:
 
 
 def emit(event: Event) -> None:
-    """Hands `event` to every subscriber, in the order they came, in the calling thread; and to `logging`, for debugging.
+    """Hands `event` to every subscriber, in the order they came, in the calling thread; and to `logging`.
 
     Example:
         >>> logging.basicConfig(); logging.getLogger("trainingcompiler").setLevel(logging.DEBUG)
