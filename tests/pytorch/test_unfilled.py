@@ -12,10 +12,10 @@ LARGE = """
 import resource
 import torch
 from torch import nn
-from trainingcompiler.frameworks.pytorch.aot.skip_init import Unfilled
+from trainingcompiler.frameworks.pytorch.aot.skip_init import SkipParameterInit
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with Unfilled():
+with SkipParameterInit():
     model = nn.Sequential(*[nn.Linear(16384, 16384) for _ in range(4)])
     for layer in model:
         nn.init.normal_(layer.weight, std=0.02)

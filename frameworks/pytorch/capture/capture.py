@@ -105,7 +105,7 @@ def capture(
 
     Raises:
         CaptureError: The entries cannot be expressed as a pure function of tensors and numbers.
-        NumberUsed: A number has to be a constant.
+        ConcretizationError: A number has to be a constant.
     """
     fake_tensors = FakeTensors()
     fake_tensors.grad_flags = flags or {}

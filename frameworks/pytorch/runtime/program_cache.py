@@ -74,8 +74,8 @@ class ProgramCache:
             What is to be applied later, for `Purpose.HOLD`.
 
         Raises:
-            CaptureError, NumberUsed: The entries cannot be compiled, or torch would raise an error; nothing has
-                changed.
+            CaptureError, ConcretizationError: The entries cannot be compiled, or torch would raise an error; nothing
+                has changed.
         """
         with outside_transforms():
             return self._run(entries, exports, purpose, flags)
