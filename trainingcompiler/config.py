@@ -14,8 +14,8 @@ from trainingcompiler.errors import ConfigError, UsageError
 from trainingcompiler.strategy import CHOICES, Strategy
 
 PREFIX = "TRAININGCOMPILER"
-RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its worker; see `recommended`
-COORDINATOR, FAILURE = f"{PREFIX}_COORDINATOR", f"{PREFIX}_FAILURE"  # nor these; see `rendezvous` and `failures`
+RECIPE = f"{PREFIX}_RECIPE"  # no option: what the launcher has decided for its worker; see `planning.recommendation`
+COORDINATOR, FAILURE = f"{PREFIX}_COORDINATOR", f"{PREFIX}_FAILURE"  # nor these; see `processes`
 _INTERNAL = (RECIPE, COORDINATOR, FAILURE)
 
 _CHOICES = {
@@ -49,7 +49,7 @@ class TrainingCompilerConfig:
             used go first, and those of other JAX versions are removed before they make the total larger than it.
             0 keeps none.
         small_pages: Do not have the launcher ask for huge pages, which make steps with large temporaries faster on a
-            CPU (see `pages`). Only the launcher can: it is decided when the process starts.
+            CPU (see `huge_pages`). Only the launcher can: it is decided when the process starts.
         dump: Folder to write the stages of every program to, as text: the tape, the graph after each pass, its cache
             key, StableHLO and XLA's optimized program; None writes none.
         record: File to write at the end what the run was, as JSON; None writes none.

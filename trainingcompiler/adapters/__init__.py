@@ -1,1 +1,1 @@
-"""Which framework a script uses, and what both adapters do alike."""
+"""Which framework a script uses, and what adapters do alike: fallback lines, import hooks, the registry of patches."""

@@ -1,7 +1,7 @@
 """Executables kept between runs, found by what they were made of: a second start neither lowers nor compiles.
 
 JAX's own cache is asked with the lowered program, so that every start has to trace and lower it first; this one is
-asked with the program's digest. An entry is machine code in a pickle: the note on trust in `cache` holds here too.
+asked with the program's digest. An entry is machine code in a pickle: the note on trust in `jax_cache` holds here too.
 """
 
 import contextlib

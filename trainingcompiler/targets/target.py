@@ -41,7 +41,7 @@ class Target:
         description: What a person calls the device, e.g. `"cpu, huge pages"` or `"NVIDIA H200"`.
         device_count: How many devices the target has; all of them run one program together.
         strategy: How several devices share the training.
-        workers: Processes that each have such a device, and numbers of their own; see `workers`.
+        workers: Processes that each have such a device, and numbers of their own; see `parallel.spmd`.
         compute_capability: Major and minor, of a CUDA device.
         described: The GPU, where the target is a description: programs are compiled for it and cannot run. Their memory
             plans leave out the workspaces of cuDNN, which only a GPU tells.

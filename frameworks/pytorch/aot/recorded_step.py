@@ -18,7 +18,7 @@ from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 from trainingcompiler.program import StepProgram
 
-_AUTOCAST = {"cpu": "autocast", "cuda": "cuda_autocast"}  # the field of `Ambient` that says it, by device
+_AUTOCAST = {"cpu": "autocast", "cuda": "cuda_autocast"}  # the field of `TorchModes` that says it, by device
 
 
 class RecordedStep:
@@ -70,7 +70,7 @@ class RecordedStep:
         """In bfloat16, and with the blocks of a Transformers model computed again, where it does neither yet."""
         found: dict[str, RecordedStep] = {}
         device = self._entries[0].device.type
-        if not any(getattr(entry.ambient, _AUTOCAST[device]) for entry in self._entries):
+        if not any(getattr(entry.modes, _AUTOCAST[device]) for entry in self._entries):
             found[f'torch.autocast("{device}", dtype=torch.bfloat16) around the forward'] = self._in_bfloat16(device)
         models = [module for entry in self._entries for module in entry.modules]
         models = [module for module in models if getattr(module, "supports_gradient_checkpointing", False)]
@@ -82,7 +82,7 @@ class RecordedStep:
         field = _AUTOCAST[device]
         modes: dict[str, Any] = {field: True, f"{field}_dtype": torch.bfloat16}
         entries = [
-            entry if entry.optimizers else dataclasses.replace(entry, ambient=entry.ambient._replace(**modes))
+            entry if entry.optimizers else dataclasses.replace(entry, modes=entry.modes._replace(**modes))
             for entry in self._entries
         ]
         return RecordedStep(self._cache, entries)

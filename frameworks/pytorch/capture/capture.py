@@ -212,7 +212,7 @@ def capture(
             fakes.update({slot: fake for slot, fake in outer.items() if fake is not None})
             return found
 
-        with torch.enable_grad() if entries[start].ambient.grad else torch.no_grad():
+        with torch.enable_grad() if entries[start].modes.grad else torch.no_grad():
             found = checkpoint(recompute, *[fakes[slot] for slot in given], use_reentrant=False)
         fakes.update(zip(results, found, strict=True))
 

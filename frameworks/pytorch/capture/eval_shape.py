@@ -1,4 +1,4 @@
-"""What one call returns, found by running it on fake tensors: shapes and dtypes, no values."""
+"""Makes a `CallShape`: runs one call on fake tensors, without values."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Runs torch code on stand-ins: every real tensor that it meets is replaced by a traced twin, by identity.
+"""Runs torch code on fake tensors: every real tensor that it meets is replaced by a recorded one, by identity.
 
 Nothing is ever baked in: parameters, buffers, optimizer state, closed-over masks and module constants all reach torch
 through Python calls, where a `TorchFunctionMode` swaps them. A real tensor that slips past the mode meets

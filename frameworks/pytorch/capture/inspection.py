@@ -1,4 +1,4 @@
-"""What a run of a compiled program shows to whoever wants to look into it, as `trainingcompiler.check` does."""
+"""The hook that `trainingcompiler.check` sets to look into one run of a compiled program, and what it is shown."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

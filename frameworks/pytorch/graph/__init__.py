@@ -1,1 +1,4 @@
-"""The captured step as a graph of ATen operators, and passes from nodes to nodes. No JAX, no loop, no module."""
+"""The captured step as a graph of ATen operators, and passes from nodes to nodes.
+
+No loop and no module; of JAX only which operators are views.
+"""

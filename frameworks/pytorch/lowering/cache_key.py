@@ -1,4 +1,7 @@
-"""The digest of a captured step: equal graphs, equal digests, in every process."""
+"""The digest of a captured graph: equal graphs, equal digests, in every process.
+
+It is the entry `graph` of an executable's cache key, whose other entries are in `cache.executables.key_text`.
+"""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,1 +1,1 @@
-"""Runs programs: found by signature, their arguments bound, their results stored."""
+"""Runs programs: found at the end of a path of the recording, their arguments bound, their results stored."""

@@ -1,4 +1,4 @@
-"""Every compiled tape of a process, found by signature."""
+"""Every compiled step of a process, kept at the last call of its path."""
 
 import time
 
@@ -109,7 +109,7 @@ class ProgramCache:
             error.leaves = False
             raise error
         name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
-        if not any(entry.ambient.grad for entry in entries):
+        if not any(entry.modes.grad for entry in entries):
             name = "evaluation"
         start_s = time.perf_counter()
         with StatePrefetcher(self.state if self.target.is_one_cpu else None) as prefetcher:

@@ -313,7 +313,7 @@ def _values_in_common(
     What trains is run by all together. What only looks is not: one of them may be alone in looking.
     """
     sharded_state = cache.sharded_state
-    trains = plan.purpose is Purpose.COMMIT and any(entry.ambient.grad for entry in entries)
+    trains = plan.purpose is Purpose.COMMIT and any(entry.modes.grad for entry in entries)
     if sharded_state is None or not (plan.waits or trains):
         return None, None
     items = [*plan.donated, *plan.read]
@@ -329,7 +329,7 @@ def _program(
 ) -> StepProgram:
     """The plan as a pure function, and what its arrays are."""
     values = plan.values
-    precisions = sorted({entry.ambient.precision for entry in entries})
+    precisions = sorted({entry.modes.precision for entry in entries})
     describe = _Describer(cache, entries, captured, plan.common)
     gradients = tuple(describe("gradient", parameter(), "gradient") for parameter, _ in plan.gradients.stored)
     leaves = [entries[entry].leaves[place] for entry, place in plan.leaves]
@@ -351,7 +351,7 @@ def _program(
             *(() if plan.writes_gradients else gradients),
         ),
         digest=graph_cache_key(captured.graph, values.returned, [*values.groups, *precisions, common]),
-        is_deterministic=any(entry.ambient.deterministic for entry in entries),
+        is_deterministic=any(entry.modes.deterministic for entry in entries),
         recomputes=any(node.operator == BARRIER for node in captured.graph.nodes),
         tells_apart=plan.common is not None,
     )

@@ -177,6 +177,7 @@ class DdpHandler:
         wrappers, self._synchronized = list(self._synchronized.values()), {}
         for wrapper in wrappers:
             parameters = [parameter for parameter in _averaged(wrapper) if parameter.requires_grad]
+            # Recorded as clipping is: a call on all gradients, between backward and step.
             self._session.stepping.clip(average_gradients, (parameters,), {})
 
     def _share_buffers(self, wrapper: Any) -> None:

@@ -1,4 +1,4 @@
-"""What happens when the tape cannot speak for the loop: torch runs the step, and one line says why and where."""
+"""Remembers what was left to torch, and says it in one line: why and where. Who decides is in docs/design.md."""
 
 import traceback
 from collections import Counter

@@ -87,7 +87,7 @@ def run_in_torch(entries: list[Entry], blocks: Mapping[int, Callable[[], None] |
             for index, entry in enumerate(entries):
                 if entry.is_in_backward or index < ended:
                     continue
-                if blocks and entry.region in blocks and entry.ambient.grad:
+                if blocks and entry.region in blocks and entry.modes.grad:
                     ended = index + 1
                     while ended < len(entries) and entries[ended].region == entry.region:
                         ended += 1

@@ -44,7 +44,7 @@ class TapeRunner:
         modules: The tensors of modules.
         device: Where the tensors of the last module that has any are.
         programs: What has been compiled.
-        book: What is known of optimizers.
+        registry: What is known of optimizers.
         fallbacks: What is left to torch.
         workers: Of a script of several processes.
         backward_compiled: Whether the last backward ran as a program.
@@ -369,7 +369,7 @@ class TapeRunner:
             entry.structure,
             tuple(kinds),
             entry.leaves,
-            entry.ambient,
+            entry.modes,
             entry.region,
             self._patterns(entry),
         )

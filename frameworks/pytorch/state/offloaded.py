@@ -1,8 +1,8 @@
 """Training state on several devices, or on a GPU: torch gives values away, and gets them back when it touches them.
 
-On one CPU torch and the compiled step share memory (`state`). On several devices there is nothing to share: an array is
-divided, or copied, between them. On a GPU torch and XLA each have a queue of their own, and would have to wait for each
-other at every step. So, while a step owns a tensor's values, the tensor is of a class of ours that shows its shape and
+On one CPU torch and the compiled step share memory (`shared_tensors`). On several devices there is nothing to share:
+an array is divided, or copied, between them. On a GPU torch and XLA each have a queue of their own, and would have to
+wait for each other at every step. So, while a step owns a tensor's values, the tensor is of a class of ours that shows its shape and
 dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary tensor again,
 until the next step takes its values. A loop in which nobody looks moves nothing.
 """
@@ -58,7 +58,7 @@ class OffloadedTensor:
 
     @property
     def is_divided(self) -> bool:
-        """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `sharded_state`."""
+        """Whether other workers hold parts of it, so that this one alone cannot fetch it; see `sharded`."""
         return False
 
     @property

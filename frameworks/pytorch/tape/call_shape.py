@@ -1,4 +1,4 @@
-"""What one call returns, found once by running it on fake tensors: shapes and dtypes, no values."""
+"""The record of what one call returns: shapes, dtypes, views and writes. `capture.eval_shape` makes it."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -111,7 +111,7 @@ class Entry:
         function: What was called.
         structure: Of `(args, kwargs)`.
         leaves: `Slot`, `Input`, a tensor that is state (by identity), or a constant.
-        ambient: torch's modes at the call.
+        modes: torch's modes at the call.
         call: The call in the recording; what decides which program the tape is. None for entries that a planner holds.
         outputs: The slots of its tensor results.
         modules: The modules that it calls, as far as is known.
@@ -133,7 +133,7 @@ class Entry:
     function: Callable
     structure: TreeDef
     leaves: list[Any]
-    ambient: TorchModes
+    modes: TorchModes
     call: "Call | None" = None
     outputs: list[Slot] = field(default_factory=list)
     modules: tuple[torch.nn.Module, ...] = ()
@@ -388,8 +388,8 @@ def replay(entry: Entry, resolve: Callable[[Any, int], Any], piece: Any = None) 
     leaves = [resolve(leaf, position) for position, leaf in enumerate(entry.leaves)]
     args, kwargs = unflatten(entry.structure, iter(leaves))
     with contextlib.ExitStack() as stack:
-        if entry.ambient != TorchModes.now() or cuda_autocast.is_installed():
-            stack.enter_context(entry.ambient.entered())
+        if entry.modes != TorchModes.now() or cuda_autocast.is_installed():
+            stack.enter_context(entry.modes.entered())
         if getattr(entry.function, "takes_piece", False):
             return entry.function(piece, *args, **kwargs)
         return entry.function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Rewrites of a captured graph for GPUs: what libraries spell in many operators and a GPU has one kernel for."""
+"""Attention under a mask that is computed to be the lower triangle becomes causal attention, for GPUs."""
 
 import dataclasses
 from collections.abc import Sequence
