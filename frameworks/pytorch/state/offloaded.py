@@ -2,9 +2,9 @@
 
 On one CPU torch and the compiled step share memory (`shared_tensors`). On several devices there is nothing to share:
 an array is divided, or copied, between them. On a GPU torch and XLA each have a queue of their own, and would have to
-wait for each other at every step. So, while a step owns a tensor's values, the tensor is of a class of ours that shows its shape and
-dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary tensor again,
-until the next step takes its values. A loop in which nobody looks moves nothing.
+wait for each other at every step. So, while a step owns a tensor's values, the tensor is of a class of ours that shows
+its shape and dtype to everyone, and fetches the values before torch does anything else with it. Then it is an ordinary
+tensor again, until the next step takes its values. A loop in which nobody looks moves nothing.
 """
 
 import copy
