@@ -140,6 +140,12 @@ class Supervisor:
         if not failed:
             killed = next((worker.code for worker in group.workers if worker.code not in (0, REQUEUE)), 0)
             return (REQUEUE if requeued else 1 if late else exit_code(killed) if killed else 0), False
+        self._tell(failed)
+        code = exit_code(failed[0].code)
+        return code, code != BAD_INPUT and not self._received
+
+    def _tell(self, failed: list[Worker]) -> None:
+        """Says who has failed, the first one last and whole."""
         first, *others = failed
         alike = [worker for worker in others if worker.error and worker.error == first.error]
         for worker in others:
@@ -156,8 +162,6 @@ class Supervisor:
             say(
                 f"rank {first.rank} failed first: {described(first.code)}; it left no traceback, what it said is {said}"
             )
-        code = exit_code(first.code)
-        return code, code != BAD_INPUT and not self._received
 
 
 def _ranks(workers: list[Worker]) -> str:

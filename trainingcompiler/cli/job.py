@@ -341,6 +341,25 @@ def _contradictions(job: Job, launcher: str) -> list[str]:
     return found
 
 
+def _contradictions_of_place(job: Job, counted: bool) -> list[str]:
+    """What is wrong with where several hosts are to meet; `counted`: whether each is told its number."""
+    if not (job.rdzv_endpoint or job.master_addr) and (job.max_nodes > 1 or job.rdzv_backend != "c10d"):
+        what = f"--nnodes={job.max_nodes}" if job.max_nodes > 1 else f"--rdzv-backend={job.rdzv_backend}"
+        return [
+            f"{what}: nothing says where the hosts meet; give each the same --rdzv-endpoint=HOST:PORT, HOST being one "
+            "of them (or --master-addr and, on each another, --node-rank)"
+        ]
+    if counted and job.min_nodes != job.max_nodes:
+        return [
+            f"--nnodes={job.min_nodes}:{job.max_nodes}: hosts come and go at an --rdzv-endpoint with "
+            "--rdzv-backend=c10d, and not at a --master-addr or with --rdzv-backend=static"
+        ]
+    if counted and job.max_nodes > 1 and job.node_rank is None:
+        place = f"--master-addr={job.master_addr}" if job.master_addr else "--rdzv-backend=static"
+        return [f"{place}: the hosts are not numbered there; give each another --node-rank, the first one 0"]
+    return []
+
+
 def _contradictions_of_meeting(job: Job) -> list[str]:
     """What keeps hosts from meeting, or would be ignored: "static" counts on what it is told, others find it out."""
     found = []
@@ -353,22 +372,8 @@ def _contradictions_of_meeting(job: Job) -> list[str]:
             f"--master-addr={job.master_addr}: with --rdzv-backend={job.rdzv_backend} the hosts meet at "
             "--rdzv-endpoint=HOST:PORT; give that one, or leave --rdzv-backend out"
         )
-    elif job.standalone:
-        pass
-    elif not (job.rdzv_endpoint or job.master_addr) and (job.max_nodes > 1 or job.rdzv_backend != "c10d"):
-        what = f"--nnodes={job.max_nodes}" if job.max_nodes > 1 else f"--rdzv-backend={job.rdzv_backend}"
-        found.append(
-            f"{what}: nothing says where the hosts meet; give each the same --rdzv-endpoint=HOST:PORT, HOST being one "
-            "of them (or --master-addr and, on each another, --node-rank)"
-        )
-    elif counted and job.min_nodes != job.max_nodes:
-        found.append(
-            f"--nnodes={job.min_nodes}:{job.max_nodes}: hosts come and go at an --rdzv-endpoint with "
-            "--rdzv-backend=c10d, and not at a --master-addr or with --rdzv-backend=static"
-        )
-    elif counted and job.max_nodes > 1 and job.node_rank is None:
-        place = f"--master-addr={job.master_addr}" if job.master_addr else "--rdzv-backend=static"
-        found.append(f"{place}: the hosts are not numbered there; give each another --node-rank, the first one 0")
+    elif not job.standalone:
+        found += _contradictions_of_place(job, counted)
     if job.node_rank is not None and not counted and job.rdzv_endpoint:
         found.append(
             f"--node-rank={job.node_rank}: with --rdzv-backend={job.rdzv_backend} the hosts are numbered when they "

@@ -205,27 +205,45 @@ def _from_file(path: str) -> Gpu:
 
 def _read(name: str, value: Any, mistakes: list[str]) -> Any:
     """A field's value, from JSON; what is wrong with it is added to the mistakes."""
+    found: Any
     if name == "name":
-        if isinstance(value, str) and value.strip() and value.isprintable():
-            return value
-        expected = "text, on one line"
+        found, expected = _text(value), "text, on one line"
     elif name == "compute_capability":
-        parts = value.split(".") if isinstance(value, str) else value
-        if isinstance(parts, list) and len(parts) == 2 and all(str(part).isdecimal() for part in parts):
-            return int(parts[0]), int(parts[1])
-        expected = 'text such as "8.6", or [8, 6]'
+        found, expected = _capability(value), 'text such as "8.6", or [8, 6]'
     elif name == "flops":
-        if isinstance(value, dict) and "float32" in value:
-            for dtype in [dtype for dtype in value if dtype not in _DTYPES]:
-                hint = did_you_mean(dtype, _DTYPES) or f"; there are {', '.join(_DTYPES)}"
-                mistakes.append(f"flops.{dtype} is not known{hint}")
-            return {dtype: _read(f"flops.{dtype}", value[dtype], mistakes) for dtype in _DTYPES if dtype in value}
+        found = _flops(value, mistakes)
         expected = 'an object such as {"float32": 19.5e12, "bfloat16": 312e12}, with "float32" in it'
+    elif name in _MOST:
+        found, expected = _number(value, _MOST[name], is_whole=True), f"a whole number from 1 to {_MOST[name]:,}"
     else:
-        is_whole, most = name in _MOST, _MOST.get(name, sys.float_info.max)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
-        if is_number and (not is_whole or value == int(value)):
-            return int(value) if is_whole else float(value)
-        expected = f"a whole number from 1 to {most:,}" if is_whole else "a number above 0"
-    mistakes.append(f"{name} is {json.dumps(value)}, and must be {expected}")
+        found, expected = _number(value, sys.float_info.max, is_whole=False), "a number above 0"
+    if found is None:
+        mistakes.append(f"{name} is {json.dumps(value)}, and must be {expected}")
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() and value.isprintable() else None
+
+
+def _capability(value: Any) -> tuple[int, int] | None:
+    parts = value.split(".") if isinstance(value, str) else value
+    if isinstance(parts, list) and len(parts) == 2 and all(str(part).isdecimal() for part in parts):
+        return int(parts[0]), int(parts[1])
     return None
+
+
+def _flops(value: Any, mistakes: list[str]) -> dict[str, Any] | None:
+    if not isinstance(value, dict) or "float32" not in value:
+        return None
+    for dtype in [dtype for dtype in value if dtype not in _DTYPES]:
+        hint = did_you_mean(dtype, _DTYPES) or f"; there are {', '.join(_DTYPES)}"
+        mistakes.append(f"flops.{dtype} is not known{hint}")
+    return {dtype: _read(f"flops.{dtype}", value[dtype], mistakes) for dtype in _DTYPES if dtype in value}
+
+
+def _number(value: Any, most: float, is_whole: bool) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+    if not is_number or (is_whole and value != int(value)):
+        return None
+    return int(value) if is_whole else float(value)
