@@ -25,7 +25,8 @@ from trainingcompiler.parallel.arrays import placed_arrays
 from trainingcompiler.parallel.layer_rules import refuse
 from trainingcompiler.parallel.sharding import mesh_of, shardings, undivided_rows, with_batch_found
 from trainingcompiler.program import StepProgram, TensorSpec
-from trainingcompiler.reporting.events import Note, StageReached, emit, phase
+from trainingcompiler.reporting import dump
+from trainingcompiler.reporting.events import Note, emit, phase
 from trainingcompiler.reporting.statistics import current as statistics
 from trainingcompiler.targets.target import Target, compiling_for
 from trainingcompiler.targets.xla_options import PRODUCTS, options
@@ -136,12 +137,12 @@ def compile(program: StepProgram, target: Target | None = None, *, checks_memory
     elif target.workers > 1:
         placed = tuple(map(_of_workers, program.state)), tuple(map(_of_workers, program.inputs)), ()
     if program.digest is not None:
-        emit(StageReached(program=program.name, stage="cache key", text=lambda: key_text(program, target)))
+        dump.stage(program.name, "cache key", lambda: key_text(program, target))
     store = jax_cache.store() if program.digest is not None and target.described is None else None
     # Of several workers on a host, the first to come compiles, and the others load what it has made.
     with store.alone(program, target) if store and target.workers > 1 else contextlib.nullcontext():
         compiled, compile_time_s = (store and _kept(program, target, store)) or _made(program, target, placed, store)
-    emit(StageReached(program=program.name, stage="hlo", text=compiled.as_text))
+    dump.stage(program.name, "hlo", compiled.as_text)
     analysis: Any = compiled.memory_analysis()
     memory = MemoryPlan(
         argument_bytes=analysis.argument_size_in_bytes,
@@ -214,7 +215,7 @@ def _made(program: StepProgram, target: Target, placed: tuple, store: Executable
             lowered = jax.jit(function, donate_argnums=0, keep_unused=True, **where).lower(
                 _abstract(program.state), _abstract(program.inputs)
             )
-        emit(StageReached(program=program.name, stage="stablehlo", text=lowered.as_text))
+        dump.stage(program.name, "stablehlo", lowered.as_text)
         compile_start_s = time.perf_counter()
         keeping: Any = _not_kept if store or target.described else contextlib.nullcontext()
         with phase("compile", program.name) as running, keeping:

@@ -100,21 +100,6 @@ class CacheDamaged(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageReached(Event):
-    """A program has come to a stage of its making, which may be written down.
-
-    Attributes:
-        program: Its name.
-        stage: "tape", "graph", "graph after NAME", "cache key", "stablehlo" or "hlo".
-        text: What it is at that stage, made when it is called.
-    """
-
-    program: str
-    stage: str
-    text: Callable[[], str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Note(Event):
     """Something worth one line."""
 

@@ -107,86 +107,123 @@ def capture(
         CaptureError: The entries cannot be expressed as a pure function of tensors and numbers.
         ConcretizationError: A number has to be a constant.
     """
-    fake_tensors = FakeTensors()
-    fake_tensors.grad_flags = flags or {}
-    recorder = fake_tensors.recorder
-    recorder.until = replay.__code__
-    fakes: dict[Any, torch.Tensor] = {}
-    leaves: list[tuple[int, int, int]] = []
-    seeds: list[tuple[int, int]] = []
-    numbers: list[tuple[FloatSource, int]] = []
-    seed_fakes: dict[int, torch.Tensor] = {}
+    return _Capture(entries, constants, flags or {}, order).run()
 
-    pieces: dict[int, _Captured] = {}
 
-    def number(source: FloatSource, value: float) -> TracedFloat:
-        fake = fake_tensors.fake_like((), torch.float64)
-        numbers.append((source, recorder.value_of(fake)))
-        return TracedFloat(value, fake, source)
+class _Capture:
+    """One capture: entries, replayed on fake tensors, and what has been found out about them so far.
 
-    def hyperparameter(index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedFloat:
-        return number(FloatSource(index, path, optimizer), value)
+    Attributes:
+        fake_tensors: Stand for every real tensor that the entries meet.
+        fakes: The fake tensor of each slot and input.
+        leaves: Which leaves of entries are inputs of the graph: entry, position and value.
+        seeds: Which entries draw, and the value of the seed.
+        numbers: Where the floats that are inputs come from, and their values.
+        pieces: Python that backward runs, by identity.
+    """
 
-    def resolve_in(index: int, entry: Entry):
-        def resolve(leaf: Any, position: int) -> Any:
-            if type(leaf) is Slot:
-                if leaf not in fakes:
-                    assert leaf.value is not None
-                    fakes[leaf] = fake_tensors.fake_like(tuple(leaf.meta.shape), leaf.meta.dtype)
-                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
-                return fakes[leaf]
-            if type(leaf) is Input:
-                if leaf not in fakes:
-                    fakes[leaf] = fake_tensors.fake_like(leaf.shape, leaf.dtype)
-                    leaves.append((index, position, recorder.value_of(fakes[leaf])))
-                return fakes[leaf]
-            if position in entry.numbers:
-                return number(FloatSource(index, position), leaf)
-            return leaf
+    def __init__(
+        self,
+        entries: list[Entry],
+        constants: Callable[[torch.optim.Optimizer], frozenset],
+        flags: dict[int, tuple[torch.Tensor, bool]],
+        order: list[tuple[int, bytes | int]] | None,
+    ):
+        self._entries, self._constants, self._order = entries, constants, order
+        self.fake_tensors = FakeTensors()
+        self.fake_tensors.grad_flags = flags
+        self._recorder = self.fake_tensors.recorder
+        self._recorder.until = replay.__code__
+        self.fakes: dict[Any, torch.Tensor] = {}
+        self.leaves: list[tuple[int, int, int]] = []
+        self.seeds: list[tuple[int, int]] = []
+        self.numbers: list[tuple[FloatSource, int]] = []
+        self.pieces: dict[int, _Captured] = {}
+        self._seed_fakes: dict[int, torch.Tensor] = {}
 
-        return resolve
+    def run(self) -> CapturedStep:
+        """Replays all entries; see `capture`."""
+        entries, index = self._entries, 0
+        while index < len(entries):
+            end = index + 1
+            while end < len(entries) and not entries[index].optimizers and _runs_along(entries[index], entries[end]):
+                end += 1
+            for entry in entries[index:end]:
+                for optimizer in entry.optimizers:
+                    optimizer_init.prepare(optimizer, self.fake_tensors.has_gradient)
+            self.fake_tensors.device = entries[index].device
+            with self.fake_tensors.recording(), _no_new_state(entries[index:end]):
+                self._run_along(index, end)
+            index = end
+        return self._found()
 
-    def run_part(part: Part, gradients: Any) -> Any:
-        """Replays what a piece of backward's Python has asked torch for, on the gradients that it is given now."""
-        fakes.update((slot, gradients[position]) for slot, position in zip(part.given, part.positions, strict=True))
-        for index in part.calls:
-            run(index, entries[index])
-        values = []
-        for position, leaf in enumerate(part.returned or ()):
-            value = resolve_in(part.end, entries[part.end])(leaf, position)
-            values.append(fake_tensors.fake(value) if isinstance(value, torch.Tensor) else value)
-        return part.piece.returned(values)
+    def _found(self) -> CapturedStep:
+        recorder = self._recorder
+        with self.fake_tensors.recording():
+            outputs = {
+                slot: recorder.value_of(self.fake_tensors.fake(self.fakes[slot]))
+                for entry in self._entries
+                for slot in entry.outputs
+                if slot in self.fakes
+            }
+            lifted, gradients = _state(self.fake_tensors)
+        self.fakes.clear()
+        self.fake_tensors.let_go()
+        if recorder.missing is not None:
+            raise recorder.missing
+        if any(item.tensor() is None for item in lifted):
+            raise CaptureError(
+                reason="the step makes a tensor of host data while it runs (torch.from_numpy and the like); a compiled "
+                "step would use the first data for ever"
+            )
+        return CapturedStep(recorder.graph, lifted, self.leaves, self.seeds, self.numbers, outputs, gradients)
 
-    def piece_of(index: int, entry: Entry) -> "_Captured | None":
-        if entry.piece is None:
-            return None
-        return pieces.setdefault(id(entry.piece), _Captured(index, run_part, order))
+    def _run_along(self, index: int, end: int) -> None:
+        """Replays entries of one device, a checkpointed block as a whole."""
+        entries = self._entries
+        while index < end:
+            if entries[index].is_in_backward:  # its backward has run it
+                index += 1
+                continue
+            if self._order is not None:
+                self._order.clear()
+            for part in parts_of(entries, index) if entries[index].function is torch.Tensor.backward else ():
+                self.pieces[id(part.piece)].parts.append(part)
+            region = entries[index].region
+            stop = index + 1
+            while region and stop < end and entries[stop].region == region:
+                stop += 1
+            if region:
+                self._run_block(index, stop)
+            else:
+                self._run_entry(index, entries[index])
+            index = stop
 
-    def run(index: int, entry: Entry) -> None:
+    def _run_entry(self, index: int, entry: Entry) -> None:
         """Replays one entry, and notes what its slots are."""
+        recorder = self._recorder
         recorder.where = entry.where
         if entry.seed is not None:
-            if index not in seed_fakes:  # a block that is computed again draws the same
-                seed_fakes[index] = fake_tensors.fake_like((), torch.int64)
-                seeds.append((index, recorder.value_of(seed_fakes[index])))
-            recorder.seed_with(seed_fakes[index])
+            recorder.seed_with(self._seed(index))
         with contextlib.ExitStack() as prepared:
             prepared.enter_context(as_called(entry))
             for optimizer in entry.optimizers if entry.function is not step_ends else ():
-                of = functools.partial(hyperparameter, index, weakref.ref(optimizer))
-                prepared.enter_context(optimizers.traced(optimizer, of, constants(optimizer)))
+                of = functools.partial(self._hyperparameter, index, weakref.ref(optimizer))
+                prepared.enter_context(optimizers.traced(optimizer, of, self._constants(optimizer)))
             if entry.optimizers:
-                prepared.enter_context(fake_tensors.numbers_in_steps())
-            results = results_of(entry, replay(entry, resolve_in(index, entry), piece_of(index, entry)))
+                prepared.enter_context(self.fake_tensors.numbers_in_steps())
+            resolve = functools.partial(self._resolve, index, entry)
+            results = results_of(entry, replay(entry, resolve, self._piece_of(index, entry)))
         if entry.outputs is None:  # a whole step, of which nobody knows yet what it returns
             entry.outputs = [Slot(fake, entry.device) for fake in results]
         if entry.seed is not None:
             recorder.seed_with(None)
         assert len(results) >= len(entry.outputs)
-        fakes.update(zip(entry.outputs, results, strict=False))
+        self.fakes.update(zip(entry.outputs, results, strict=False))
 
-    def run_block(start: int, end: int) -> None:
+    def _run_block(self, start: int, end: int) -> None:
         """Replays a checkpointed block, in a checkpoint of its own."""
+        entries, fakes, order = self._entries, self.fakes, self._order
         block = entries[start:end]
         inside = {slot for entry in block for slot in entry.outputs}
         given = list({slot: None for entry in block for slot in entry.slots() if slot not in inside})
@@ -195,8 +232,7 @@ def capture(
         for index in range(start, end):  # what is computed again has to read the same inputs of the graph
             for position, leaf in enumerate(entries[index].leaves):
                 if type(leaf) is Input or (type(leaf) is Slot and leaf not in inside):
-                    resolve_in(index, entries[index])(leaf, position)
-
+                    self._resolve(index, entries[index], leaf, position)
         runs = [0]
 
         def recompute(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -207,7 +243,7 @@ def capture(
             for index in range(start, end):
                 if order is not None and runs[0] > 1:  # in backward, up to where torch stops it
                     order[place:] = [(start, index + 1 - start)]
-                run(index, entries[index])
+                self._run_entry(index, entries[index])
             found = tuple(fakes[slot] for slot in results)
             fakes.update({slot: fake for slot, fake in outer.items() if fake is not None})
             return found
@@ -216,51 +252,57 @@ def capture(
             found = checkpoint(recompute, *[fakes[slot] for slot in given], use_reentrant=False)
         fakes.update(zip(results, found, strict=True))
 
-    index = 0
-    while index < len(entries):
-        end = index + 1
-        while end < len(entries) and not entries[index].optimizers and _runs_along(entries[index], entries[end]):
-            end += 1
-        for entry in entries[index:end]:
-            for optimizer in entry.optimizers:
-                optimizer_init.prepare(optimizer, fake_tensors.has_gradient)
-        fake_tensors.device = entries[index].device
-        with fake_tensors.recording(), _no_new_state(entries[index:end]):
-            while index < end:
-                if entries[index].is_in_backward:  # its backward has run it
-                    index += 1
-                    continue
-                if order is not None:
-                    order.clear()
-                for part in parts_of(entries, index) if entries[index].function is torch.Tensor.backward else ():
-                    pieces[id(part.piece)].parts.append(part)
-                region = entries[index].region
-                stop = index + 1
-                while region and stop < end and entries[stop].region == region:
-                    stop += 1
-                if region:
-                    run_block(index, stop)
-                else:
-                    run(index, entries[index])
-                index = stop
-    with fake_tensors.recording():
-        outputs = {
-            slot: recorder.value_of(fake_tensors.fake(fakes[slot]))
-            for entry in entries
-            for slot in entry.outputs
-            if slot in fakes
-        }
-        lifted, gradients = _state(fake_tensors)
-    fakes.clear()
-    fake_tensors.let_go()
-    if recorder.missing is not None:
-        raise recorder.missing
-    if any(item.tensor() is None for item in lifted):
-        raise CaptureError(
-            reason="the step makes a tensor of host data while it runs (torch.from_numpy and the like); a compiled "
-            "step would use the first data for ever"
-        )
-    return CapturedStep(recorder.graph, lifted, leaves, seeds, numbers, outputs, gradients)
+    def run_part(self, part: Part, gradients: Any) -> Any:
+        """Replays what a piece of backward's Python has asked torch for, on the gradients that it is given now."""
+        self.fakes.update((slot, gradients[at]) for slot, at in zip(part.given, part.positions, strict=True))
+        for index in part.calls:
+            self._run_entry(index, self._entries[index])
+        values = []
+        for position, leaf in enumerate(part.returned or ()):
+            value = self._resolve(part.end, self._entries[part.end], leaf, position)
+            values.append(self.fake_tensors.fake(value) if isinstance(value, torch.Tensor) else value)
+        return part.piece.returned(values)
+
+    # -- what entries are given ---------------------------------------------------------------------------------
+
+    def _resolve(self, index: int, entry: Entry, leaf: Any, position: int) -> Any:
+        """What stands for a leaf of an entry; a slot or an input that is met first becomes an input of the graph."""
+        if type(leaf) is Slot or type(leaf) is Input:
+            if leaf not in self.fakes:
+                self._lift(index, leaf, position)
+            return self.fakes[leaf]
+        if position in entry.numbers:
+            return self._number(FloatSource(index, position), leaf)
+        return leaf
+
+    def _lift(self, index: int, leaf: Slot | Input, position: int) -> None:
+        if type(leaf) is Slot:
+            assert leaf.value is not None
+            shape, dtype = tuple(leaf.meta.shape), leaf.meta.dtype
+        else:
+            assert type(leaf) is Input
+            shape, dtype = leaf.shape, leaf.dtype
+        self.fakes[leaf] = self.fake_tensors.fake_like(shape, dtype)
+        self.leaves.append((index, position, self._recorder.value_of(self.fakes[leaf])))
+
+    def _seed(self, index: int) -> torch.Tensor:
+        if index not in self._seed_fakes:  # a block that is computed again draws the same
+            self._seed_fakes[index] = self.fake_tensors.fake_like((), torch.int64)
+            self.seeds.append((index, self._recorder.value_of(self._seed_fakes[index])))
+        return self._seed_fakes[index]
+
+    def _number(self, source: FloatSource, value: float) -> TracedFloat:
+        fake = self.fake_tensors.fake_like((), torch.float64)
+        self.numbers.append((source, self._recorder.value_of(fake)))
+        return TracedFloat(value, fake, source)
+
+    def _hyperparameter(self, index: int, optimizer: weakref.ref, path: tuple, value: float) -> TracedFloat:
+        return self._number(FloatSource(index, path, optimizer), value)
+
+    def _piece_of(self, index: int, entry: Entry) -> "_Captured | None":
+        if entry.piece is None:
+            return None
+        return self.pieces.setdefault(id(entry.piece), _Captured(index, self.run_part, self._order))
 
 
 class _Captured(ReplayedPiece):

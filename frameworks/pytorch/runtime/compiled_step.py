@@ -27,7 +27,7 @@ from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
 from trainingcompiler.frameworks.pytorch.verify.sentinel import Sentinel
-from trainingcompiler.reporting.events import StageReached, emit
+from trainingcompiler.reporting import dump
 from trainingcompiler.reporting.statistics import current as statistics
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ class CompiledStep:
         def after(one: str) -> str:
             return str(dict(run_passes(graph, self.plan.values.returned, platform))[one])
 
-        emit(StageReached(program=name, stage="tape", text=lambda: "\n".join(map(str, entries))))
-        emit(StageReached(program=name, stage="graph", text=lambda: str(graph)))
+        dump.stage(name, "tape", lambda: "\n".join(map(str, entries)))
+        dump.stage(name, "graph", lambda: str(graph))
         for one in ("live", *(each.name for each in PASSES if each.platform in ("", platform))):
-            emit(StageReached(program=name, stage=f"graph after {one}", text=functools.partial(after, one)))
+            dump.stage(name, f"graph after {one}", functools.partial(after, one))
 
     def compile(self, prefetcher: StatePrefetcher) -> None:
         """Compiles the program for this process's devices, while `prefetcher` moves the state."""
