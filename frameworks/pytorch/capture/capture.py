@@ -168,6 +168,7 @@ class _Capture:
             }
             lifted, gradients = _state(self.fake_tensors)
         self.fakes.clear()
+        self.pieces.clear()  # they know this object
         self.fake_tensors.let_go()
         if recorder.missing is not None:
             raise recorder.missing
