@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import assert_same_training
+from parity import train as train_once
 from small import batches, made, mlp, train_on
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -335,7 +336,48 @@ def test_a_hook_on_the_node_that_accumulates_a_gradient_runs(node_of):
     make = made(mlp, torch.optim.SGD, lr=0.1)
     run = assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
     assert run.observed[-1] > 0
-    assert "the script holds the node" in str(run.fallbacks()[0])
+    assert "accumulates a parameter's gradient has a hook" in str(run.fallbacks()[0])
+
+
+@pytest.mark.parametrize("begins", [0, 3, 8, 14])
+def test_a_hook_on_a_node_that_came_while_torch_ran_the_steps_runs(begins):
+    """The default engine lets torch and the program take turns; what is asked of torch meanwhile is not seen."""
+    calls = []
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, losses, held = objects["model"], objects["optimizer"], [], []
+        for step, (x, y) in enumerate(data):
+            if step == begins:
+                for parameter in model.parameters():
+                    kept, node = of_a_view(parameter)
+                    node.register_hook(lambda *_: calls.append(1))
+                    held.append(kept)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)  # with their graphs, which hold nodes as well
+        return [*(loss.item() for loss in losses), len(calls)]
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    eager = train_once(make, loop, batches(24), compiled=False)
+    auto = train_once(make, loop, batches(24), compiled=True, engine="auto")
+    assert auto.observed[-1] == eager.observed[-1] > 0
+
+
+def test_graphs_that_are_kept_are_no_hooks():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            losses.append(F.cross_entropy(objects["model"](x), y))
+            losses[-1].backward()
+            objects["optimizer"].step()
+        return [loss.item() for loss in losses]
+
+    run = assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(6), dtypes=FLOAT64)
+    assert run.statistics.eager_steps == 0
 
 
 def test_a_look_at_the_graph_holds_nothing():

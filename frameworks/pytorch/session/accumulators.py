@@ -1,10 +1,12 @@
 """The nodes of autograd's graph that accumulate the gradients of parameters, which a script may have hooked.
 
 `p.expand_as(p).grad_fn.next_functions[0][0].register_hook(...)` is how data parallelism was written before
-`register_post_accumulate_grad_hook`. Neither the parameter nor Python knows of such a hook. It lives as long as the
-node, so it is enough to know whether a node that the script has reached is still there.
+`register_post_accumulate_grad_hook`. The parameter knows nothing of such a hook. It lives as long as the node, so nodes
+that the script has reached are asked for hooks while they are there. What it reached while torch ran the steps, unseen,
+is found when recording begins again.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +18,15 @@ _REACHED = "trainingcompiler: reached by the script"
 
 
 class Accumulators:
-    """Which parameters' nodes the script holds."""
+    """Which parameters' nodes may have hooks."""
 
     def __init__(self) -> None:
         self._reached = WeakIdKeyDictionary()
+        self._looked_at = WeakIdKeyDictionary()  # since recording has begun
+
+    def begin(self) -> None:
+        """Recording begins: what the script has done before was not seen."""
+        self._looked_at.clear()
 
     def reach(self, node: Any) -> None:
         """Notes what can be reached from a tensor's `grad_fn`, which the script has asked for."""
@@ -34,13 +41,28 @@ class Accumulators:
                     found.add(follower)
                     waiting.append(follower)
 
-    def are_held(self, leaf: torch.Tensor) -> bool:
-        """Whether the script has reached the node that accumulates a leaf's gradient, and the node is still there."""
-        if leaf not in self._reached:
+    def are_hooked(self, leaf: torch.Tensor) -> bool:
+        """Whether the node that accumulates a leaf's gradient has hooks."""
+        if leaf not in self._looked_at:
+            self._looked_at[leaf] = self._reached[leaf] = True
+            _node(leaf).metadata[_REACHED] = True
+        elif leaf not in self._reached:
             return False
-        with passthrough():
-            node: Any = torch.autograd.graph.get_gradient_edge(leaf).node  # torch says that `metadata` is a method
-        is_held = _REACHED in node.metadata
-        if not is_held:
+        node = _node(leaf)
+        if _REACHED not in node.metadata:  # nobody holds it: this one is new
             del self._reached[leaf]
-        return is_held
+            return False
+        return _has_hooks(node.register_hook) or _has_hooks(node.register_prehook)
+
+
+def _node(leaf: torch.Tensor) -> Any:
+    with passthrough():
+        return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def _has_hooks(register: Callable) -> bool:
+    """Whether a node has hooks: torch shows them to nobody but the handle of one more."""
+    handle = register(lambda *_: None)
+    count = len(handle.hooks_dict_ref())
+    handle.remove()
+    return count > 1

@@ -397,9 +397,9 @@ class BackwardPython:
             is_torchs = session.workers is not None or any(map(_is_of_torch, hooks))
             if leaf._post_accumulate_grad_hooks or (hooks and is_torchs):
                 raise CaptureError("a parameter has a gradient hook", user_line())
-            if session.accumulators.are_held(leaf):
-                reason = "the script holds the node of autograd's graph that accumulates a parameter's gradient"
-                raise CaptureError(f"{reason}, which may have hooks", user_line())
+            if session.accumulators.are_hooked(leaf):
+                reason = "the node of autograd's graph that accumulates a parameter's gradient has a hook"
+                raise CaptureError(reason, user_line())
             if hooks:
                 piece = LeafHooks(hooks)
                 session.record_piece(leaf_hooked, (leaf,), piece)

@@ -100,6 +100,8 @@ class Session(Looks):
             self._set_deferring(False)
 
     def _set_deferring(self, value: bool) -> None:
+        if value and not self.mode.is_up:
+            self.accumulators.begin()
         self._deferring = value
         if value and not self.is_closed:
             self.mode.go_up()
