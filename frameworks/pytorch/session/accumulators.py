@@ -6,6 +6,8 @@ that the script has reached are asked for hooks while they are there. What it re
 is found when recording begins again.
 """
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ class Accumulators:
 
     def __init__(self) -> None:
         self._reached = WeakIdKeyDictionary()
-        self._looked_at = WeakIdKeyDictionary()  # since recording has begun
+        self._looked_at: dict[int, weakref.ref] = {}  # since recording has begun, by identity: asked at every step
 
     def begin(self) -> None:
         """Recording begins: what the script has done before was not seen."""
@@ -43,16 +45,22 @@ class Accumulators:
 
     def are_hooked(self, leaf: torch.Tensor) -> bool:
         """Whether the node that accumulates a leaf's gradient has hooks."""
-        if leaf not in self._looked_at:
-            self._looked_at[leaf] = self._reached[leaf] = True
+        known = self._looked_at.get(id(leaf))
+        if known is None or known() is not leaf:
+            self._looked_at[id(leaf)] = weakref.ref(leaf, functools.partial(self._forget, id(leaf)))
+            self._reached[leaf] = True
             _node(leaf).metadata[_REACHED] = True
-        elif leaf not in self._reached:
+        elif not len(self._reached) or leaf not in self._reached:
             return False
         node = _node(leaf)
         if _REACHED not in node.metadata:  # nobody holds it: this one is new
             del self._reached[leaf]
             return False
         return _has_hooks(node.register_hook) or _has_hooks(node.register_prehook)
+
+    def _forget(self, key: int, reference: weakref.ref) -> None:
+        if self._looked_at.get(key) is reference:
+            del self._looked_at[key]
 
 
 def _node(leaf: torch.Tensor) -> Any:
