@@ -73,6 +73,18 @@ def test_imports_are_found_wherever_they_stand():
     assert found == {"a.b", "c", "c.d", "x.y", "x.y.e", "x.g", "x.g.h"}
 
 
+def test_what_is_imported_from_this_repository_is_there():
+    # Parallel workers report a test file that cannot be imported only after everything else has run.
+    missing, here = [], {"tests", "benchmarks", "examples", *ROOMS}
+    for path in (path for path in committed() if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in here:
+                module = ROOT / node.module.replace(".", "/")
+                if not (module.is_dir() or module.with_suffix(".py").is_file()):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}")
+    assert not missing
+
+
 def test_core_imports_no_framework():
     wrong = [(path, name) for path, name in imports_of("trainingcompiler") if name.split(".")[0] in FRAMEWORKS]
     assert not wrong

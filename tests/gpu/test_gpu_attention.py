@@ -7,7 +7,7 @@ meaning of masks and scales.
 import numpy as np
 import pytest
 import torch
-from tests.pytorch.lower.harness import to_numpy
+from tests.pytorch.operators.harness import to_numpy
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, attention

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_lowering_matches, assert_program_matches, check_operator
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 # Both sides sum in float32 in their own order, and torch's kernel takes its exponentials from a polynomial.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_lowering_matches, check_operators
+from tests.pytorch.operators.harness import assert_lowering_matches, check_operators
 
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 

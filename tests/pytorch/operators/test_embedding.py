@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_lowering_matches, assert_program_matches, check_operator
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 from torch import nn
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import Call, compare
+from tests.pytorch.operators.harness import Call, compare
 
 
 def lists(count):

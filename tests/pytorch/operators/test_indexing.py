@@ -3,7 +3,7 @@
 import jax
 import pytest
 import torch
-from tests.pytorch.lower.harness import (
+from tests.pytorch.operators.harness import (
     assert_lowering_matches,
     assert_program_matches,
     check_operator,

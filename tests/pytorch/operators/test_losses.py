@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_program_matches, check_operator
+from tests.pytorch.operators.harness import assert_program_matches, check_operator
 
 LOSSES = (
     "nll_loss",

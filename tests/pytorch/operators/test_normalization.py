@@ -3,7 +3,7 @@
 import jax
 import pytest
 import torch
-from tests.pytorch.lower.harness import (
+from tests.pytorch.operators.harness import (
     TOLERANCES,
     FunctionalRecorder,
     assert_lowering_matches,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tests.pytorch.lower.harness import to_numpy, to_torch
+from tests.pytorch.operators.harness import to_numpy, to_torch
 
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_lowering_matches, assert_program_matches, check_operators
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operators
 
 ARITHMETIC = """
     __radd__ __rdiv__ __rmod__ __rmul__ __rsub__ add clamp clamp_max clamp_min div:floor_rounding div:no_rounding_mode

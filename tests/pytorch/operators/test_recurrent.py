@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import FunctionalRecorder, assert_program_matches
+from tests.pytorch.operators.harness import FunctionalRecorder, assert_program_matches
 from torch import nn
 from torch.overrides import TorchFunctionMode
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_lowering_matches, assert_program_matches, check_operators
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operators
 
 REDUCTIONS = """
     sum nansum mean nanmean prod amax amin aminmax argmax argmin any all count_nonzero max:reduction_no_dim

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.pytorch.lower.harness import assert_program_matches, check_operator
+from tests.pytorch.operators.harness import assert_program_matches, check_operator
 
 MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "bicubic", "area")
 interpolate = torch.nn.functional.interpolate
