@@ -7,9 +7,9 @@ meaning of masks and scales.
 import numpy as np
 import pytest
 import torch
-from tests.pytorch.operators.harness import to_numpy
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from tests.pytorch.operators.harness import to_numpy
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS, attention
 from trainingcompiler.targets.target import Target, compiling_for
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 from torch.nn.functional import scaled_dot_product_attention as attend
+
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 
 # Both sides sum in float32 in their own order, and torch's kernel takes its exponentials from a polynomial.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

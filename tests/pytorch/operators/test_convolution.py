@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import Call, check_operator, compare
 
 CONVOLUTIONS = [f"nn.functional.conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)]

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 import torch
-from tests.pytorch.operators.harness import assert_lowering_matches, check_operators
 
+from tests.pytorch.operators.harness import assert_lowering_matches, check_operators
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
 FILLED = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor zero_"

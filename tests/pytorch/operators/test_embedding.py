@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 from torch import nn
+
+from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operator
 
 
 @pytest.mark.parametrize("name", ["nn.functional.embedding", "nn.functional.embedding_bag"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import Call, compare
 
 

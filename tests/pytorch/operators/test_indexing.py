@@ -3,6 +3,7 @@
 import jax
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import (
     assert_lowering_matches,
     assert_program_matches,
@@ -11,7 +12,6 @@ from tests.pytorch.operators.harness import (
     to_numpy,
     to_torch,
 )
-
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
 POSITIONS = """

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from jax import lax
-from tests.pytorch.operators.harness import assert_lowering_matches, check_operator
 
+from tests.pytorch.operators.harness import assert_lowering_matches, check_operator
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 from trainingcompiler.frameworks.pytorch.operators.matmul import matmul_precision
 

@@ -3,6 +3,8 @@
 import jax
 import pytest
 import torch
+from torch import nn
+
 from tests.pytorch.operators.harness import (
     TOLERANCES,
     FunctionalRecorder,
@@ -13,8 +15,6 @@ from tests.pytorch.operators.harness import (
     to_numpy,
     to_torch,
 )
-from torch import nn
-
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
 

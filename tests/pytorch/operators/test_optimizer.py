@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tests.pytorch.operators.harness import to_numpy, to_torch
 
+from tests.pytorch.operators.harness import to_numpy, to_torch
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
 STEPS = 3

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import assert_lowering_matches, assert_program_matches, check_operators
 
 ARITHMETIC = """

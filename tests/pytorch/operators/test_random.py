@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tests.pytorch.operators.harness import assert_lowering_matches, to_numpy
 
+from tests.pytorch.operators.harness import assert_lowering_matches, to_numpy
 from trainingcompiler.frameworks.pytorch.operators import RANDOM_LOWERINGS
 from trainingcompiler.frameworks.pytorch.operators.random import node_key
 

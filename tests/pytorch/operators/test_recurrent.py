@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.pytorch.operators.harness import FunctionalRecorder, assert_program_matches
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tests.pytorch.operators.harness import FunctionalRecorder, assert_program_matches
 from trainingcompiler.frameworks.pytorch.ops import recurrent
 from trainingcompiler.frameworks.pytorch.ops.rnn_cells import CELLS
 

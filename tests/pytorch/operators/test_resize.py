@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import assert_program_matches, check_operator
 
 MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "bicubic", "area")

@@ -3,13 +3,13 @@
 import jax
 import pytest
 import torch
+
 from tests.pytorch.operators.harness import (
     assert_lowering_matches,
     assert_program_matches,
     assert_view_inverse_matches,
     check_operators,
 )
-
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 
 SHAPES = """
