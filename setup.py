@@ -18,6 +18,7 @@ EXTRAS = {
         "hypothesis",
         "kubernetes-validate",
         "lightning",
+        "lizard",
         "matplotlib",
         "mypy",
         "peft",

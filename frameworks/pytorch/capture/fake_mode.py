@@ -207,6 +207,7 @@ class FakeTensors(TorchFunctionMode):
             ) from None
 
     def _with_numbers(self, func, name, args, kwargs, numbers):
+        """A call with traced numbers among its arguments, in calls that take tensors in their places."""
         if name.startswith("_foreach_"):
             return self._foreach(func, name, args, kwargs, numbers)
         in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
@@ -216,20 +217,19 @@ class FakeTensors(TorchFunctionMode):
         first = next(argument for argument in args if isinstance(argument, torch.Tensor))
         if plain.startswith("clamp"):
             return self._clamped(plain, in_place, *args, **kwargs)
-        alpha = kwargs.pop("alpha", None)
-        value = kwargs.pop("value", None)
-        if alpha is not None:
-            args = (args[0], args[1] * alpha if not isinstance(alpha, TracedFloat) else self._scaled(args[1], alpha))
-        if value is not None and plain in ("addcdiv", "addcmul"):
+        if kwargs.get("value") is not None and plain in ("addcdiv", "addcmul"):
             product = args[1] / args[2] if plain == "addcdiv" else args[1] * args[2]
-            func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], self._scaled(product, value))
-        elif value is not None:
-            kwargs["value"] = value
-        args = tuple(a.tensor if isinstance(a, TracedFloat) else a for a in args)
-        kwargs = {key: a.tensor if isinstance(a, TracedFloat) else a for key, a in kwargs.items()}
+            func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], product)
+            kwargs = {"alpha": kwargs["value"]}
+        alpha = kwargs.pop("alpha", None)
+        if alpha is not None:
+            args = (args[0], self._scaled(args[1], alpha))
+        args = tuple(_as_tensor(argument) for argument in args)
+        kwargs = {key: _as_tensor(value) for key, value in kwargs.items()}
         if plain == "lerp":
             args = (*args[:2], args[2].to(first.dtype))
         result = func(*args, **kwargs)
+        # A 0-d tensor in a number's place may widen the result's dtype, which a number never does.
         expected = torch.bool if plain in ("eq", "ne") else torch.result_type(first, 1.0)
         return result if in_place or result.dtype is expected else result.to(expected)
 
@@ -265,7 +265,7 @@ class FakeTensors(TorchFunctionMode):
 
     def _fused(self, func, args, kwargs):
         operator, lists = _FUSED_OPTIMIZERS[func]
-        kwargs = {k: v.tensor if isinstance(v, TracedFloat) else v for k, v in kwargs.items()}
+        kwargs = {key: _as_tensor(value) for key, value in kwargs.items()}
         outputs = [tensor for argument in args[:lists] for tensor in argument]
         self.recorder.emit(operator, args, kwargs, outputs)
 
@@ -330,6 +330,11 @@ def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False,
 
 def _tuple(tensors: Any) -> tuple:
     return () if tensors is None else (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def _as_tensor(argument: Any) -> Any:
+    """A traced number as the 0-d tensor that holds it; anything else as it is."""
+    return argument.tensor if isinstance(argument, TracedFloat) else argument
 
 
 def _numbers(arguments: tuple) -> list[TracedFloat]:

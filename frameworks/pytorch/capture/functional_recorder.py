@@ -127,9 +127,8 @@ class FunctionalRecorder(TorchDispatchMode):
 
     def emit(self, operator: str, args: tuple, kwargs: dict, outputs: list[torch.Tensor | None]) -> None:
         """Records an operator by hand; each output tensor is overwritten with what the operator returns for it."""
-        values = [None if output is None else self._new_value() for output in outputs]
-        metas = [None if output is None else _meta(output) for output in outputs]
-        self._append(operator, self._encode(args), self._encode(kwargs), tuple(values), tuple(metas), casts=True)
+        values, metas = self._results(outputs)
+        self._append(operator, self._encode(args), self._encode(kwargs), values, metas, casts=True)
         for output, value in zip(outputs, values, strict=True):
             if output is not None and value is not None:
                 self._write(output, value)
@@ -153,6 +152,10 @@ class FunctionalRecorder(TorchDispatchMode):
             return self._mutate(func, name, args, kwargs)
         if name not in LOWERINGS and name not in RANDOM_LOWERINGS:
             return self._decompose(func, name, args, kwargs)
+        return self._record_call(func, name, args, kwargs)
+
+    def _record_call(self, func, name, args, kwargs):
+        """Records an operator that has a lowering and writes to nothing, or only to what its schema does not tell."""
         if name in _STRIDED:
             self._check_strided(name, args, kwargs)
         encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
@@ -164,19 +167,21 @@ class FunctionalRecorder(TorchDispatchMode):
         if parent is not None:
             self._record_views(name, parent, args, kwargs, outputs)
             return result
-        values = tuple(None if output is None else self._new_value() for output in outputs)
-        metas = tuple(None if output is None else _meta(output) for output in outputs)
-        hidden = self._hidden_writes(name, args)
-        extra_values = tuple(None if target is None else self._new_value() for target in hidden)
-        extra_metas = tuple(None if target is None else _meta(target) for target in hidden)
-        self._append(name, encoded_args, encoded_kwargs, values + extra_values, metas + extra_metas)
-        for output, value in zip(outputs, values, strict=True):
+        hidden = [args[position] for position in HIDDEN_WRITES.get(name, ())]
+        values, metas = self._results([*outputs, *hidden])
+        self._append(name, encoded_args, encoded_kwargs, values, metas)
+        for output, value in zip(outputs, values, strict=False):
             if output is not None and value is not None:
                 self._adopt(output, value)
-        for target, value in zip(hidden, extra_values, strict=True):
+        for target, value in zip(hidden, values[len(outputs) :], strict=True):
             if target is not None and value is not None:
                 self._write(target, value)
         return result
+
+    def _results(self, tensors: list[torch.Tensor | None]) -> tuple[tuple, tuple]:
+        """New values for an operator's results, and their shapes and dtypes; None for a result that is not there."""
+        values = tuple(None if tensor is None else self._new_value() for tensor in tensors)
+        return values, tuple(None if tensor is None else _meta(tensor) for tensor in tensors)
 
     def _literal(self, func, tensor):
         fake = func(tensor)
@@ -237,8 +242,7 @@ class FunctionalRecorder(TorchDispatchMode):
         returned = result if isinstance(result, tuple) else (result,)
         kinds = [one.alias_info for one in func._schema.returns]
         fresh = [out for kind, one in zip(kinds, returned, strict=False) if kind is None for out in _flatten(one)]
-        values = tuple(self._new_value() for _ in (*fresh, *targets))
-        metas = tuple(_meta(tensor) for tensor in (*fresh, *targets))
+        values, metas = self._results([*fresh, *targets])
         self._append(functional, encoded_args, encoded_kwargs, values, metas, casts=True)
         for output, value in zip(fresh, values, strict=False):
             self._adopt(output, value)
@@ -269,9 +273,6 @@ class FunctionalRecorder(TorchDispatchMode):
         record.path = (*record.path, step)
         record.value = self._emit_view(step, value, _meta(args[0]))
         return result
-
-    def _hidden_writes(self, name: str, args: tuple) -> list[torch.Tensor | None]:
-        return [args[position] for position in HIDDEN_WRITES.get(name, ())]
 
     # -- views and writes ---------------------------------------------------------------------------------------
 

@@ -40,22 +40,8 @@ def traced(
     try:
         for index, group in enumerate(optimizer.param_groups):
             for name, value in group.items():
-                if (_is_number(value) or _is_rate(optimizer, name, value)) and (index, name) not in constants:
-                    group[name] = number((index, name), value)
-                elif type(value) is tuple and any(_is_number(item) for item in value):
-                    group[name] = tuple(
-                        number((index, name, place), item)
-                        if _is_number(item) and (index, name, place) not in constants
-                        else item
-                        for place, item in enumerate(value)
-                    )
-            if _is_fused(optimizer, group):
-                group["fused"], group["foreach"] = True, False
-                continue
-            if "foreach" in group:
-                group["foreach"] = False
-            if "capturable" in group:
-                group["capturable"] = True
+                group[name] = _with_traced(optimizer, (index, name), value, number, constants)
+            _choose_kernel(optimizer, group)
         prepared = [dict(group) for group in optimizer.param_groups]
         with _asking_no_values(optimizer):
             yield
@@ -69,6 +55,36 @@ def traced(
         for group, old in zip(optimizer.param_groups, saved, strict=True):
             group.clear()
             group.update(old)
+
+
+def _with_traced(
+    optimizer: torch.optim.Optimizer,
+    path: tuple,
+    value: Any,
+    number: Callable[[Any, float], float],
+    constants: frozenset,
+) -> Any:
+    """A group's value, its floats replaced by traced numbers, but for zero and for what has to stay a constant."""
+    if (_is_number(value) or _is_rate(optimizer, path[-1], value)) and path not in constants:
+        return number(path, value)
+    if type(value) is not tuple:
+        return value
+    places = [(*path, place) for place in range(len(value))]
+    return tuple(
+        number(place, item) if _is_number(item) and place not in constants else item
+        for place, item in zip(places, value, strict=True)
+    )
+
+
+def _choose_kernel(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Has a group's update be one operator, or else code for single tensors that keeps its step count in a tensor."""
+    if _is_fused(optimizer, group):
+        group["fused"], group["foreach"] = True, False
+        return
+    if "foreach" in group:
+        group["foreach"] = False
+    if "capturable" in group:
+        group["capturable"] = True
 
 
 def _is_fused(optimizer: torch.optim.Optimizer, group: dict) -> bool:

@@ -175,21 +175,19 @@ def plan_step(
     gradients = _plan_gradients(cache.registry, entries, captured, purpose)
     writes_gradients = purpose is Purpose.COMMIT and cache.gradients is not None
     gradient_values = [value for _, value in gradients.stored]
+    # A gradient is an output like any other, but where the program is given memory to write it to.
+    into_memory, as_outputs = (gradient_values, []) if writes_gradients else ([], gradient_values)
     written = _written(captured, gradients, purpose)
     held = written if purpose is Purpose.HOLD else []
     donated = written if purpose is Purpose.COMMIT else []
-    outputs = [
-        *(captured.outputs[slots[index]] for index in exported),
-        *(() if writes_gradients else gradient_values),
-        *(item.new_value for item in held),
-    ]
-    results = [*(item.new_value for item in written), *(gradient_values if writes_gradients else ()), *outputs]
+    outputs = [captured.outputs[slots[index]] for index in exported] + as_outputs + [i.new_value for i in held]
+    results = [*(item.new_value for item in written), *into_memory, *outputs]
     live = captured.graph.live_nodes(results)
     read = _read(captured, live, results, donated)
-    values = _step_values(captured, donated, read, gradient_values if writes_gradients else [], outputs)
+    values = _step_values(captured, donated, read, into_memory, outputs)
     plan = StepPlan(
         name=name,
-        where=next((entry.where for entry in entries if entry.where), None),
+        where=_first_line(entries),
         purpose=purpose,
         steps=any(entry.optimizers for entry in entries),
         graph=captured.graph,
@@ -215,6 +213,10 @@ def plan_step(
     if results:
         plan.program = _program(cache, entries, captured, slots, plan)
     return plan
+
+
+def _first_line(entries: list[Entry]) -> str | None:
+    return next((entry.where for entry in entries if entry.where), None)
 
 
 def _stepped(entries: list[Entry]) -> list[torch.optim.Optimizer]:

@@ -8,6 +8,8 @@ https://arxiv.org/abs/1604.06174; FlashAttention, Dao et al. 2022, https://arxiv
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -65,67 +67,90 @@ class _Block:
         """The block of a softmax; None if it is no attention's, or no backward reads it."""
         size = _size(softmax)
         start = next(index for index, node in enumerate(nodes) if node is softmax)
-        makers = {output: node for node in nodes[:start] for output in node.outputs}
-        inside = {id(softmax)}
-        pending = [softmax]
-        while pending:  # up, to the product of queries and keys
-            node = pending.pop()
-            if node.operator in _PRODUCTS:
-                continue
-            for number in references(node):
-                maker = makers.get(number)
-                if maker is not None and _size(maker) == size and id(maker) not in inside:
-                    inside.add(id(maker))
-                    pending.append(maker)
+        inside = _up_to_the_keys(softmax, nodes[:start])
         if not any(id(node) in inside and node.operator in _PRODUCTS for node in nodes[:start]):
             return None
-        known = {output for node in nodes if id(node) in inside for output in node.outputs}
-        for index in range(start + 1, len(nodes)):  # down, to the product with the values
-            node = nodes[index]
-            if not known & set(references(node)):
-                if _is_random(node, size):  # the dropout's mask, which reads no more than a shape
-                    inside.add(id(node))
-                    known |= set(node.outputs)
-                continue
-            if node.operator in _PRODUCTS and _size(node) != size:
-                first = [made for made in nodes[:index] if id(made) in inside and made.operator in _PRODUCTS]
-                if size < sum(_inputs_of([*first, node], nodes[:index], known)):
-                    return None  # a short sequence: what the scores are computed from takes as much as they do
-                inside |= _cheap_behind([*first, node], nodes[:index], known)
-                return cls(tuple(node for node in nodes[:index] if id(node) in inside), frozenset(known), index)
-            if node.operator == _SOFTMAX_BACKWARD or _size(node) != size:
-                return None
-            inside.add(id(node))
-            known |= set(node.outputs)
-        return None
+        end = _down_to_the_values(size, start, nodes, inside)
+        if end is None:
+            return None
+        scores = frozenset(output for node in nodes[:end] if id(node) in inside for output in node.outputs)
+        products = [node for node in nodes[:end] if id(node) in inside and node.operator in _PRODUCTS]
+        products.append(nodes[end])
+        if size < sum(_inputs_of(products, nodes[:end], scores)):
+            return None  # a short sequence: what the scores are computed from takes as much as they do
+        inside |= _cheap_behind(products, nodes[:end], scores)
+        return cls(tuple(node for node in nodes[:end] if id(node) in inside), scores, end)
 
     def computed_again(self, nodes: list[Node]) -> list[Node]:
         """The nodes, with the block a second time before the first node behind its end that reads it."""
-        made = {output for node in self.members for output in node.outputs if output is not None}
+        made = {output for node in self.members for output in _values(node)}
         first = next((i for i in range(self.end + 1, len(nodes)) if self.scores & set(references(nodes[i]))), None)
         if first is None:
             return nodes
-        fresh = max(output for node in nodes for output in node.outputs if output is not None) + 1
+        fresh = itertools.count(max(output for node in nodes for output in _values(node)) + 1)
         # The gradient is what comes right before: the copy may not begin without it, or it would be made in forward.
-        gradient = next((output for output in nodes[first - 1].outputs if output is not None), None)
+        gradient = next(_values(nodes[first - 1]), None)
         outside = {number for node in self.members for number in references(node) if number not in made}
         waits = [*sorted(outside), *([gradient] if gradient is not None and gradient not in made else [])]
-        behind = {number: fresh + place for place, number in enumerate(waits)}
-        fresh += len(waits)
+        behind = dict(zip(waits, fresh, strict=False))
         barrier = Node(
             BARRIER, tuple(map(Ref, waits)), {"since": _NOTHING_BEFORE}, tuple(behind.values()), (None,) * len(waits)
         )
-        names = {number: behind[number] for number in outside}
-        copies = []
-        for node in self.members:
-            outputs = tuple(None if output is None else fresh + place for place, output in enumerate(node.outputs))
-            fresh += len(outputs)
-            copies.append(dataclasses.replace(_renamed(node, names), outputs=outputs))
-            names |= {old: new for old, new in zip(node.outputs, outputs, strict=True) if old is not None}
+        copies, names = _copied(self.members, {number: behind[number] for number in outside}, fresh)
         later = {old: new for old, new in names.items() if old in made}
         if gradient in behind:
             later[gradient] = behind[gradient]
         return [*nodes[:first], barrier, *copies, *(_renamed(node, later) for node in nodes[first:])]
+
+
+def _up_to_the_keys(softmax: Node, before: list[Node]) -> set[int]:
+    """The ids of the nodes as large as a softmax that it is computed from, up to the product of queries and keys."""
+    makers = {output: node for node in before for output in node.outputs}
+    inside, pending = {id(softmax)}, [softmax]
+    while pending:
+        node = pending.pop()
+        if node.operator in _PRODUCTS:
+            continue
+        for number in references(node):
+            maker = makers.get(number)
+            if maker is not None and _size(maker) == _size(softmax) and id(maker) not in inside:
+                inside.add(id(maker))
+                pending.append(maker)
+    return inside
+
+
+def _down_to_the_values(size: int, start: int, nodes: list[Node], inside: set[int]) -> int | None:
+    """The index of the product with the values; None where something else reads the scores first.
+
+    Args:
+        size: Elements of the scores.
+        start: The index of the softmax.
+        nodes: All nodes.
+        inside: The ids of the block's nodes, to which those on the way down are added.
+    """
+    known = {output for node in nodes if id(node) in inside for output in node.outputs}
+    for index in range(start + 1, len(nodes)):
+        node = nodes[index]
+        if known & set(references(node)):
+            if node.operator in _PRODUCTS and _size(node) != size:
+                return index
+            if node.operator == _SOFTMAX_BACKWARD or _size(node) != size:
+                return None
+        elif not _is_random(node, size):  # the dropout's mask reads no more than a shape
+            continue
+        inside.add(id(node))
+        known |= set(node.outputs)
+    return None
+
+
+def _copied(members: Sequence[Node], names: dict[int, int], fresh: Iterator[int]) -> tuple[list[Node], dict[int, int]]:
+    """Nodes that compute the same once more, of the values in `names`, and all names with those of their results."""
+    copies, names = [], dict(names)
+    for node in members:
+        outputs = tuple(None if output is None else next(fresh) for output in node.outputs)
+        copies.append(dataclasses.replace(_renamed(node, names), outputs=outputs))
+        names |= {old: new for old, new in zip(node.outputs, outputs, strict=True) if old is not None}
+    return copies, names
 
 
 def _inputs_of(products: list[Node], before: list[Node], known: set[int]) -> list[int]:
@@ -152,6 +177,11 @@ def _size(node: Node) -> int:
     """Elements of a node's first result."""
     meta = next((meta for meta in node.metas if meta is not None), None)
     return prod(meta[0]) if meta is not None and len(meta[0]) > 2 else 0
+
+
+def _values(node: Node) -> Iterator[int]:
+    """The numbers of the results that a node has."""
+    return (output for output in node.outputs if output is not None)
 
 
 def _is_random(node: Node, size: int) -> bool:
