@@ -54,13 +54,19 @@ def test_autocast(forward, make):
 
 
 def assert_same_within_noise(make, loop, max_compiles):
-    """Compares with eager; the twin sums over a batch in reverse, which is the noise of bfloat16 gradients."""
+    """Compares with eager; twins sum over a batch in other orders, which is the noise of bfloat16 gradients.
+
+    One order is not enough: how far a bias of four numbers is from itself differs by three times between orders.
+    """
     data = batches()
     eager = train(make, loop, data, compiled=False)
-    twin = train(make, loop, [(x.flip(0), y.flip(0)) for x, y in data], compiled=False)
+    twins = []
+    for seed in range(4):
+        order = torch.randperm(len(data[0][0]), generator=torch.Generator().manual_seed(seed))
+        twins.append(train(make, loop, [(x[order], y[order]) for x, y in data], compiled=False))
     run = train(make, loop, data, compiled=True)
     assert not run.fallbacks() and run.statistics.compiles <= max_compiles
-    assert_same(eager, run, twin)
+    assert_same(eager, run, twins)
 
 
 def test_autocast_with_accumulation_and_evaluation():
