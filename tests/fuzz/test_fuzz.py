@@ -64,9 +64,9 @@ def run(source: str, *, compiled: bool, engine: str = "xla") -> Run:
 def compare(loop: Loop) -> Run | None:
     """Asserts that a loop trains what eager trains, and returns the compiled run, if there is one.
 
-    In float64; where the difference is larger than 1e-7, against the noise of eager itself: a twin whose rows are summed
-    in another order. One twin is one sample of it; where a gradient is nothing but rounding, and Adagrad divides it by
-    its own size, three more are taken.
+    In float64; where the difference is above 1e-7, against the noise of eager itself: a twin whose rows are summed in
+    another order. One twin is one sample of it; where a gradient is nothing but rounding, and Adagrad divides it by its
+    own size, three more are taken.
     A loop that eager refuses (`clip_grad_value_` where nothing has a gradient) is refused with the same words.
     """
     try:
