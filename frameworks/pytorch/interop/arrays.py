@@ -35,10 +35,12 @@ def gpu_array(tensor: torch.Tensor) -> jax.Array:
         return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 
 
-def tensor_of(array: jax.Array, device: torch.device = CPU) -> torch.Tensor:
+def tensor_of(array: np.ndarray | jax.Array, device: torch.device = CPU) -> torch.Tensor:
     """A torch tensor over the array's memory; the tensor keeps the memory alive. It must not be written to if the
     array is used again. What several devices hold is gathered, and what is on another device than torch is to have it
     on is copied, into memory of its own."""
+    if isinstance(array, np.ndarray):
+        return _from_host(array).to(device)
     if len(array.sharding.device_set) > 1:
         array = array.addressable_data(0) if array.is_fully_replicated else _gathered(array)
     if device.type == "cpu" and not _is_on_cpu(array):

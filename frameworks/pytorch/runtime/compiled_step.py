@@ -130,8 +130,7 @@ class CompiledStep:
         with self._sentinel.watching(self._executable, state, inputs) as watch:
             new_state, outputs = self._launch(state, inputs)
             # From here on the old state is gone: nothing may come between this and the end of the section.
-            for tensor, array in zip(written, new_state, strict=True):
-                tensor.update(array)
+            self.cache.state.update(written, new_state)
             outputs = self._checked(inputs, new_state, outputs)
             watch.ran(written[: len(donated)], new_state, outputs)
         if self._inspected is not None:
@@ -144,26 +143,27 @@ class CompiledStep:
     ) -> tuple[list[Any], tuple, list[Any]]:
         """What the program is called with: the shared tensors that it writes, their arrays, and its inputs."""
         assert self._executable is not None
-        plan, shared = self.plan, self.cache.state.of
-        donated = list(map(shared, tensors[: len(plan.donated)]))
-        read = list(map(shared, tensors[len(plan.donated) : len(plan.donated) + len(plan.read)]))
+        plan, registry, donated_count = self.plan, self.cache.state, len(self.plan.donated)
+        shared = registry.all_of(tensors[: donated_count + len(plan.read)])
+        donated, read = shared[:donated_count], shared[donated_count:]
         of_state = self._executable.state_shardings or itertools.repeat(None)
         of_read = self._executable.input_shardings or itertools.repeat(None)
         if self.cache.sharded_state is not None:
             pairs = itertools.chain(zip(donated, of_state, strict=False), zip(read, of_read, strict=False))
             self._come_together(self.cache.sharded_state, list(pairs))
-        memory = list(map(shared, gradients))
-        state = tuple(one.array(where, written=True) for one, where in zip(donated, of_state, strict=False))
-        state += tuple(one.array(None, written=True) for one in memory)
-        inputs: list[Any] = [one.array(where) for one, where in zip(read, of_read, strict=False)]
-        if any(one.stays for one in (*donated, *read)):
+        memory = registry.all_of(gradients)
+        state = registry.arrays(donated, of_state, written=True)
+        state += registry.arrays(memory, itertools.repeat(None), written=True)
+        inputs: list[Any] = list(registry.arrays(read, of_read, written=False))
+        if any(one.stays for one in shared):
             self._check_apart(tensors)
+        on_host = self.cache.target.is_one_cpu
         for entry, place in plan.leaves:
             leaf = entries[entry].leaves[place]
-            inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value))
+            inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value, on_host))
         inputs.append(np.array([entries[entry].seed for entry in plan.seeds], np.int64))
         inputs.append(np.array([number_of(entries, source) for source in plan.numbers], np.float64))
-        return [*donated, *memory], state, inputs
+        return [*donated, *memory], tuple(state), inputs
 
     def _launch(self, state: tuple, inputs: list[Any]) -> tuple[tuple, tuple]:
         """Calls the executable. On a CPU its results are there afterwards; else they may be computing still."""

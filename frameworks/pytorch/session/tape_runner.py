@@ -352,7 +352,7 @@ class TapeRunner:
         old: Any = entry.call
         for position, leaf in enumerate(entry.leaves):
             if type(leaf) is Slot and leaf.committed:
-                leaf = entry.leaves[position] = _as_input(leaf)
+                leaf = entry.leaves[position] = self._as_input(leaf)
                 kinds.append(("input", leaf.shape, leaf.dtype, leaf.device))
             elif type(leaf) is Slot:
                 kinds.append(("slot", leaf.number))
@@ -442,6 +442,12 @@ class TapeRunner:
             self._has_backward, self._called_since_backward = has_backward, called
         return fixed
 
+    def _as_input(self, slot: Slot) -> Input:
+        """A slot whose entries have left the tape, as the value it is."""
+        assert slot.value is not None
+        array = input_array(slot.value, self.programs.target.is_one_cpu)
+        return Input(array, tuple(slot.value.shape), slot.value.dtype, device=slot.device)
+
 
 def materialize(slot: Slot) -> None:
     """Makes the deferred tensor that the loop holds of a slot the real one: every library can look at it then."""
@@ -457,12 +463,6 @@ def materialize(slot: Slot) -> None:
         slot.wrapper = weakref.ref(wrapper)
         return
     slot.value = wrapper
-
-
-def _as_input(slot: Slot) -> Input:
-    """A slot whose entries have left the tape, as the value it is."""
-    assert slot.value is not None
-    return Input(input_array(slot.value), tuple(slot.value.shape), slot.value.dtype, device=slot.device)
 
 
 def _unusable(error: Exception) -> CaptureError:

@@ -243,7 +243,7 @@ class TapeWriter(TapeRunner):
 
     def _input(self, tensor: torch.Tensor, device: torch.device) -> tuple[Input, tuple]:
         shape = tuple(tensor.shape)
-        encoded = Input(input_array(tensor), shape, tensor.dtype, device=device)
+        encoded = Input(input_array(tensor, self.programs.target.is_one_cpu), shape, tensor.dtype, device=device)
         return encoded, ("input", shape, tensor.dtype, device)
 
     def _shape_of(self, entry: Entry, gradients_exist: bool) -> CallShape:

@@ -5,10 +5,11 @@ addresses. Any read, edit, `state_dict()` or `deepcopy` in torch therefore works
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from jax.sharding import Sharding
 
@@ -159,6 +160,10 @@ class StateRegistry:
         self._make = make or kind
         self._shared: dict[int, Any] = {}
 
+    def all_of(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """The ones of many tensors."""
+        return [self.of(tensor) for tensor in tensors]
+
     def of(self, tensor: torch.Tensor) -> Any:
         """The one of a tensor, made on first use."""
         found = self._shared.get(id(tensor))
@@ -166,6 +171,15 @@ class StateRegistry:
             found = self._make(tensor)
             self._register(tensor, found)
         return found
+
+    def arrays(self, shared: Sequence[Any], shardings: Iterable[Sharding | None], written: bool) -> list[jax.Array]:
+        """What a step is given of shared tensors; see `SharedTensor.array`."""
+        return [one.array(where, written) for one, where in zip(shared, shardings, strict=False)]
+
+    def update(self, shared: Sequence[Any], arrays: Sequence[jax.Array]) -> None:
+        """Takes over what a step has made of their arrays."""
+        for one, array in zip(shared, arrays, strict=True):
+            one.update(array)
 
     def tensor_for(self, array: jax.Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A new tensor over an array that a step has returned."""
@@ -183,11 +197,17 @@ class StateRegistry:
             del self._shared[key]
 
 
-def input_array(tensor: torch.Tensor) -> jax.Array:
-    """A snapshot of a tensor's values."""
+def input_array(tensor: torch.Tensor, on_host: bool) -> np.ndarray | jax.Array:
+    """A snapshot of a tensor's values, which a program is given as they are.
+
+    Args:
+        tensor: Any.
+        on_host: Whether programs read the host's memory: a NumPy array is made in 1 us, one of JAX's in 100.
+    """
     if tensor.device.type != "cpu":
         return gpu_array(tensor.detach().clone(memory_format=torch.contiguous_format))
-    return snapshot(numpy_view(tensor))
+    values = numpy_view(tensor)
+    return np.array(values, order="C", copy=True) if on_host else snapshot(values)
 
 
 def set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:
