@@ -1,6 +1,7 @@
 """What makes a loop compile again, and what must not: changing numbers, shapes, and the line that explains it."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -122,3 +123,36 @@ def test_beyond_the_bound_new_shapes_run_eagerly_and_known_ones_stay_compiled(si
     assert {fallback.reason for fallback in run.fallbacks()} == {
         "this loop has been compiled 2 times; other shapes or constants are not compiled"
     }
+
+
+def test_models_trained_one_after_another_share_a_program():
+    def loop(objects, data):
+        losses = []
+        for seed in range(program_cache._MOST_PROGRAMS + 8):  # a search, a cross-validation
+            torch.manual_seed(seed)
+            model = mlp()
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2 / (seed + 1))
+            losses += train_on(model, optimizer, data)
+            objects["last"] = model
+        return losses
+
+    run = assert_same_training(dict, loop, batches(12))
+    assert run.statistics.compiles == 1 and run.statistics.eager_steps <= 1
+
+
+def test_models_of_few_steps_are_not_captured_forever(monkeypatch):
+    monkeypatch.setattr(program_cache, "_MOST_PROGRAMS", 4)
+
+    def loop(objects, data):
+        losses = []
+        for seed in range(30):
+            torch.manual_seed(seed)
+            model = mlp()
+            losses += train_on(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
+            objects["last"] = model
+        return losses
+
+    run = assert_same_training(dict, loop, batches(3), may_fall_back=True)
+    assert run.statistics.compiles == 1
+    captures = {int(re.search(r"has been compiled (\d) times", fallback.reason)[1]) for fallback in run.fallbacks()}
+    assert captures in ({5}, {6})  # four, and another for ten runs

@@ -59,7 +59,7 @@ class MemoryPlan:
         return self.argument_bytes + self.added_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
 class Executable:
     """A compiled program. Calling it donates the state.
 

@@ -76,7 +76,7 @@ class CompiledStep:
             tensors = self.bound() if plan.donated else None
             if tensors is not None:
                 prefetcher.move(tensors[: len(plan.donated)])
-            self._executable = compiler.compile(plan.program, self.cache.target)
+            self._executable = self.cache.executable(plan.program)
             prefetcher.wait()
             self._sentinel.begin(self._executable, self.cache.verify)
 

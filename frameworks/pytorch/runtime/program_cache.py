@@ -1,9 +1,13 @@
 """Every compiled step of a process, kept at the last call of its path."""
 
 import time
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 
+from trainingcompiler.cache.executables import key_of
+from trainingcompiler.compiling import compiler
 from trainingcompiler.compiling.gc_pause import gc_paused
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, capture
@@ -23,12 +27,39 @@ from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor, StateRegistry
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
 from trainingcompiler.parallel import spmd
+from trainingcompiler.program import StepProgram
 from trainingcompiler.reporting.events import Recompiled, emit, phase
 from trainingcompiler.reporting.statistics import current as statistics
 from trainingcompiler.targets.target import Target
 
 GradFlags = dict[int, tuple[torch.Tensor, bool]]
 _MOST_PROGRAMS = 32  # for one loop; beyond, new shapes or constants come too often for compiling them to pay
+_RUNS_PER_CAPTURE = 10  # that pay for one, once a loop has been captured so often
+
+
+@dataclass
+class _Loop:
+    """What has been compiled of one loop: the same calls, whatever the tensors, shapes and constants.
+
+    A search or a cross-validation trains one model after another: each is captured, and all run one executable.
+
+    Attributes:
+        captures: How often it was captured.
+        runs: How often one of its programs has run.
+        digests: Of its programs.
+        shapes: Of the inputs of the newest.
+    """
+
+    captures: int = 0
+    runs: int = 0
+    digests: set[str] = field(default_factory=set)
+    shapes: tuple | None = None
+
+    @property
+    def is_worth_more(self) -> bool:
+        """Whether another capture is likely to pay."""
+        few = self.captures < _MOST_PROGRAMS + self.runs // _RUNS_PER_CAPTURE
+        return few and len(self.digests) < _MOST_PROGRAMS
 
 
 class ProgramCache:
@@ -59,7 +90,8 @@ class ProgramCache:
         self.dispatch_queue = DispatchQueue()
         self.added_bytes = 0
         self.agreement = spmd.ProgramAgreement()
-        self._loops: dict[int, list[tuple]] = {}
+        self._loops: dict[int, _Loop] = {}
+        self._executables: weakref.WeakValueDictionary[str, compiler.Executable] = weakref.WeakValueDictionary()
 
     def run(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "Held | None":
         """Runs entries as one program, compiled if they are new.
@@ -98,13 +130,15 @@ class ProgramCache:
             variants.append(compiled)
             tensors = compiled.bound()
         assert tensors is not None
+        self._loop(entries).runs += 1
         with torch._C.DisableTorchFunction():  # our own looks at tensors are nobody's business
             return compiled.run(entries, tensors)
 
     def _compile(self, entries: list[Entry], exports: list[Slot], purpose: Purpose, flags: GradFlags) -> "CompiledStep":
         where = next((entry.where for entry in entries if entry.where), None)
-        if len(self._loops.get(_loop(entries), ())) >= _MOST_PROGRAMS:
-            reason = f"this loop has been compiled {_MOST_PROGRAMS} times; other shapes or constants are not compiled"
+        loop = self._loop(entries)
+        if not loop.is_worth_more:
+            reason = f"this loop has been compiled {loop.captures} times; other shapes or constants are not compiled"
             error = CaptureError(reason, where)
             error.leaves = False
             raise error
@@ -120,10 +154,33 @@ class ProgramCache:
             compiled = CompiledStep(self, plan_step(self, name, entries, captured, exports, purpose), entries)
             compiled.compile(prefetcher)
             self.added_bytes = max(self.added_bytes, compiled.added_bytes)
-        self._explain(entries, where, time.perf_counter() - start_s)
-        statistics().compiles += not compiled.is_empty
+        loop.captures += 1
+        program = compiled.plan.program
+        if program is not None:
+            known = len(loop.digests)
+            loop.digests.add(program.digest or f"without a digest {loop.captures}")
+            statistics().compiles += len(loop.digests) > known
+        self._explain(loop, entries, where, time.perf_counter() - start_s)
         statistics().compile_time_s += time.perf_counter() - start_s
         return compiled
+
+    def executable(self, program: StepProgram) -> compiler.Executable:
+        """A program's executable: the one that another step runs already, where theirs are the same.
+
+        Raises:
+            NotEnoughMemoryError, TrainingCompilerError: See `compiler.compile`.
+        """
+        if program.digest is None or self.target.workers > 1:
+            return compiler.compile(program, self.target)
+        key = key_of(program, self.target)
+        found = self._executables.get(key)
+        if found is None:
+            found = self._executables[key] = compiler.compile(program, self.target)
+        return found
+
+    def _loop(self, entries: list[Entry]) -> _Loop:
+        assert entries[-1].call is not None
+        return self._loops.setdefault(entries[-1].call.loop, _Loop())
 
     def _captured(self, entries: list[Entry], name: str, where: str | None, flags: GradFlags) -> CapturedStep:
         with phase("capture", f"{name} at {where}" if where else name) as running, gc_paused():
@@ -136,24 +193,23 @@ class ProgramCache:
             running.detail += f"  {len(captured.graph.nodes):,} ops"
         return captured
 
-    def _explain(self, entries: list[Entry], where: str | None, compile_time_s: float) -> None:
+    def _explain(self, loop: _Loop, entries: list[Entry], where: str | None, compile_time_s: float) -> None:
         shapes = tuple(
             (index, place, leaf.shape, leaf.dtype)
             for index, entry in enumerate(entries)
             for place, leaf in enumerate(entry.leaves)
             if isinstance(leaf, Input)
         )
-        seen = self._loops.setdefault(_loop(entries), [])
-        seen.append(shapes)
-        if len(seen) == 1 or len(seen[-2]) != len(shapes):
+        before, loop.shapes = loop.shapes, shapes
+        if before is None or len(before) != len(shapes):
             return
-        for old, new in zip(seen[-2], shapes, strict=True):
+        for old, new in zip(before, shapes, strict=True):
             if old[2:] != new[2:]:
                 emit(
                     Recompiled(
                         changed=f"{leaf_name(entries[new[0]], new[1])}  {_described(old)} -> {_described(new)}",
                         where=where,
-                        count=len(seen),
+                        count=loop.captures,
                         compile_time_s=compile_time_s,
                         cure=_cure(entries[new[0]].leaves[new[1]]),
                     )
@@ -165,12 +221,6 @@ def _cure(changed: Input) -> str:
     last = "DataLoader(..., drop_last=True), if it is the last, smaller batch of an epoch"
     selects = "torch.where or a mask, which keep the shape, if the script selects values"
     return f"{last}; {'' if changed.origin is not None else selects + '; '}pad to few lengths otherwise"
-
-
-def _loop(entries: list[Entry]) -> int:
-    """What is called, whatever the shapes."""
-    assert entries[-1].call is not None
-    return entries[-1].call.loop
 
 
 def programs_of(entries: list[Entry], purpose: Purpose) -> list[CompiledStep]:

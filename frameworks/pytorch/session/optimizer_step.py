@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session.session import Session
 
 
-_MANY_NEW = 4  # first steps in a row, beyond one for each optimizer that there is
+_MANY_NEW = 4  # first steps beyond one for each optimizer that there is
 
 
 class OptimizerStepHandler:
@@ -38,7 +38,8 @@ class OptimizerStepHandler:
         self.clippings: set[Callable] = set()
         self._overflow: DeferredTensor | None = None  # inside `GradScaler.step`: whether to skip the optimizer's
         self._stepped_already: torch.optim.Optimizer | None = None
-        self._first_steps = 0
+        self._first_steps = self._later_steps = 0  # of any optimizers
+        self._told_of_new_ones = False
 
     def step(self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Does what `optimizer.step()` does: it ends the tape, unless a live value still needs a gradient."""
@@ -83,6 +84,7 @@ class OptimizerStepHandler:
         self._cut(optimizer)
         self._look_at_state(optimizer)
         function, arguments = self._unless_overflow(original, optimizer)
+        self._later_steps += 1
         session.append(function, arguments, {}, optimizers=(optimizer,))
         session.tape.mutated = True
         with torch._C.DisableTorchFunction():
@@ -99,6 +101,8 @@ class OptimizerStepHandler:
             planner.current.left(f"PyTorch would run it, because {reason}")
         if session.deferring and not session.registry.habits(optimizer).steps:
             self._tell_of_new_ones()
+        else:
+            self._later_steps += 1
         self._bring_gradients(optimizer, closure, reason)
         session.settle()
         if closure is None:
@@ -241,7 +245,11 @@ class OptimizerStepHandler:
     def _tell_of_new_ones(self) -> None:
         """Says so where every step is that of a new optimizer, which PyTorch makes."""
         self._first_steps += 1
-        if self._first_steps == len(self._session.registry.optimizers()) + _MANY_NEW:
+        # A search makes an optimizer for each model: later steps are more. Of a GAN one of the two may be made anew.
+        if self._told_of_new_ones or self._first_steps < self._later_steps:
+            return
+        if self._first_steps >= len(self._session.registry.optimizers()) + _MANY_NEW:
+            self._told_of_new_ones = True
             reason = "each step is the first one of a new optimizer: make the optimizer once, before the loop"
             self._session.fallbacks.say(CaptureError(reason, user_line()))
 
