@@ -68,7 +68,15 @@ def jax_by_hand(work: Workload, cache: Path) -> Step:
     return run
 
 
-ENGINES = {"eager": eager, "inductor": inductor, "tc.compile": tc_compile, "tape": tape, "jax": jax_by_hand}
+BEFORE = "before"  # the tape of another checkout
+ENGINES = {
+    "eager": eager,
+    "inductor": inductor,
+    "tc.compile": tc_compile,
+    "tape": tape,
+    BEFORE: tape,
+    "jax": jax_by_hand,
+}
 
 
 def _loop(work: Workload, model: Callable, optimizer_step: Callable) -> Step:

@@ -4,6 +4,7 @@
     python benchmarks/pytorch_step.py --models gpt2-small              # one model, all engines
     python benchmarks/pytorch_step.py --json out.json --plot out.png   # everything (hours on two cores)
     python benchmarks/pytorch_step.py --device cuda --quick            # six models on a GPU, in bfloat16
+    python benchmarks/pytorch_step.py --engines tape --before ../old   # beside another checkout of this project
 
 Every model runs under every engine in a process of its own: once with empty caches, for the cold time to the first
 step, and once more with the caches that the first one left. The second processes of all engines then stay alive and
@@ -21,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import report
-from engines import ENGINES
+from engines import BEFORE, ENGINES
 from models import ENTRIES
 from surroundings import environment, touch_memory
 
@@ -39,9 +40,11 @@ class WorkerFailed(Exception):
 class Worker:
     """A process that runs one model under one engine; see worker.py."""
 
-    def __init__(self, model: str, engine: str, caches: Path, width: str, device: str):
+    def __init__(self, model: str, engine: str, caches: Path, width: str, device: str, before: Path | None = None):
         command = [sys.executable, str(HERE / "worker.py"), model, engine, "--cache", str(caches / "executables")]
         variables = environment(TORCHINDUCTOR_CACHE_DIR=str(caches / "inductor"), XDG_CACHE_HOME=str(caches / "home"))
+        if engine == BEFORE:
+            variables = {**variables, "PYTHONPATH": str(before)}
         if device == "cpu":
             touch_memory()
         self.process = subprocess.Popen(
@@ -78,7 +81,13 @@ class Worker:
 
 
 def measure(
-    model: str, engines: list[str], rounds: int, with_narrow: bool, device: str, with_warm: bool = True
+    model: str,
+    engines: list[str],
+    rounds: int,
+    with_narrow: bool,
+    device: str,
+    with_warm: bool = True,
+    before: Path | None = None,
 ) -> list[dict]:
     """Measures one model under all engines.
 
@@ -89,6 +98,7 @@ def measure(
         device: "cpu", or "cuda": wider models, in bfloat16.
         with_narrow: Also time the narrow twin, whose step is mostly the host's work.
         with_warm: Also time a second start, with the caches of the first.
+        before: The checkout that the engine `before` is of.
 
     Returns:
         One row per engine, as report.py describes it; an engine that failed has only a `failed` mark.
@@ -101,11 +111,11 @@ def measure(
             caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             _say(f"{model} / {engine}: cold, then warm start")
             try:
-                cold = Worker(model, engine, caches, width, device)
+                cold = Worker(model, engine, caches, width, device, before)
                 warm = None
                 if with_warm:
                     cold.close()
-                    warm = Worker(model, engine, caches, width, device)
+                    warm = Worker(model, engine, caches, width, device, before)
                 workers[engine] = stack.enter_context(contextlib.closing(warm or cold))
             except WorkerFailed:
                 row["failed"] = True
@@ -122,7 +132,9 @@ def measure(
             peak = max(rows[engine]["peak_rss_mib"], result["peak_rss_mib"])
             rows[engine] |= {**result, "peak_rss_mib": peak}
     if with_narrow:
-        for engine, result in narrow_twin(model, [e for e in engines if "ms" in rows[e]], rounds, device).items():
+        for engine, result in narrow_twin(
+            model, [e for e in engines if "ms" in rows[e]], rounds, device, before
+        ).items():
             rows[engine]["narrow_ms"] = result.get("ms")
     return list(rows.values())
 
@@ -169,7 +181,9 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
     return results
 
 
-def narrow_twin(model: str, engines: list[str], rounds: int, device: str) -> dict[str, dict]:
+def narrow_twin(
+    model: str, engines: list[str], rounds: int, device: str, before: Path | None = None
+) -> dict[str, dict]:
     """Times the narrow twin of a model, whose step is mostly the host's work, as `take_turns` returns it."""
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -177,7 +191,7 @@ def narrow_twin(model: str, engines: list[str], rounds: int, device: str) -> dic
             _say(f"{model} / {engine}: narrow twin")
             caches = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with contextlib.suppress(WorkerFailed):
-                worker = Worker(model, engine, caches, "narrow", device)
+                worker = Worker(model, engine, caches, "narrow", device, before)
                 workers[engine] = stack.enter_context(contextlib.closing(worker))
         return take_turns(workers, rounds)
 
@@ -200,7 +214,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: wider models, in bfloat16")
     parser.add_argument("--models", type=names_of(ENTRIES), help=f"all, or some of {','.join(ENTRIES)}")
-    parser.add_argument("--engines", type=names_of(ENGINES), default=list(ENGINES), help=f"of {','.join(ENGINES)}")
+    engines = [engine for engine in ENGINES if engine != BEFORE]
+    parser.add_argument("--engines", type=names_of(engines), default=engines, help=f"of {','.join(engines)}")
+    parser.add_argument("--before", type=Path, help="another checkout of this project, whose tape takes turns too")
     parser.add_argument("--rounds", type=int, help="turns per engine (10; 3 with --quick)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--plot", type=Path, help="file for the figure")
@@ -209,6 +225,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     with_width = [name for name, entry in ENTRIES.items() if args.device == "cpu" or entry.gpu is not None]
     args.models = args.models or list(QUICK_MODELS if args.quick and args.device == "cpu" else with_width)
+    if args.before is not None:
+        if not (args.before / "trainingcompiler" / "frameworks").is_dir():
+            parser.error(
+                f"--before {args.before}: there is no trainingcompiler/frameworks in it; give a whole checkout"
+            )
+        args.before = args.before.resolve()
+        args.engines = [*args.engines, BEFORE]
     args.rounds = args.rounds or (3 if args.quick else 10)
     return args
 
@@ -220,7 +243,7 @@ def main():
     for model in args.models:
         by_hand = model in JAX_MODELS and args.device == "cpu"
         engines = [engine for engine in args.engines if engine != "jax" or by_hand]
-        rows += measure(model, engines, args.rounds, not args.quick, args.device, not args.cold_only)
+        rows += measure(model, engines, args.rounds, not args.quick, args.device, not args.cold_only, args.before)
         print(report.table([row for row in rows if row["model"] == model]), flush=True)
         if args.json:  # after every model: a run of hours that is interrupted keeps what it has
             report.write_json(args.json, rows)
