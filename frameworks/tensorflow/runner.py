@@ -193,11 +193,13 @@ class StepRunner:
                 if step.bridged.trace is trace:
                     self._steps[key] = step
                     return step
+        # Refused before any work: too many sizes, and inputs whose size XLA cannot know.
         if len(self._steps) >= _MOST_PROGRAMS:
             raise CaptureError(f"its inputs have had {_MOST_PROGRAMS} different shapes; pad them to few")
         sparse = next((leaf for leaf in leaves if isinstance(leaf, tf.SparseTensor | tf.RaggedTensor)), None)
         if sparse is not None:
             raise CaptureError(f"an input is a {type(sparse).__name__}, whose size XLA cannot know; make it dense")
+        # Traced as Keras would; an error in the script's own code is told as what it is.
         start_s = time.perf_counter()
         try:
             step = captured(self._traces, self._name, args, leaves, shapes, self._target)
@@ -213,6 +215,7 @@ class StepRunner:
         if not all(check.is_fixed for check in step.bridged.trace.checks):
             self._choice.drop(TF_XLA)  # which checks no values, and would train on where the graph raises an error
         statistics().compile_time_s += time.perf_counter() - start_s
+        # Compiled where it is XLA's turn; TensorFlow's own engines compile when they are called.
         if self._choice.next == XLA:
             try:
                 self._compile(step, args, shapes)

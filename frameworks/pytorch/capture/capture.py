@@ -225,6 +225,7 @@ class _Capture:
     def _run_block(self, start: int, end: int) -> None:
         """Replays a checkpointed block, in a checkpoint of its own."""
         entries, fakes, order = self._entries, self.fakes, self._order
+        # What the block is given, and what of its results is wanted outside.
         block = entries[start:end]
         inside = {slot for entry in block for slot in entry.outputs}
         given = list({slot: None for entry in block for slot in entry.slots() if slot not in inside})

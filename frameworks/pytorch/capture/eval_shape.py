@@ -53,11 +53,13 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
             return leaf
         return arguments[position]
 
+    # Run it, on fake tensors of the leaves' shapes: the same one wherever the same leaf is given twice.
     with fake_tensors.recording():
         fake_tensors.recorder.seed_with(fake_tensors.fake_like((), torch.int64))
         result = replay(entry, resolve)
         written = tuple(position for position, fake in arguments.items() if fake_tensors.recorder.was_written(fake))
         gains = any(type(entry.leaves[p]) is Input and arguments[p].requires_grad for p in written)
+    # What it returns is a new tensor, an argument handed back, or a plain value.
     leaves, structure = flatten(result)
     positions = {id(fake): position for position, fake in reversed(arguments.items())}
     storages = {fake.untyped_storage()._cdata: position for position, fake in reversed(arguments.items())}
@@ -77,6 +79,7 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
         else:
             index, _ = metas.setdefault(id(leaf), (len(metas), leaf))
             found.append(Output(index))
+    # Of new tensors: which are the same, and which lie in an argument's memory.
     fresh = tuple(distinct[id(meta)] for _, meta in metas.values())
     views = tuple(storages.get(meta.untyped_storage()._cdata, -1) for _, meta in metas.values())
     return CallShape(

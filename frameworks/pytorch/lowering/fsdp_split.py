@@ -72,11 +72,13 @@ def run_local_then_replicated(
         inputs: Those of them that all workers have alike.
         run: Runs one node: `(node, values)`.
     """
+    # What differs between workers comes first, in one region of its own; what all have alike comes after it.
     own, shared = _parted(nodes, common_values(nodes, inputs))
     made = {output for node in own for output in node.outputs if output is not None}
     read = {number for node in own for number in references(node)}
     wanted = {number for node in shared for number in references(node)} | set(results)
     entering, leaving = sorted(read - made), sorted(made & wanted)
+    # Means over workers that nothing else of the region reads stay divided between them.
     shapes = {n: meta[0] for node in own if node.operator == _MEAN for n, meta in _outputs(node) if n not in read}
     parts = {number: spmd.divided(tuple(shape)).spec for number, shape in shapes.items()}
 

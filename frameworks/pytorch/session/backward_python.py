@@ -473,6 +473,7 @@ class BackwardPython:
         block = tape.blocks.get(region)
         if block is None or block.again is None or block.has_inner or self._session.workers is not None:
             return
+        # What the second run asks torch for is answered with what the first run was given, call by call.
         first = [entry for entry in tape.entries[start:] if entry.region == region]
         second = tape.second_run = SecondRun(region, first, -1 if block.is_reentrant else count)
         is_first = region not in tape.ran_again
@@ -488,6 +489,7 @@ class BackwardPython:
         finally:
             tape.second_run, tape.is_in_backward = None, True
             session.buffers, session.depth = buffers, depth
+        # It may differ the first time, when the program has not been made: then this step is torch's.
         tape.ran_again.add(region)
         reason = "a checkpointed block computes something else when it runs again"
         if second.differs and not is_first:

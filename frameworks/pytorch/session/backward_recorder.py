@@ -30,6 +30,7 @@ class BackwardRecorder(TapeWriter):
         Raises:
             RuntimeError: As torch's: the graph was freed, shapes do not match, or there is nothing to differentiate.
         """
+        # What torch would refuse is refused now, with torch's words.
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
         if self._is_pending(tensor):
             _check_root(slot.meta, gradient, self.tape.mutated)
@@ -37,6 +38,7 @@ class BackwardRecorder(TapeWriter):
             return self._record_late(slot, gradient, retain_graph)
         if slot is not None and slot.freed and slot.committed:
             raise RuntimeError(_FREED)
+        # What a tape has no word for, torch runs, with the whole of the tape as its history.
         if not self._is_pending(tensor) or create_graph:
             reason = "backward() keeps a graph, or goes through a module that another one has gone through"
             self.run_eagerly(CaptureError(reason=reason, where=user_line()))
@@ -44,6 +46,7 @@ class BackwardRecorder(TapeWriter):
         if self._is_undecided():
             self._begin_in_torch()
             return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+        # The rest is recorded, and the Python that runs inside of it is run; until that has ended, all can be undone.
         if len(self.tape.roots) > 1 and not self.has_backward:
             self._forget_unread(slot)
         place = self.tape.place

@@ -71,12 +71,15 @@ class EngineSelector:
         """
         if self.chosen is not None:
             return
+        # Which optimizer ends a batch: of several that step in one, the last.
         self._turns.finish()
         now_s = time.perf_counter()
         if self._optimizer is None or (is_same_batch and self._is_later(optimizer)):
             self._optimizer = optimizer
         elif optimizer is not self._optimizer:
             return
+        # A step counts if the engine whose turn it is ran it, and nothing was compiled meanwhile. The first of a turn
+        # does not, since memory and caches are the other's, unless turns are of one step.
         elif self._compiles == statistics().compiles and engine == self._turn:
             if self._in_turn or self._turns.steps == 1:
                 self._times_s[engine].append(now_s - self._last_end_s)
@@ -85,6 +88,7 @@ class EngineSelector:
         self._compiles = statistics().compiles
         self._last_end_s = now_s
         self._in_turn += 1
+        # Turns change, until both have been timed often enough.
         if self._in_turn >= self._turns.steps:
             self._change()
         if self._fruitless > 3:  # nothing is being compiled: there is nothing to choose

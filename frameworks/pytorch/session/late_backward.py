@@ -66,12 +66,14 @@ def kept(tape: Tape, slot: Slot, updated: Iterable[torch.Tensor]) -> LateBackwar
         slot: The result.
         updated: What is about to be written to.
     """
+    # The calls that the result comes from, if all of them are still on the tape and would compute the same again.
     indices = sorted(tape.behind([slot]))
     entries = [tape.entries[index] for index in indices]
     made = {output for entry in entries for output in entry.outputs}
     known = all(read in made for entry in entries for read in entry.slots())
     if not known or any(entry.seed is not None or entry.writes or entry.piece is not None for entry in entries):
         return None
+    # The values that they have read of what is about to change.
     read = {id(leaf) for entry in entries for leaf in entry.leaves if isinstance(leaf, torch.Tensor)}
     with torch.no_grad():
         before = [(tensor, tensor.detach().clone()) for tensor in updated if id(tensor) in read]

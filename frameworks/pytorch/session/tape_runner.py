@@ -84,14 +84,17 @@ class TapeRunner:
         if self._has_backward and any(slot.live for slot in self.tape.new_leaves):
             return self.run_eagerly(CaptureError("the gradient of a result may be read", user_line()))
         entries, rest = self.tape.entries[:count], self.tape.entries[count:]
+        # Wanted are the values that the rest of the tape reads, and those that the script still holds.
         needed = {slot for entry in rest for slot in entry.slots()}
         exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot.live]
         self._check_gradients(entries)
+        # Entries that leave nothing behind: their values are there already, or torch computes a few sooner than XLA.
         is_a_look = self._is_a_look(entries) and planner.current is None
         if is_a_look and (all(slot.value is not None for slot in exports) or self._peek_in_torch(entries)):
             return self._committed(entries, rest)
         if planner.current is not None and self._planned(entries, planner.current):
             return self._committed(entries, rest)
+        # All others run as a program; one that cannot be made, or does not fit, has torch run them, or another try.
         try:
             with passthrough():
                 self.programs.run(entries, exports, Purpose.COMMIT, self.tape.grad_flags)

@@ -119,17 +119,20 @@ def _known_deleters() -> _Deleters | None:
 
     There is no interface for it, so what is read of storages is compared with objects that are known.
     """
+    # Two tensors of each owner: torch itself, a NumPy array, an object with a buffer.
     own = [torch.empty(size) for size in (3, 500)]
     arrays, buffers = [np.zeros(3), np.zeros(50)], [bytearray(8), bytearray(80)]
     of_arrays = [torch.from_numpy(array) for array in arrays]
     of_buffers = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
     tensors = [*own, *of_arrays, *of_buffers]
     found = [_read(tensor.untyped_storage()) for tensor in tensors]
+    # What was read has to be what it is taken for: an address that is known, one function for each kind of owner, ...
     if any(read[0] != tensor.data_ptr() for tensor, read in zip(tensors, found, strict=True)):
         return None
     owns, of_objects = {read[1] for read in found[:2]}, {read[1] for read in found[2:]}
     if len(owns) != 1 or len(of_objects) != 1 or owns & of_objects or any(read[0] != read[2] for read in found[:2]):
         return None
+    # ... and behind the context the object that is known to own the memory.
     words = [_words(context) for _, _, context in found[2:]]
     if [each[1] for each in words] != [*map(id, arrays), *map(id, buffers)]:
         return None

@@ -74,6 +74,7 @@ def run_node(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.
     writes = node.operator in HIDDEN_WRITES or (":" not in node.operator and _writes(node.operator))
     args = _decoded(node.args, values, writes)
     kwargs = {name: _decoded(value, values, writes) for name, value in node.kwargs.items()}
+    # A write through a view is the view of a copy, written to; a barrier computes nothing; the rest is torch's own.
     if node.operator.startswith("inverse:"):
         parent, child, *rest = args
         whole = parent.clone(memory_format=torch.contiguous_format)
@@ -86,6 +87,7 @@ def run_node(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.
             kwargs = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         hidden = [args[position] for position in HIDDEN_WRITES.get(node.operator, ())]
         results = [*_leaves(_overload(node.operator)(*args, **kwargs)), *hidden]
+    # A write takes the dtype of what it is written to.
     outputs = {}
     for number, meta, result in zip(node.outputs, node.metas, results, strict=False):
         if number is not None and isinstance(result, torch.Tensor):

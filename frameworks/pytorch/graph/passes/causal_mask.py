@@ -94,6 +94,7 @@ class _Masks:
         function = _overload(node.operator)
         if function is None:
             return False
+        # Rows that are all alike are computed once; what is neither small nor a view is not worth a look.
         args, kwargs = self._decode(node.args), self._decode(node.kwargs)
         rows = _rows_alike(function, args)
         if rows:
