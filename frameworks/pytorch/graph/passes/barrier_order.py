@@ -29,8 +29,8 @@ def order_barriers(graph: Graph, results: list[int]) -> list[Node]:
         if node.operator != BARRIER:
             arranged.append(node)
             continue
-        # What was made after `since` and is read behind this barrier, it waits for: for the tensor itself, and not for a
-        # view or a cast of it, which is made again behind the barrier.
+        # It waits for what was made after `since` and is read behind it: for the tensor itself, and not for a view or a
+        # cast of it, which is made again behind the barrier.
         waits: dict[int, None] = {}
         again: list[Node] = []
         for earlier in _since(nodes[:index], node.kwargs["since"]):
