@@ -5,8 +5,8 @@ Scripts print numbers in float64. What the compiled run says about itself is on 
 
 import atexit
 import functools
+import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -67,36 +67,31 @@ class Ran:
 
 
 @functools.cache
-def _plain() -> subprocess.Popen:
-    server = [sys.executable, str(Path(__file__).with_name("plain.py"))]
+def _forks() -> subprocess.Popen:
+    server = [sys.executable, str(Path(__file__).with_name("forks.py"))]
     process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     atexit.register(process.communicate)
     return process
 
 
-def plainly(script: str, folder: Path) -> Ran:
-    """Runs a script, after `PREAMBLE`, by itself."""
+def _run(script: str, folder: Path, **command) -> Ran:
     path = folder / "train.py"
     path.write_text(PREAMBLE + textwrap.dedent(script))
-    print(path, file=_plain().stdin)
-    code = _plain().stdout.readline()
+    print(json.dumps({"script": str(path), **command}), file=_forks().stdin)
+    code = _forks().stdout.readline()
     out, said = (Path(f"{path}.{name}").read_text() for name in ("out", "err"))
     assert code == "0\n", said
     return Ran(out=out.splitlines(), said=said.splitlines())
 
 
+def plainly(script: str, folder: Path) -> Ran:
+    """Runs a script, after `PREAMBLE`, by itself."""
+    return _run(script, folder)
+
+
 def run(script: str, folder: Path, *options: str) -> Ran:
     """Runs a script, after `PREAMBLE`, through the launcher."""
-    path = folder / "train.py"
-    path.write_text(PREAMBLE + textwrap.dedent(script))
-    done = subprocess.run(
-        [sys.executable, "-m", "trainingcompiler.launch", *options, str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
-    )
-    assert done.returncode == 0, done.stderr
-    return Ran(out=done.stdout.splitlines(), said=done.stderr.splitlines())
+    return _run(script, folder, options=options, environment={"XDG_CACHE_HOME": str(folder / "cache")})
 
 
 def holds(script: str, folder: Path, *, says: str | None = None, line: str | None = None, notes: int = 0) -> Ran:
