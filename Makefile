@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CODE   := setup.py trainingcompiler frameworks launchers tests examples benchmarks notebooks
 
-.PHONY: help demo test test-all bench conformance models fuzz gpu-plan tested-models lint clean
+.PHONY: help demo test test-slow test-all bench conformance models fuzz gpu-plan tested-models lint clean
 
 help:
 	@echo "make demo      train a small GPT twice, compiled and eager, and compare"
-	@echo "make test      lint, type check and tests, on the CPU"
-	@echo "make test-all  the slow tests too, and in float32 as well as in float64 (an hour)"
+	@echo "make test      lint, type check and the fast tests, on the CPU (ten minutes)"
+	@echo "make test-slow  the other tests that a change must pass (half an hour)"
+	@echo "make test-all  all of them, more models, and float32 as well as float64 (two hours)"
 	@echo "make lint      lint and type check only"
 	@echo "make gpu-plan  compile for GPUs that are not there, and check (4 GB of wheels, no GPU needed)"
 	@echo "make tested-models  the original's table of largest batches, planned (two hours, no GPU needed)"
@@ -39,7 +40,10 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-all: lint
 	$(BIN)/python -m pytest -n auto --all

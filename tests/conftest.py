@@ -1,4 +1,8 @@
-"""Which tests run when: the quick ones first, and the slow ones where they are asked for (`--all`)."""
+"""Which tests run when: `make test` the fast ones, `make test-slow` the others, `make test-all` the exhaustive too.
+
+A test is slow if its folder or its file is listed here, or if it is marked so. Exhaustive ones (other models of the
+same kind, other dtypes) run with `--all` only.
+"""
 
 import os
 import sys
@@ -12,9 +16,13 @@ ORDER = (
     "devices", "workers",
 )  # fmt: skip
 
+# Whole processes, several a test, or models that take long to compile.
+SLOW_FOLDERS = {"devices", "fuzz", "huggingface", "keras", "launchers", "workers"}
+SLOW_FILES: frozenset[str] = frozenset()
+
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="slow tests too, and float32 beside float64")
+    parser.addoption("--all", action="store_true", help="exhaustive tests too, and float32 beside float64")
 
 
 def pytest_configure(config):
@@ -22,14 +30,19 @@ def pytest_configure(config):
         os.environ["TEST_ALL"] = "1"  # tests/pytorch/parity.py asks
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m slow`
 def pytest_collection_modifyitems(config, items):
     items.sort(key=_place)
+    for item in items:
+        path = Path(item.path).relative_to(Path(__file__).parent)
+        if path.parts[0] in SLOW_FOLDERS or path.as_posix() in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--all"):
         return
-    slow = [item for item in items if _is_slow(item)]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    left_out = {item for item in items if _is_exhaustive(item)}
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +59,8 @@ def _place(item: pytest.Item) -> int:
     return ORDER.index(folder) if folder in ORDER else len(ORDER)
 
 
-def _is_slow(item: pytest.Item) -> bool:
-    marker = item.get_closest_marker("slow")
+def _is_exhaustive(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("exhaustive")
     if marker is None:
         return False
     parameters = getattr(item, "callspec", None)

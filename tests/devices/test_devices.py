@@ -30,7 +30,7 @@ def launched(script: str, folder: Path, *options: str, devices: int = 4, **varia
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt2", "bert"])
-@pytest.mark.slow(but=["gpt2"])
+@pytest.mark.exhaustive(but=["gpt2"])
 def test_several_devices_train_the_model_of_one(name, tmp_path):
     done = run([str(HERE / "same_model.py"), name], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -183,7 +183,7 @@ print([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_trainer_on_several_devices(tmp_path):
     results = {}
     for options in ((), ("--devices=2",), ("--devices=4", "--strategy=fsdp"), ("--devices=2", "--strategy=tp=2")):

@@ -50,7 +50,7 @@ def _same_inputs(monkeypatch):
         ([(4, 6), (2, 3), (2, 3)], {"enable_gqa": True}),
     ],
 )
-@pytest.mark.slow(but=["shapes0-options0", "shapes3-options3", "shapes6-options6"])
+@pytest.mark.exhaustive(but=["shapes0-options0", "shapes3-options3", "shapes6-options6"])
 def test_means_what_torch_means(shapes, options):
     options = {name: value() if callable(value) else value for name, value in options.items()}
     arrays = [heads(*shape) for shape in shapes]

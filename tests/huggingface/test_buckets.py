@@ -49,7 +49,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("task", SEVERAL)
-@pytest.mark.slow(but=["gpt2"])
+@pytest.mark.exhaustive(but=["gpt2"])
 def test_few_programs_and_the_same_model(task, tmp_path):
     options = {"trainer": {"data_collator": collate}, "max_steps": 20}
     run = assert_same_trainer(SEVERAL[task], tmp_path, **options)

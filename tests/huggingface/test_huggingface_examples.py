@@ -33,7 +33,7 @@ def test_every_example_is_run():
 
 
 @pytest.mark.parametrize("script", CASES)
-@pytest.mark.slow(but=["accelerate_loop.py", "lightning_fit.py", "lora.py"])
+@pytest.mark.exhaustive(but=["accelerate_loop.py", "lightning_fit.py", "lora.py"])
 def test_an_example_is_the_same_model_under_the_launcher(script, tmp_path):
     options, name = CASES[script]
     eager, compiled = (train(script, options, tmp_path, launched) for launched in (False, True))

@@ -54,7 +54,7 @@ def recipe(**more) -> Recipe:
         ("32", f"trained 32 1 {1e-3 * 2} 1 {0.1 * 2} 2"),  # four times the global batch: sqrt, a quarter of the steps
     ],
 )
-@pytest.mark.slow(but=["32-trained 32 1 0.002 1 0.2 2"])
+@pytest.mark.exhaustive(but=["32-trained 32 1 0.002 1 0.2 2"])
 def test_a_script_is_trained_with_another_batch(tmp_path, size, trained):
     (tmp_path / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "TRAININGCOMPILER_CACHE_DIR": str(tmp_path / "cache")}

@@ -72,7 +72,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.slow(but=["1"])
+@pytest.mark.exhaustive(but=["1"])
 def test_the_same_command_goes_on_to_the_same_model(workers, tmp_path):
     options = ("--nproc-per-node=2", "--max-restarts=2") if workers == 2 else ()
     stopped = run(tmp_path / "parts", "--tell=SIGTERM", options=options)

@@ -15,7 +15,7 @@ BERT = TASKS["bert"]
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.slow(but=["gpt2", "vit", "llama with lora"])
+@pytest.mark.exhaustive(but=["gpt2", "vit", "llama with lora"])
 def test_thirty_steps_with_accumulation(task, tmp_path):
     run = assert_same_trainer(TASKS[task], tmp_path, gradient_accumulation_steps=2)
     counts = run.statistics

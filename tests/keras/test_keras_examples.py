@@ -29,7 +29,7 @@ def final(run: subprocess.CompletedProcess, name: str) -> float:
 
 
 @pytest.mark.parametrize("launched", [False, True], ids=["keras", "compiled"])
-@pytest.mark.slow(but=["compiled"])
+@pytest.mark.exhaustive(but=["compiled"])
 def test_digits_reach_the_accuracy_of_the_docstring(launched, tmp_path):
     run = train([*(LAUNCHED if launched else []), str(ROOT / "examples" / "keras" / "digits.py")], tmp_path)
     # Four seeds gave 98.3% to 99.2%. The engines draw different dropout masks: they are not compared with each other.

@@ -119,7 +119,7 @@ def test_recurrent_layers(cell):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.slow(but=["float64"])
+@pytest.mark.exhaustive(but=["float64"])
 def test_a_transformer(dtype):
     assert_same_training(
         transformer, (classes(20, 6), classes(3)), dtype=dtype, optimizer=adam, loss="sparse_categorical_crossentropy",
@@ -208,7 +208,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.slow(but=QUICK_OPTIMIZERS)
+@pytest.mark.exhaustive(but=QUICK_OPTIMIZERS)
 def test_optimizers(optimizer):
     assert_same_training(dense, data(ROWS), optimizer=optimizer, loss="mse")
 

@@ -149,7 +149,7 @@ def test_a_rate_that_is_a_function_is_the_scripts_own():
 SCHEDULED = SCRIPT.replace("SGD(0.05)", "SGD(keras.optimizers.schedules.CosineDecay(0.0, 40, 0.0, 'c', 0.05, 8))")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scheduled_script_is_trained_with_another_batch(tmp_path):
     """24 steps of 16 rows are 6 of 64: as far along the cosine, and 4 times as high."""
     rates = {}

@@ -60,7 +60,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("look", READERS.values(), ids=READERS.keys())
-@pytest.mark.slow(but=["get_weights", "optimizer.variables", "tf.convert_to_tensor", "predict_on_batch"])
+@pytest.mark.exhaustive(but=["get_weights", "optimizer.variables", "tf.convert_to_tensor", "predict_on_batch"])
 def test_a_callback_that_looks_after_every_batch_sees_current_values(look):
     (_, (plain,)), (_, (ours,)) = both(lambda: [Watcher(look)])
     assert len(plain.seen) == len(ours.seen) == 8
@@ -156,7 +156,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.slow(but=["LearningRateScheduler", "ModelCheckpoint by batch", "BackupAndRestore", "SwapEMAWeights"])
+@pytest.mark.exhaustive(but=["LearningRateScheduler", "ModelCheckpoint by batch", "BackupAndRestore", "SwapEMAWeights"])
 def test_keras_callbacks(name, tmp_path):
     options = {"optimizer": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5)}
     folders = iter([tmp_path / "plain", tmp_path / "ours"])

@@ -58,7 +58,7 @@ def trained(done: subprocess.CompletedProcess) -> tuple[int, float, int, float]:
     return int(batch), float(lr), int(accumulated), float(total)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_keeping_the_global_batch_trains_the_same_model(launch, tmp_path):
     plain = trained(launch(PLAIN))
     done = launch(PLAIN, "--batch-size=keep-global", *OPTIONS, f"--record={tmp_path / 'run.json'}")
@@ -80,7 +80,7 @@ def test_another_global_batch_follows_the_rule(launch, tmp_path):
     assert json.loads(record.read_text())["batch"]["factor"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_script_that_asks_is_not_rewritten(launch):
     ask = """
 import trainingcompiler as tc

@@ -218,7 +218,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize(("script", "says"), NOTHING.values(), ids=NOTHING)
-@pytest.mark.slow(but=["no training", "a late failure", "no capture"])
+@pytest.mark.exhaustive(but=["no training", "a late failure", "no capture"])
 def test_nothing_to_check(script, says, tmp_path):
     done = run(tmp_path, script)
     assert done.returncode == 2, done.stderr

@@ -105,7 +105,7 @@ def near(peak: float) -> object:
 
 # 16 rows become 64: Adam's rates are to be doubled.
 @pytest.mark.parametrize(("rate", "peak"), [("args.lr", 0.02), ("args.lr * args.bs * args.accumulate / 64", 0.005)])
-@pytest.mark.slow(but=["args.lr-0.02"])
+@pytest.mark.exhaustive(but=["args.lr-0.02"])
 def test_the_decided_rates_train_however_a_script_comes_by_them(launch, rate, peak):
     done = launch(source(MAKE, rate=rate, before=BY_HAND), "--batch-size=64", *ALL)
     found = trained(done)
@@ -123,13 +123,13 @@ def test_the_decided_rates_train_however_a_script_comes_by_them(launch, rate, pe
     assert f"[batch]        LambdaLR begins at {peak / 2:g} and goes up to {peak:g}; planned it began at" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_script_that_scales_by_the_rule_itself_needs_no_option_for_its_rate(launch):
     text = source(ADAM.replace("Adam", "SGD"), rate="args.lr * args.bs / 64")
     assert trained(launch(text, "--batch-size=64", "--batch-size-arg=--bs")) == {"trained": [64, 8], "one": [0.01, 0]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_keeping_the_global_batch_keeps_the_rate_of_a_script_that_scales_itself(launch):
     """One that also works out itself how many batches it accumulates."""
     text = source(rate="args.lr * args.bs / 64", first="args.accumulate = 64 // args.bs")
@@ -161,20 +161,20 @@ SCALED_BY_HAND = 'optimizers["one"].param_groups[0]["lr"] = rate * args.bs / 64'
     ],
     ids=("fixed-head", "scaled-by-hand"),
 )
-@pytest.mark.slow(but=["scaled-by-hand"])
+@pytest.mark.exhaustive(but=["scaled-by-hand"])
 def test_what_would_not_train_as_decided_is_refused(launch, text, said):
     done = launch(text, "--batch-size=64", *ALL)
     assert done.returncode == 2 and "trained" not in done.stdout
     assert said in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_schedule_that_scales_itself_is_made_up_for(launch):
     """LambdaLR is asked for its peak: 4 times as high with four times the rows, whatever its first steps are."""
     assert trained(launch(source(ADAM + LAMBDA), "--batch-size=64", *ALL)) == {"trained": [64, 8], "one": [0.02, 0]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_weight_decay_follows_where_its_option_is_named(launch):
     text = source(ADAM.replace("Adam", "AdamW").replace("rate)", "rate, weight_decay=args.wd)"))
     assert trained(launch(text, "--batch-size=64", *ALL, "--weight-decay-arg=--wd"))["one"] == [0.02, 0.2]
@@ -191,7 +191,7 @@ def test_the_weight_decay_follows_where_its_option_is_named(launch):
     ],
     ids=["rate", "accumulation"],
 )
-@pytest.mark.slow(but=["rate"])
+@pytest.mark.exhaustive(but=["rate"])
 def test_the_run_is_held_against_the_rehearsal(launch, change, said):
     """A script that does something else where it is not planned: an error before its first step."""
     first = f"import trainingcompiler.planning.planner as planner\nif planner.current is None: {change}"
@@ -211,7 +211,7 @@ if wanted is not None:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_script_that_asks_is_held_to_what_it_was_told(launch):
     text = source(MAKE, first=ASKS.format(rate="wanted.recipe.lr"), before=BY_HAND)
     assert trained(launch(text, "--batch-size=64"))["one-cycle"] == [near(0.02), 0]

@@ -14,7 +14,7 @@ LEAST_BYTES = 150 * 2**20  # so that threads' stacks, code and bookkeeping, a fe
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a moment is Linux's to tell")
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.slow(but=["mlp", "transformer"])
+@pytest.mark.exhaustive(but=["mlp", "transformer"])
 def test_a_step_takes_what_its_plan_says(name):
     done = subprocess.run([sys.executable, str(SCRIPT), name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

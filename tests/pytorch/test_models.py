@@ -66,7 +66,7 @@ def looper(job: Job, clip: float | None = None):
         ("llama", "adamw", 1.0, (torch.float64,)),
     ],
 )
-@pytest.mark.slow(
+@pytest.mark.exhaustive(
     but=[
         "mlp-adam-None-dtypes0",
         "resnet-sgd-None-dtypes1",
@@ -89,7 +89,7 @@ def test_trains_like_eager_in_one_program(name, optimizer, clip, dtypes):
 
 
 @pytest.mark.parametrize("name", NOISY_JOBS)
-@pytest.mark.slow(but=["mlp", "vae", "gpt2"])
+@pytest.mark.exhaustive(but=["mlp", "vae", "gpt2"])
 def test_learns_under_noise_of_its_own(name):
     job = NOISY_JOBS[name]
     data = [job.batches(1)[0]] * 30  # one batch again and again: a model that learns at all must get better at it

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from trainingcompiler.adapters.patches import Patches
 from trainingcompiler.frameworks.pytorch.interop.passthrough import noticed
 
 _Function = TypeVar("_Function", bound=Callable)
@@ -36,7 +37,8 @@ class CriticalSection:
     def __init__(self) -> None:
         self.handling = 0
         self._handlers: dict[int, Callable] = {}  # the script's, in whose places `_arrive` is
-        self._originals: tuple[Callable, Callable] | None = None
+        self._originals: tuple[Callable, Callable] = signal.signal, signal.getsignal
+        self._patches = Patches()
         self.renew()
 
     def renew(self) -> None:
@@ -89,7 +91,7 @@ class CriticalSection:
 
     def watch_signals(self) -> None:
         """Takes the place of the script's handlers, of those to come as well; not outside of the main thread."""
-        if self._originals is not None or threading.current_thread() is not threading.main_thread():
+        if self._patches or threading.current_thread() is not threading.main_thread():
             return
         self._originals = signal.signal, signal.getsignal
         for number in signal.valid_signals():
@@ -97,23 +99,25 @@ class CriticalSection:
             if callable(handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._arrive)
-        signal.signal, signal.getsignal = self._install, self._installed
+        why = "a handler waits for the end of a step, whose state is nobody's meanwhile"
+        self._patches.replace(signal, "signal", self._install, why)
+        self._patches.replace(signal, "getsignal", self._installed, why)
 
     def unwatch_signals(self) -> None:
         """Gives the signals back to the handlers of the script."""
-        if self._originals is None:
+        if not self._patches:
             return
-        (signal.signal, signal.getsignal), self._originals = self._originals, None
+        self._patches.restore()
         if threading.current_thread() is threading.main_thread():
+            install, installed = self._originals
             for number, handler in self._handlers.items():
-                if signal.getsignal(number) == self._arrive:
-                    signal.signal(number, handler)
+                if installed(number) == self._arrive:
+                    install(number, handler)
             self._handlers.clear()
 
     def _install(self, signalnum: int, handler: Any) -> Any:
-        assert self._originals is not None
         before = self._installed(signalnum)
-        ours = callable(handler)
+        ours = callable(handler) and bool(self._patches)  # or somebody who has wrapped us calls this after the end
         if ours and threading.current_thread() is threading.main_thread():
             self._handlers[signalnum] = handler  # first: from the next line on it may be asked for
         self._originals[0](signalnum, self._arrive if ours else handler)  # raises what is wrong with its arguments
@@ -122,7 +126,6 @@ class CriticalSection:
         return before
 
     def _installed(self, signalnum: int) -> Any:
-        assert self._originals is not None
         found = self._originals[1](signalnum)
         return self._handlers.get(signalnum, found) if found == self._arrive else found
 
