@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import assert_same_training
+from parity import assert_same, assert_same_training, train
 from small import batches, made, mlp, train_on
 from torch import nn
 from torch.nn import functional as F
@@ -125,3 +125,43 @@ def test_complex_parameters(optimizer):
 
     falls_back = optimizer is not torch.optim.SGD
     assert_same_training(make, loop, [], dtypes=(torch.float64,), may_fall_back=falls_back)
+
+
+class Masking(torch.optim.Optimizer):
+    """Calls whose result has not the dtype of its first tensor: of masks, with a rate that changes."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Updates every parameter."""
+        for group in self.param_groups:
+            rate = group["lr"]
+            for parameter in group["params"]:
+                grad = parameter.grad
+                large = grad.abs() > 0.01
+                parameter.sub_(torch.where(large, rate, grad * 0.3) * 0.01)
+                parameter.sub_(torch.add(large, grad, alpha=rate) * 0.01)
+                parameter.sub_(torch.mul(large, rate) * grad)
+                parameter.add_((grad > 0).int().clamp(max=rate) * 0.01)
+                parameter.sub_(torch.clamp((grad > 0).int(), max=rate / 2, min=rate) * 0.01)
+
+
+def test_traced_numbers_beside_masks():
+    def loop(objects, data):
+        losses = []
+        for step, (x, y) in enumerate(data):
+            objects["optimizer"].param_groups[0]["lr"] = 0.1 * 0.97**step
+            objects["optimizer"].zero_grad()
+            loss = nn.functional.cross_entropy(objects["model"](x.double()), y)
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    # float64 parameters under the default dtype float32, which is that of a mask and a number.
+    make = made(lambda: mlp().double(), Masking, lr=0.1)
+    run = train(make, loop, batches(), compiled=True)
+    assert_same(train(make, loop, batches(), compiled=False), run)
+    assert not run.fallbacks() and run.statistics.compiles <= 2

@@ -300,3 +300,41 @@ def test_an_optimizer_that_assigns_data_is_torchs():
 
     run = assert_same_training(made(mlp, Plain, lr=0.1), loop, batches(), may_fall_back=True)
     assert run.fallbacks()
+
+
+class OverNumpy(nn.Module):
+    """Reads memory that NumPy writes to, while forward runs and after it: as a constant, and as a buffer."""
+
+    def __init__(self, is_buffer):
+        super().__init__()
+        self.array = np.zeros(4)
+        shift = torch.from_numpy(self.array)
+        if is_buffer:
+            self.register_buffer("shift", shift)
+        else:
+            self.shifts = [shift]
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        shift = self.shift if hasattr(self, "shift") else self.shifts[0]
+        self.array[:] = 0.1
+        hidden = self.layer(x) + shift
+        self.array[:] = 0.7
+        return torch.tanh(hidden) + shift  # a sum: eager's backward reads nothing of it
+
+
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_what_numpy_writes_between_two_calls_of_a_step(is_buffer):
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            objects["model"].array[:] = 10.0  # before anything has run
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    make = made(lambda: OverNumpy(is_buffer), torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(), max_compiles=2, dtypes=(torch.float64,))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -217,6 +218,7 @@ class FakeTensors(TorchFunctionMode):
         first = next(argument for argument in args if isinstance(argument, torch.Tensor))
         if plain.startswith("clamp"):
             return self._clamped(plain, in_place, *args, **kwargs)
+        expected = torch.bool if plain in ("eq", "ne") else _result_dtype(plain, args)
         if kwargs.get("value") is not None and plain in ("addcdiv", "addcmul"):
             product = args[1] / args[2] if plain == "addcdiv" else args[1] * args[2]
             func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], product)
@@ -230,18 +232,20 @@ class FakeTensors(TorchFunctionMode):
             args = (*args[:2], args[2].to(first.dtype))
         result = func(*args, **kwargs)
         # A 0-d tensor in a number's place may widen the result's dtype, which a number never does.
-        expected = torch.bool if plain in ("eq", "ne") else torch.result_type(first, 1.0)
         return result if in_place or result.dtype is expected else result.to(expected)
 
     @staticmethod
     def _clamped(plain, in_place, tensor, *limits, **named):
         """`clamp`, whose limits torch would read on the host if they came as 0-d tensors."""
         names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(plain, ("min", "max"))
-        result = tensor
-        for name, limit in {**dict(zip(names, limits, strict=False)), **named}.items():
+        given = {**dict(zip(names, limits, strict=False)), **named}
+        dtype = tensor.dtype if in_place else _result_dtype(plain, (tensor, *given.values()))
+        result = tensor.to(dtype)
+        for name, function in (("min", torch.maximum), ("max", torch.minimum)):  # in this order: `max` wins
+            limit = given.get(name)
             if limit is not None:
                 limit = limit.tensor if isinstance(limit, TracedFloat) else torch.as_tensor(limit)
-                result = (torch.maximum if name == "min" else torch.minimum)(result, limit.to(tensor.dtype))
+                result = function(result, limit.to(dtype))
         return tensor.copy_(result) if in_place else result
 
     @staticmethod
@@ -330,6 +334,15 @@ def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False,
 
 def _tuple(tensors: Any) -> tuple:
     return () if tensors is None else (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def _result_dtype(plain: str, args: tuple) -> torch.dtype:
+    """The dtype that torch gives the result of an elementwise function, some of whose arguments are traced numbers."""
+    if plain == "fill":
+        return args[0].dtype
+    operands = [1.0 if isinstance(one, float) else one for one in (args[1:] if plain == "where" else args)]
+    operands = [one for one in operands if isinstance(one, torch.Tensor | int | float)]
+    return elementwise_dtypes(*operands, type_promotion_kind=ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT)[1]
 
 
 def _as_tensor(argument: Any) -> Any:

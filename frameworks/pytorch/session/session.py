@@ -36,6 +36,7 @@ from trainingcompiler.frameworks.pytorch.session.looks import Looks
 from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.session.torch_compile import TorchCompile
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import check_owned
 from trainingcompiler.frameworks.pytorch.tape.arguments import is_pending, tensors_among
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
@@ -480,9 +481,12 @@ class Session(Looks):
         """
         if module not in self._owned:
             try:
-                for parameter in self.modules.tensors(module).parameters:
+                tensors = self.modules.tensors(module)
+                for parameter in tensors.parameters:
                     if parameter.requires_grad:
                         check_owned(parameter)
+                # NumPy may write to a buffer between a call and its step: what counts is the value at the call.
+                tensors.replaced.update(id(buffer) for buffer in tensors.buffers if is_foreign(buffer))
             except CaptureError as error:
                 error.where = user_line()
                 self.fallbacks.leave(error, [module])

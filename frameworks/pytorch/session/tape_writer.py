@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
 from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves, unflatten
@@ -25,6 +26,7 @@ from trainingcompiler.frameworks.pytorch.session.backward_python import (
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
 from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
@@ -226,7 +228,7 @@ class TapeWriter(TapeRunner):
                 self.tape.grad_flags[key] = tensor, tensor.requires_grad
             return tensor, self.recording.kind_of_state(tensor)
         known = self.tape.inputs.get(key) if self.depth else None
-        if known is not None and known[0] is tensor and known[1] == version_of(tensor):
+        if known is not None and known[0] is tensor and known[1] == version_of(tensor) and _still_is(tensor, known[2]):
             return known[2], known[3]
         if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
             _check_plain(tensor)
@@ -427,6 +429,15 @@ def _check_plain(tensor: torch.Tensor) -> None:
         cure = devices.cure(tensor.device)
         reason = f"a {type(tensor).__name__} on {tensor.device}{layout} is passed to the model{cure}"
         raise CaptureError(reason=reason, where=user_line())
+
+
+def _still_is(tensor: torch.Tensor, encoded: Input) -> bool:
+    """Whether a tensor has the values that were read of it; NumPy writes to memory without a new version."""
+    if not is_foreign(tensor):
+        return True
+    with torch._C.DisableTorchFunction():
+        now = numpy_view(tensor)
+    return now.tobytes() == np.asarray(encoded.array).tobytes()  # bytes: NaN is NaN
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
