@@ -82,18 +82,20 @@ def test_all_handlers_run_where_one_raises(watched):
     assert seen == ["second"]
 
 
-def test_another_librarys_patch_of_signal_survives_the_end(watched, monkeypatch):
-    ours, installed = signal.signal, []
+def test_another_librarys_patch_of_signal_survives_the_end(watched):
+    ours, installed, seen = signal.signal, [], []
 
     def wrapped(number, handler):
         installed.append(number)
         return ours(number, handler)
 
-    monkeypatch.setattr(signal, "signal", wrapped)
-    watched.unwatch_signals()
-    assert signal.signal is wrapped and signal.getsignal is not watched._installed
-    seen = []
-    signal.signal(_NUMBER, lambda *_: seen.append(1))
+    signal.signal = wrapped
+    try:
+        watched.unwatch_signals()
+        assert signal.signal is wrapped and signal.getsignal is not watched._installed
+        signal.signal(_NUMBER, lambda *_: seen.append(1))
+    finally:
+        signal.signal = watched._originals[0]
     with watched:  # nobody waits for it any more
         signal.raise_signal(_NUMBER)
         assert seen == [1]
