@@ -10,6 +10,8 @@ from small import batches, made, mlp, train_on
 from torch import nn
 from torch.nn import functional as F
 
+import trainingcompiler as tc
+
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 ROWS = [[cell.strip() for cell in line.split("|")[1:4]] for line in PAGE.read_text().splitlines() if "| " in line]
 STATUS = {name: status for name, status, _ in ROWS if status in ("compiled", "step in torch", "eager")}
@@ -165,3 +167,14 @@ def test_traced_numbers_beside_masks():
     run = train(make, loop, batches(), compiled=True)
     assert_same(train(make, loop, batches(), compiled=False), run)
     assert not run.fallbacks() and run.statistics.compiles <= 2
+
+
+def test_an_error_of_torchs_own_stays_torchs():
+    model = mlp()
+    tc.enable(tc.TrainingCompilerConfig(engine="xla", quiet=True))
+    try:
+        optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+        with pytest.raises(AssertionError, match="capturable=True"):
+            train_on(model, optimizer, batches())
+    finally:
+        tc.disable()

@@ -168,6 +168,9 @@ class OptimizerStepHandler:
         kind = type(optimizer)
         if of_torch(kind) and hooks_of(optimizer):
             return f"{kind.__name__} has a step hook"
+        capturable = (p for group in optimizer.param_groups if group.get("capturable") for p in group["params"])
+        if of_torch(kind) and any(parameter.device.type == "cpu" for parameter in capturable):
+            return f"{kind.__name__} has capturable=True, which PyTorch refuses on a CPU"
         if isinstance(optimizer, torch.optim.Adam) and any(map(torch.is_complex, parameters_of(optimizer))):
             return (
                 f"{kind.__name__} trains complex numbers"  # whose real and imaginary parts have averages of their own
