@@ -146,6 +146,7 @@ class Masking(torch.optim.Optimizer):
                 parameter.sub_(torch.where(large, rate, grad * 0.3) * 0.01)
                 parameter.sub_(torch.add(large, grad, alpha=rate) * 0.01)
                 parameter.sub_(torch.mul(large, rate) * grad)
+                parameter.sub_(torch.rsub(large.int(), grad, alpha=rate) * 0.01)
                 parameter.add_((grad > 0).int().clamp(max=rate) * 0.01)
                 parameter.sub_(torch.clamp((grad > 0).int(), max=rate / 2, min=rate) * 0.01)
 
@@ -156,7 +157,9 @@ def test_traced_numbers_beside_masks():
         for step, (x, y) in enumerate(data):
             objects["optimizer"].param_groups[0]["lr"] = 0.1 * 0.97**step
             objects["optimizer"].zero_grad()
-            loss = nn.functional.cross_entropy(objects["model"](x.double()), y)
+            outputs, share = objects["model"](x.double()), 0.5 * 0.9**step
+            outputs = torch.where(outputs > 0, outputs, share) + torch.rsub(y[:, None], outputs, alpha=share)
+            loss = nn.functional.cross_entropy(outputs + torch.where(outputs > 0.1, share, outputs), y)
             loss.backward()
             objects["optimizer"].step()
             losses.append(loss.item())

@@ -225,7 +225,8 @@ class FakeTensors(TorchFunctionMode):
             kwargs = {"alpha": kwargs["value"]}
         alpha = kwargs.pop("alpha", None)
         if alpha is not None:
-            args = (args[0], self._scaled(args[1], alpha))
+            scaled = 0 if plain == "rsub" else 1  # which of the two alpha multiplies
+            args = tuple(self._scaled(one, alpha, expected) if n == scaled else one for n, one in enumerate(args))
         args = tuple(_as_tensor(argument) for argument in args)
         kwargs = {key: _as_tensor(value) for key, value in kwargs.items()}
         if plain == "lerp":
@@ -249,10 +250,9 @@ class FakeTensors(TorchFunctionMode):
         return tensor.copy_(result) if in_place else result
 
     @staticmethod
-    def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-        if not isinstance(factor, TracedFloat):
-            return tensor * factor
-        return (tensor * factor.tensor).to(tensor.dtype)
+    def _scaled(tensor: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor times a number, in the dtype of what it is added to, which may be wider than its own."""
+        return (tensor.to(dtype) * _as_tensor(factor)).to(dtype)
 
     def _foreach(self, func, name, args, kwargs, numbers):
         single = getattr(torch.Tensor, name.removeprefix("_foreach_"), None)
