@@ -17,8 +17,18 @@ ORDER = (
 )  # fmt: skip
 
 # Whole processes, several a test, or models that take long to compile.
-SLOW_FOLDERS = {"devices", "fuzz", "huggingface", "keras", "launchers", "workers"}
-SLOW_FILES: frozenset[str] = frozenset()
+SLOW_FOLDERS = {"devices", "fuzz", "huggingface", "keras", "launchers", "rules", "workers"}
+SLOW_FILES = {
+    "core/test_patches.py", "core/test_rendezvous.py", "core/test_worker.py",
+    *(
+        f"pytorch/test_{name}.py"
+        for name in (
+            "applied", "check", "decided", "digests", "gradients", "many_models", "memory_plan", "models",
+            "not_enough_memory", "plan", "torch_compile", "verify",
+        )
+    ),
+    "test_examples.py", "test_notebooks.py", "test_packaging.py",
+}  # fmt: skip
 
 
 def pytest_addoption(parser):
