@@ -29,6 +29,7 @@ from trainingcompiler.frameworks.pytorch.interop import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.interop.dynamo import left_out
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import is_in_place
 from trainingcompiler.frameworks.pytorch.ops import recurrent
 
 _FUSED_OPTIMIZERS = {
@@ -211,7 +212,7 @@ class FakeTensors(TorchFunctionMode):
         """A call with traced numbers among its arguments, in calls that take tensors in their places."""
         if name.startswith("_foreach_"):
             return self._foreach(func, name, args, kwargs, numbers)
-        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+        in_place = is_in_place(name)
         plain = name if name.startswith("__") else name.removesuffix("_")
         if plain not in _TAKES_TENSOR:
             raise ConcretizationError(numbers[0].source)
@@ -220,13 +221,14 @@ class FakeTensors(TorchFunctionMode):
             return self._clamped(plain, in_place, *args, **kwargs)
         expected = torch.bool if plain in ("eq", "ne") else _result_dtype(plain, args)
         if kwargs.get("value") is not None and plain in ("addcdiv", "addcmul"):
-            product = args[1] / args[2] if plain == "addcdiv" else args[1] * args[2]
-            func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], product)
+            func, args = (torch.Tensor.add_ if in_place else torch.add), (args[0], _product(plain, *args[1:]))
             kwargs = {"alpha": kwargs["value"]}
         alpha = kwargs.pop("alpha", None)
         if alpha is not None:
+            first_two = [*args[:2]]
             scaled = 0 if plain == "rsub" else 1  # which of the two alpha multiplies
-            args = tuple(self._scaled(one, alpha, expected) if n == scaled else one for n, one in enumerate(args))
+            first_two[scaled] = self._scaled(args[scaled], alpha, expected)
+            args = (*first_two, *args[2:])
         args = tuple(_as_tensor(argument) for argument in args)
         kwargs = {key: _as_tensor(value) for key, value in kwargs.items()}
         if plain == "lerp":
@@ -334,6 +336,10 @@ def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False,
 
 def _tuple(tensors: Any) -> tuple:
     return () if tensors is None else (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def _product(plain: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return one / other if plain == "addcdiv" else one * other
 
 
 def _result_dtype(plain: str, args: tuple) -> torch.dtype:
