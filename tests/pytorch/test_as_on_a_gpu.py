@@ -35,7 +35,9 @@ def shown(apart, monkeypatch):
     monkeypatch.setattr(devices, "drawn_seed", lambda device: 1)
     monkeypatch.setattr(devices, "generator_state", lambda device: 1)
     begin = tape.Slot.__init__
-    monkeypatch.setattr(tape.Slot, "__init__", lambda slot, meta, device, number: begin(slot, meta, number=number))
+    monkeypatch.setattr(
+        tape.Slot, "__init__", lambda slot, meta, device, *numbered: begin(slot, meta, devices.CPU, *numbered)
+    )
 
 
 def loop(objects, data):

@@ -9,7 +9,7 @@ from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, replay
+from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Geometry, Input, Slot, replay
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -82,10 +82,12 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
     # Of new tensors: which are the same, and which lie in an argument's memory.
     fresh = tuple(distinct[id(meta)] for _, meta in metas.values())
     views = tuple(storages.get(meta.untyped_storage()._cdata, -1) for _, meta in metas.values())
+    results = tuple(_cut(fake_tensors, meta) for _, meta in metas.values())
     return CallShape(
         structure=structure,
         leaves=tuple(found),
-        metas=tuple(_cut(fake_tensors, meta) for _, meta in metas.values()),
+        metas=results,
+        geometries=tuple(map(Geometry.of, results)),
         fresh=fresh,
         writes=written,
         views=views,

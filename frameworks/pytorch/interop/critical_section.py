@@ -66,8 +66,22 @@ class CriticalSection:
 
         @functools.wraps(function)
         def whole(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            if threading.get_ident() != self._main:
+                with self:
+                    return function(*args, **kwargs)
+            if self._depth:  # in it already
                 return function(*args, **kwargs)
+            # `with self`, without its two calls: this is done at every call that is recorded.
+            self._depth = 1
+            self._lock.acquire()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if self._lock._is_owned():
+                    self._lock.release()
+                self._depth = 0
+                if self._arrived:
+                    self._deliver()
 
         return whole  # type: ignore[return-value]
 

@@ -1,12 +1,13 @@
 """The tensors of modules, looked up again only when a module is not what it was."""
 
+import functools
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,6 +35,9 @@ class ModuleTensors(NamedTuple):
         return True
 
 
+_NOTHING: Any = (lambda: None), None
+
+
 class ModuleIndex:
     """The tensors of each module that is called.
 
@@ -41,11 +45,15 @@ class ModuleIndex:
     """
 
     def __init__(self):
-        self._known: Any = WeakIdKeyDictionary()
+        # By identity: a module may compare itself as it likes. Asked at every call, so a plain dict.
+        self._known: dict[int, tuple[weakref.ref, ModuleTensors]] = {}
 
     def tensors(self, module: nn.Module) -> ModuleTensors:
         """The module's tensors."""
-        known = self._known.get(module)
+        reference, known = self._known.get(id(module), _NOTHING)
+        if reference() is not module:
+            known = None
+            reference = weakref.ref(module, functools.partial(self._forget, id(module)))
         if known is None or not known.hold():
             seen = [
                 (where, tuple(where.values()))
@@ -56,8 +64,16 @@ class ModuleIndex:
             before = {id(buffer) for buffer in known.buffers} if known is not None else None
             replaced = set() if before is None else {id(buffer) for buffer in buffers} - before | known.replaced
             known = ModuleTensors(list(module.parameters()), buffers, replaced, seen)
-            self._known[module] = known
+            self._known[id(module)] = reference, known
         return known
+
+    def known(self, module: nn.Module) -> ModuleTensors:
+        """What `tensors` has found a moment ago, without another look at the module."""
+        return self._known[id(module)][1]
+
+    def _forget(self, key: int, reference: weakref.ref) -> None:
+        if self._known.get(key, _NOTHING)[0] is reference:
+            del self._known[key]
 
 
 def module_hooks(module: nn.Module) -> list[Callable]:

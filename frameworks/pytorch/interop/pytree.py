@@ -70,6 +70,7 @@ _LEAF = TreeDef()
 _ATOMS: frozenset[type] = frozenset(
     {int, float, bool, str, type(None), torch.Tensor, torch.nn.Parameter, torch.dtype, torch.device}
 )
+_SEQUENCES = frozenset({tuple, list, torch.Size})
 _flat: dict[tuple, TreeDef] = {}
 
 
@@ -95,9 +96,12 @@ def flatten_call(args: tuple, kwargs: dict, atoms: frozenset[type] = _ATOMS) -> 
         if kind in atoms:
             leaves.append(argument)
             shapes.append(None)
-        elif (kind is tuple or kind is list) and all(type(item) in atoms for item in argument):
+        elif kind in _SEQUENCES and all([type(item) in atoms for item in argument]):
             leaves += argument
             shapes.append((kind, len(argument)))
+        elif isinstance(argument, _VALUES):
+            leaves.append(argument)
+            shapes.append(None)
         else:
             return flatten((args, kwargs))
     key = (tuple(shapes), tuple(kwargs))

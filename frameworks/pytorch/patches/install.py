@@ -68,6 +68,8 @@ class Hooks:
         original_apply = nn.Module._apply
 
         def call(module, *args, **kwargs):
+            if session.depth:  # part of a call that is being recorded
+                return original_call(module, *args, **kwargs)
             return session.call_module(original_call, module, args, kwargs)
 
         @functools.wraps(original_state_dict)
@@ -169,6 +171,13 @@ class Hooks:
             generator,
             noting(session, getattr(checkpoint, generator)),
             "where a checkpointed block begins and ends",
+        )
+        swap = torch.utils.swap_tensors
+        self._patches.replace(
+            torch.utils,
+            "swap_tensors",
+            functools.wraps(swap)(lambda t1, t2: session.swap(swap, t1, t2)),
+            "it refuses tensors to which somebody refers weakly, as we do to all that train",
         )
         for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):
             self._patches.replace(

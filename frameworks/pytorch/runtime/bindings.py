@@ -51,10 +51,10 @@ class Bindings:
             state = None if optimizer is None or parameter is None else optimizer.state.get(parameter)
             for index, name in places if state else ():
                 found[index] = state.get(name)
-        if any(tensor is None for tensor in found):
+        tensors = [tensor for tensor in found if tensor is not None]
+        if len(tensors) < self._count:
             return None
-        if any(
-            found[index].shape != shape or found[index].dtype is not dtype for index, shape, dtype in self._geometries
-        ):
-            return None
-        return found
+        for index, shape, dtype in self._geometries:
+            if tensors[index].shape != shape or tensors[index].dtype is not dtype:
+                return None
+        return tensors

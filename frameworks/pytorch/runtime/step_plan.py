@@ -2,7 +2,7 @@
 
 import enum
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, FloatSource, LiftedTensor
+from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, Graph, Node, references
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient
 from trainingcompiler.frameworks.pytorch.lowering.cache_key import graph_cache_key
@@ -51,7 +52,8 @@ class GradientPlan:
         consumed: Parameters whose gradient it computes and does not keep: the script clears it unread.
         cleared: Parameters whose `.grad` is None afterwards.
         dropped: Lifted tensors, by identity, that are gradients which are not kept: they are not written.
-        missing: Parameters that had no gradient when the step was captured: such a program is for no other case.
+        missing: Parameters that had no gradient when the step was captured, of those that it computes or asks for: such a
+            program is for no other case.
     """
 
     stored: list[tuple[weakref.ref, int]] = field(default_factory=list)
@@ -263,6 +265,11 @@ def _plan_gradients(
 ) -> GradientPlan:
     """Decides which gradients are stored, which are dropped and which become None."""
     plan = GradientPlan()
+    known: set[int] = set()
+    for parameter in _whose_gradients_are_read(entries):
+        if id(parameter) not in known and real_gradient(parameter) is None:
+            known.add(id(parameter))
+            plan.missing.append(weakref.ref(parameter))
     if purpose is Purpose.PEEK:
         return plan
     stepped = {id(optimizer) for entry in entries for optimizer in entry.optimizers}
@@ -280,13 +287,22 @@ def _plan_gradients(
             plan.stored.append((parameter, value))
         else:
             plan.consumed.append(parameter)
-        if value is not None and real_gradient(parameter()) is None:
+        if value is not None and real_gradient(parameter()) is None and id(parameter()) not in known:
             plan.missing.append(parameter)
     for item in captured.lifted:
         if item.gradient_of is not None and not keeps(item.gradient_of()):
             plan.dropped.add(id(item))
             plan.consumed.append(item.gradient_of)
     return plan
+
+
+def _whose_gradients_are_read(entries: list[Entry]) -> Iterator[torch.Tensor]:
+    """The parameters of which entries ask whether there is a gradient: those of a step, and what is clipped."""
+    for entry in entries:
+        for optimizer in entry.optimizers if entry.function is not step_ends else ():
+            yield from parameters_of(optimizer)
+        if entry.reads_gradients:
+            yield from (leaf for leaf in entry.leaves if isinstance(leaf, torch.Tensor))
 
 
 def _cleared_inside(captured: CapturedStep) -> set[int]:

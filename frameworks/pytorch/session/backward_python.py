@@ -517,5 +517,5 @@ def _is_of_torch(hook: Callable) -> bool:
 
 def _requires_gradient(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, DeferredTensor):
-        return tensor.slot.meta.requires_grad and not tensor.slot.freed
+        return tensor.slot.requires_grad and not tensor.slot.freed
     return tensor.requires_grad

@@ -11,6 +11,7 @@ from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch, leaf_hooked, leaf_unhooked
 from trainingcompiler.frameworks.pytorch.session.tape_writer import TapeWriter, version_of
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_referred_to
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
 
@@ -90,12 +91,17 @@ class BackwardRecorder(TapeWriter):
             self.tape.free(slot)
         self._has_backward = True
         self._called_since_backward = {id(module) for module in self.tape.roots}
+        gradients = self._note_gradients(self.tape)
         held = self._speculation.backward(self.tape, entry)
         if held is not None and self.tape.committable() == len(self.tape.entries):
             self._check_gradients(self.tape.entries)
             with passthrough():
                 held.apply()
             self._committed(self.tape.entries, [])
+        elif any(map(_is_seen_elsewhere, gradients)):  # by NumPy it may be, of whose looks nobody is told
+            self.commit()
+            if self.has_backward:
+                self.settle()
 
     def _record_late(self, slot: Slot, gradient: Any, retain_graph: bool | None) -> None:
         """A backward after a step: torch runs it."""
@@ -162,6 +168,11 @@ class BackwardRecorder(TapeWriter):
         stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
         self._rebuild(stays)
         return True
+
+
+def _is_seen_elsewhere(gradient: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return is_referred_to(gradient.untyped_storage()) or is_foreign(gradient)
 
 
 def _check_root(root: torch.Tensor, gradient: Any, may_have_history: bool) -> None:

@@ -12,6 +12,7 @@ from torch.utils._device import _device_constructors
 
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import METADATA, METADATA_METHODS, READS, is_in_place
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 
 
 class Kind(enum.Enum):
@@ -129,7 +130,7 @@ class FunctionMode(TorchFunctionMode):
 
     def __init__(self, watcher: Watcher):
         super().__init__()
-        self._watcher = watcher
+        self._function = watcher.function
         self.is_up = False
 
     def go_up(self) -> None:
@@ -156,15 +157,14 @@ class FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if torch.compiler.is_dynamo_compiling():  # it reads this mode too, and warns of what it finds further down
             return func(*args, **(kwargs or {}))
-        is_asked = types and torch._C._is_torch_function_enabled()  # not while one of them calls `func` itself
-        kinds = tuple(filter(_has_own_functions, types)) if is_asked else ()
-        if kinds:
+        kinds = tuple([kind for kind in types if kind is not DeferredTensor and _has_own_functions(kind)])
+        if kinds and torch._C._is_torch_function_enabled():  # not while one of them calls `func` itself
             with self.seeing():  # what it asks torch for itself
                 for kind in kinds:
                     result = kind.__torch_function__(func, kinds, args, kwargs or {})
                     if result is not NotImplemented:
                         return result
-        return self._watcher.function(func, args, kwargs or {})
+        return self._function(func, args, kwargs or {})
 
 
 @functools.lru_cache(maxsize=1024)

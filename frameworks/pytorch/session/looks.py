@@ -1,7 +1,9 @@
 """Looks and writes at what is pending: questions about deferred tensors, and calls that the tape's writes concern."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -9,6 +11,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_recorder import BackwardRecorder
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind
@@ -36,7 +39,7 @@ class Looks(BackwardRecorder):
         """`tensor.grad_fn`: autograd's own node, which a tensor of the tape has once torch has run the tape."""
         if not isinstance(tensor, DeferredTensor):
             node = function(tensor)
-        elif tensor.slot.meta.requires_grad:
+        elif tensor.slot.requires_grad:
             node = self.run_with_history("grad_fn", function, (tensor,), {})
         else:
             return None
@@ -64,7 +67,7 @@ class Looks(BackwardRecorder):
         """`h.requires_grad_()` or `h.requires_grad = ...` of a result, which becomes a leaf."""
         tensor, flag = args[0], (*args[1:], *kwargs.values(), True)[0]
         slot = tensor.slot
-        if slot.meta.requires_grad == flag:
+        if slot.requires_grad == flag:
             return tensor
         if not flag and not slot.meta.is_leaf and slot not in self.tape.new_leaves:
             raise RuntimeError(
@@ -74,7 +77,7 @@ class Looks(BackwardRecorder):
         if not flag or slot.committed:
             return self.run_with_history("requires_grad_", function, args, kwargs)
         self.record(torch.Tensor.requires_grad_, (tensor, True), {})
-        slot.meta = with_gradient(slot.meta)
+        slot.meta, slot.requires_grad = with_gradient(slot.meta), True
         self.tape.new_leaves.append(slot)
         return tensor
 
@@ -144,6 +147,17 @@ class Looks(BackwardRecorder):
         storages = {tensor.untyped_storage()._cdata for tensor, _ in self.tape.grad_flags.values()}
         if any(_storage(tensor) in storages for tensor in tensors):
             self.settle()
+
+    @section.around
+    def swap(self, original: Callable, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Does what `torch.utils.swap_tensors` does, which refuses tensors with weak references: ours do not mind.
+
+        They stand for the tensor's object. It has other memory afterwards, as after `p.data = ...`.
+        """
+        if not in_passthrough() and self.is_own_thread:
+            self.settle()
+        with mock.patch.object(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _: [])):
+            original(one, other)
 
     def run_with_history(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         if self.needs_gradient(args, kwargs) and (torch.is_grad_enabled() or name != "requires_grad_"):

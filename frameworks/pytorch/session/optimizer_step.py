@@ -168,13 +168,13 @@ class OptimizerStepHandler:
         kind = type(optimizer)
         if of_torch(kind) and hooks_of(optimizer):
             return f"{kind.__name__} has a step hook"
-        capturable = (p for group in optimizer.param_groups if group.get("capturable") for p in group["params"])
-        if of_torch(kind) and any(parameter.device.type == "cpu" for parameter in capturable):
-            return f"{kind.__name__} has capturable=True, which PyTorch refuses on a CPU"
-        if isinstance(optimizer, torch.optim.Adam) and any(map(torch.is_complex, parameters_of(optimizer))):
-            return (
-                f"{kind.__name__} trains complex numbers"  # whose real and imaginary parts have averages of their own
-            )
+        with torch._C.DisableTorchFunction():
+            capturable = (p for group in optimizer.param_groups if group.get("capturable") for p in group["params"])
+            if of_torch(kind) and any(parameter.device.type == "cpu" for parameter in capturable):
+                return f"{kind.__name__} has capturable=True, which PyTorch refuses on a CPU"
+            if isinstance(optimizer, torch.optim.Adam) and any(map(torch.is_complex, parameters_of(optimizer))):
+                # Their real and imaginary parts have averages of their own.
+                return f"{kind.__name__} trains complex numbers"
         return None
 
     def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Any, args: tuple, kwargs: dict) -> tuple:
@@ -291,7 +291,7 @@ class OptimizerStepHandler:
         updated = set(map(id, parameters_of(optimizer)))
         keeps = session.programs.target.is_one_cpu and session.workers is None
         for slot in session.tape.live_slots():
-            if slot.meta.requires_grad and not slot.freed:
+            if slot.requires_grad and not slot.freed:
                 behind = session.tape.entries_behind(slot)
                 if any(isinstance(leaf, torch.Tensor) and id(leaf) in updated for e in behind for leaf in e.leaves):
                     if keeps and slot.value is None:

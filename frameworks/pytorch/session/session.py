@@ -21,7 +21,7 @@ from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.dynamo import as_written
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
-from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leaves
+from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import READS
 from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulators
@@ -45,6 +45,12 @@ from trainingcompiler.reporting.statistics import current as statistics
 
 _MOST_CALLS = 512  # of modules; a list of results that nobody looks at must not grow a tape without end
 _LONGEST_TAPE = 8192  # calls of functions
+
+
+class _Threads(threading.local):
+    """What a thread has; quicker to ask than which thread it is."""
+
+    trains: object = None
 
 
 class Session(Looks):
@@ -74,7 +80,8 @@ class Session(Looks):
         self.accumulators = Accumulators()
         self.torch_compile = TorchCompile(self)
         self._evaluations = EvalCompilePolicy()
-        self._thread = threading.current_thread()
+        self._threads = _Threads()
+        self._trains_here()
         self._owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
@@ -113,7 +120,7 @@ class Session(Looks):
 
     def call_module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Does what calling a module does: its Python runs, and what it asks torch for is recorded or run."""
-        if self.depth or self.is_unwatched():
+        if self.is_unwatched():
             return original(module, *args, **kwargs)
         in_torch, module = module, as_written(module)
         if isinstance(module, DistributedDataParallel):
@@ -143,7 +150,7 @@ class Session(Looks):
         It is recorded if a deferred value takes part, if it is part of a recorded call of a module, or if it computes
         something that has to be differentiated from what an optimizer trains.
         """
-        if in_passthrough() or self.is_closed or not self.is_own_thread:
+        if in_passthrough() or self.is_closed or self._threads.trains is not self._token:
             return function(*args, **kwargs)
         kind = kind_of(function)
         if kind is Kind.QUERY:
@@ -151,10 +158,13 @@ class Session(Looks):
             return self.metadata(function, args, kwargs) if type(first) is DeferredTensor else function(*args, **kwargs)
         if kind is Kind.GRAPH:
             return self.graph_node(function, args[0])
+        for argument in args:
+            if type(argument) is DeferredTensor:
+                return self._on_deferred(kind, function, args, kwargs)
         tensors, is_deferred = tensors_among(args, kwargs)
         if is_deferred:
-            return self.call(function, args, kwargs)
-        if not self.deferring or self.is_in_torch or self.custom_steps.is_over:
+            return self._on_deferred(kind, function, args, kwargs)
+        if not self._deferring or self.is_in_torch or self.custom_steps.is_over:
             result = function(*args, **kwargs)
             if kind is Kind.BACKWARD and self.workers is not None:  # a forward that was recorded up to its middle
                 self.workers.after_backward()
@@ -192,20 +202,37 @@ class Session(Looks):
 
     @section.around
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does what `function(*args, **kwargs)` does, where some argument is a `DeferredTensor`.
+        """Does what `function(*args, **kwargs)` does, some argument being deferred, in whatever thread and mode."""
+        kind = kind_of(function)
+        if not in_passthrough() and self.is_own_thread:
+            return self._on_deferred(kind, function, args, kwargs)
+        known = self._known(kind, function, args, kwargs)
+        if known is not _UNKNOWN:
+            return known
+        name = getattr(function, "__name__", "")
+        if name in READS and not in_passthrough() and not self.depth:
+            statistics().host_reads += 1
+        if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
+            return function(_refused())
+        return function(*self.real(args), **self.real(kwargs))
+
+    @section.around
+    def _on_deferred(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What becomes of a call of the thread that trains, where some argument is a `DeferredTensor`.
 
         What is known without values is answered. What asks for values, or cannot be recorded now, gets real ones. The
         rest is recorded, or goes the way of its kind.
         """
-        kind, name = kind_of(function), getattr(function, "__name__", "")
-        known = self._known(kind, name, function, args, kwargs)
-        if known is not _UNKNOWN:
-            return known
+        name = getattr(function, "__name__", "")
+        if kind is not Kind.OPERATOR or name in _TESTS:
+            known = self._known(kind, function, args, kwargs)
+            if known is not _UNKNOWN:
+                return known
         if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
             self._leave_tape_to_torch()
-        if name == "numpy" and args[0].slot.meta.requires_grad and kwargs.get("force") is not True and not args[1:]:
+        if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
-        if function is torch.Tensor.backward and args[0].slot.late is not None and self.is_own_thread:
+        if kind is Kind.BACKWARD and function is torch.Tensor.backward and args[0].slot.late is not None:
             return self.record_backward(*args, **kwargs)
         if self._gets_values(name, function, args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
@@ -216,9 +243,9 @@ class Session(Looks):
             return handler(self, name, function, args, kwargs)
         if name == "__iter__":
             return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
-        return self.record(function, args, kwargs)
+        return self.record_here(function, args, kwargs)
 
-    def _known(self, kind: Kind, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _known(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The answer to a question that needs no values; `_UNKNOWN` for any other."""
         if kind is Kind.QUERY:
             return self.metadata(function, args, kwargs)
@@ -226,20 +253,21 @@ class Session(Looks):
             return self.graph_node(function, args[0])
         if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
             return self.gradient_of_result(function, args[0])
-        if name in ("isnan", "isinf") and args[0].slot.finite:
+        if getattr(function, "__name__", "") in _TESTS and args[0].slot.finite:
             return torch.zeros(args[0].slot.meta.shape, dtype=torch.bool, device=args[0].slot.device)
         return _UNKNOWN
 
     def _gets_values(self, name: str, function: Callable, args: tuple, kwargs: dict) -> bool:
         """Whether a call is given real tensors now, in place of being recorded."""
-        if name in READS and not in_passthrough() and not self.depth:  # inside a forward, torch has the answer
-            statistics().host_reads += 1
-        if in_passthrough() or not self.is_own_thread or name in READS or not is_pending(args, kwargs):
+        if name in READS:
+            statistics().host_reads += not self.depth  # inside a forward, torch has the answer
             return True
-        if self._bound_tape():
+        if not is_pending(args, kwargs):
+            return True
+        if len(self.tape.entries) >= _LONGEST_TAPE and self._bound_tape():
             return True
         first = args[0] if args else None
-        if not isinstance(first, DeferredTensor):
+        if name not in _MOVES or not isinstance(first, DeferredTensor):
             return False
         if not devices.leads_away(function, args, kwargs, first.slot.device):
             return False
@@ -264,7 +292,7 @@ class Session(Looks):
         if self.is_closed:
             return
         if not self.tape and (not self.registry.has_stepped or not self._thread.is_alive()):
-            self._thread = threading.current_thread()
+            self._trains_here()
             self.deferring = self._deferring
             self.registry.stepped(optimizer, "eager")
             return
@@ -284,8 +312,14 @@ class Session(Looks):
 
     def leave_child(self) -> None:
         """Records nothing more, in a forked child; what is pending is torch's where a gradient has to pass it."""
-        self._is_forked, self._thread = True, threading.current_thread()
+        self._is_forked = True
+        self._trains_here()
         self.deferring = False
+
+    def _trains_here(self) -> None:
+        """Makes the thread that calls this the one that trains."""
+        self._thread = threading.current_thread()
+        self._token = self._threads.trains = object()
 
     def _is_left_alone(self) -> bool:
         # Workers run a program together, in the order of the threads that train.
@@ -388,7 +422,7 @@ class Session(Looks):
 
     def _run_recorded(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Runs a module's Python, and records what it asks torch for."""
-        tensors = self.modules.tensors(module)
+        tensors = self.modules.known(module)
         self.buffers = {id(buffer) for buffer in tensors.buffers} - tensors.replaced
         self.replaced = tensors.replaced
         with torch._C.DisableTorchFunction():
@@ -456,7 +490,7 @@ class Session(Looks):
     @property
     def is_own_thread(self) -> bool:
         """Whether this is the thread that trains."""
-        return threading.current_thread() is self._thread
+        return self._threads.trains is self._token
 
     def is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a call of a module is recorded."""
@@ -481,7 +515,7 @@ class Session(Looks):
         """
         if module not in self._owned:
             try:
-                tensors = self.modules.tensors(module)
+                tensors = self.modules.known(module)
                 for parameter in tensors.parameters:
                     if parameter.requires_grad:
                         check_owned(parameter)
@@ -508,7 +542,10 @@ class Session(Looks):
         return False
 
     def _any_pending(self, args: Any, kwargs: Any) -> bool:
-        return any(isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in flatten((args, kwargs))[0])
+        if is_pending(args, kwargs):
+            return True
+        leaves, _ = flatten_call(args, kwargs)  # in objects, too
+        return any([isinstance(leaf, DeferredTensor) and not leaf.slot.committed for leaf in leaves])
 
     def keep_history(self, called: str, args: tuple, kwargs: dict) -> None:
         """Lets torch run the tape where torch is about to call something whose gradient has to reach the tape."""
@@ -536,6 +573,8 @@ class Session(Looks):
 
 
 _UNKNOWN = object()
+_MOVES = frozenset({"to", "cpu"})
+_TESTS = frozenset({"isnan", "isinf"})  # answered where the program sees to it
 _LOOKING = frozenset({Kind.READ, Kind.OPAQUE, Kind.BACKWARD, Kind.GRADIENT})
 _WRITING = frozenset({Kind.SET, Kind.IN_PLACE, Kind.DRAW_INTO})
 _HANDLERS: dict[Kind, Callable[[Session, str, Callable, tuple, dict], Any]] = {

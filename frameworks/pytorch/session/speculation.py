@@ -45,7 +45,7 @@ class Speculation:
         self._looked_at = tape.place
         if tape.place.backward_follows is False or tape.has_pieces:  # whose Python runs when backward is asked for
             return False
-        if slot.meta.ndim or not slot.meta.requires_grad or slot.freed or not slot.live:
+        if slot.meta.ndim or not slot.requires_grad or slot.freed or not slot.live:
             return False
         backward = self._backward(tape, slot)
         try:

@@ -1,7 +1,7 @@
 """Runs a tape in torch, with its gradient history: the fallback, and looks at a few calls."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,8 @@ def run_in_torch(entries: list[Entry], blocks: Mapping[int, Callable[[], None] |
         return leaf
 
     def run(entry: Entry) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(as_called(entry))
-            if entry.seed is not None:
-                gpus = [] if entry.device.type == "cpu" else [entry.device]
-                stack.enter_context(torch.random.fork_rng(devices=gpus))
-                torch.manual_seed(entry.seed)
-            piece = entry.piece and pieces.setdefault(id(entry.piece), _Recorded(entry.piece))
+        piece = entry.piece and pieces.setdefault(id(entry.piece), _Recorded(entry.piece))
+        with _surroundings(entry):
             results = results_of(entry, replay(entry, resolve, piece))
         if values is not None:
             values.update(zip(entry.outputs, results, strict=False))
@@ -101,6 +96,24 @@ def run_in_torch(entries: list[Entry], blocks: Mapping[int, Callable[[], None] |
     finally:
         for piece in pieces.values():
             piece.resume()
+
+
+def _surroundings(entry: Entry) -> contextlib.AbstractContextManager:
+    """What an entry was called in, besides torch's modes: hyperparameters of its optimizers, its random numbers."""
+    if not entry.optimizers and entry.seed is None:
+        return contextlib.nullcontext()
+    return _as_called_then(entry)
+
+
+@contextlib.contextmanager
+def _as_called_then(entry: Entry) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_called(entry))
+        if entry.seed is not None:
+            gpus = [] if entry.device.type == "cpu" else [entry.device]
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
+            torch.manual_seed(entry.seed)
+        yield
 
 
 class _Recorded(ReplayedPiece):

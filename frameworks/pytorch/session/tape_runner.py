@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils import swap_tensors  # torch's own, which refuses tensors with weak references
 
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
@@ -13,6 +14,7 @@ from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.gradients import stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.module_tensors import ModuleIndex
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, outside_transforms, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
@@ -27,7 +29,16 @@ from trainingcompiler.frameworks.pytorch.session.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, Tape, as_called, memory_of, step_ends
+from trainingcompiler.frameworks.pytorch.tape.tape import (
+    Entry,
+    Input,
+    Slot,
+    Tape,
+    as_called,
+    live_among,
+    memory_of,
+    step_ends,
+)
 from trainingcompiler.planning import planner
 from trainingcompiler.planning.memory_advice import with_memory_advice
 from trainingcompiler.targets.target import Target
@@ -85,8 +96,10 @@ class TapeRunner:
             return self.run_eagerly(CaptureError("the gradient of a result may be read", user_line()))
         entries, rest = self.tape.entries[:count], self.tape.entries[count:]
         # Wanted are the values that the rest of the tape reads, and those that the script still holds.
-        needed = {slot for entry in rest for slot in entry.slots()}
-        exports = [slot for entry in entries for slot in entry.outputs if slot in needed or slot.live]
+        exports = live_among(entries)
+        if rest:
+            needed = {slot for entry in rest for slot in entry.slots()}.union(exports)
+            exports = [slot for entry in entries for slot in entry.outputs if slot in needed]
         self._check_gradients(entries)
         # Entries that leave nothing behind: their values are there already, or torch computes a few sooner than XLA.
         is_a_look = self._is_a_look(entries) and planner.current is None
@@ -290,9 +303,9 @@ class TapeRunner:
 
     def _is_a_look(self, entries: list[Entry]) -> bool:
         """Whether entries only look at state: `sum(p.norm() for p in model.parameters())` in a line of a log."""
-        if any(entry.seed is not None or entry.writes_state for entry in entries):
+        if len(entries) > _FEW_CALLS or self.tape.roots:
             return False
-        return len(entries) <= _FEW_CALLS and not self.tape.roots
+        return not any(entry.seed is not None or entry.writes_state for entry in entries)
 
     def _peek_in_torch(self, entries: list[Entry]) -> bool:
         """Computes a value that the script's Python asks for from the few calls behind it; returns whether it could."""
@@ -327,7 +340,7 @@ class TapeRunner:
         self._rebuild(rest)
         for entry in entries:
             for slot in entry.outputs:
-                if not slot.meta.requires_grad:
+                if not slot.requires_grad:
                     materialize(slot)
 
     def _rebuild(self, entries: list[Entry]) -> None:
@@ -394,6 +407,23 @@ class TapeRunner:
         if entry.function is torch.Tensor.backward:
             self._has_backward = True
             self._called_since_backward = {id(module) for module in tape.roots}
+            self._note_gradients(tape)
+
+    @staticmethod
+    def _note_gradients(tape: Tape) -> list[torch.Tensor]:
+        """Notes the memory of the gradients that a backward adds to, which a script may know by another tensor.
+
+        Returns:
+            These gradients.
+        """
+        found = []
+        with torch._C.DisableTorchFunction():
+            for leaf, _ in tape.grad_flags.values():
+                gradient = stored_gradient(leaf) if leaf.requires_grad else None
+                if gradient is not None and gradient.layout is torch.strided:
+                    tape.written.add(gradient.untyped_storage()._cdata)
+                    found.append(gradient)
+        return found
 
     def _patterns(self, entry: Entry) -> tuple:
         with as_called(entry):
@@ -461,7 +491,7 @@ def materialize(slot: Slot) -> None:
     value = slot.value
     try:
         with torch._C.DisableTorchFunction():
-            torch.utils.swap_tensors(wrapper, value)
+            swap_tensors(wrapper, value)
     except RuntimeError:  # somebody else refers to it weakly
         slot.wrapper = weakref.ref(wrapper)
         return

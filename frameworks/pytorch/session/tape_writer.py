@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils import swap_tensors  # torch's own
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
@@ -29,7 +30,7 @@ from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
-from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, deferred
 from trainingcompiler.frameworks.pytorch.tape.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant, numbers_of
 from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, memory_of, step_ends
@@ -72,6 +73,10 @@ class TapeWriter(TapeRunner):
     @section.around
     def record(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
         """Writes a call on the tape and returns what it returns, its tensors deferred."""
+        return self.record_here(function, args, kwargs, gradients_exist)
+
+    def record_here(self, function: Callable, args: tuple, kwargs: dict, gradients_exist: bool = False) -> Any:
+        """`record`, for who is in the critical section already."""
         if function in INDEXED and is_refused(function, args, kwargs):
             self.run_eagerly(PassingCaptureError("an index is out of range: torch is to say which", user_line()))
             return function(*self.real(args), **self.real(kwargs))
@@ -91,9 +96,10 @@ class TapeWriter(TapeRunner):
                 if call.failure is not None:
                     raise call.failure
                 shape = call.shape = self._shape_of(entry, gradients_exist)
-            written = [given[position] for position in shape.writes if type(entry.leaves[position]) is Input]
-            if written:  # a value of that moment will not do
-                return self._record_write(function, args, kwargs, written, shape, place)
+            if shape.writes:
+                written = [given[position] for position in shape.writes if type(entry.leaves[position]) is Input]
+                if written:  # a value of that moment will not do
+                    return self._record_write(function, args, kwargs, written, shape, place)
         except CaptureError as error:
             self.take_back(place)
             return self._record_nothing(function, args, kwargs, error)
@@ -160,15 +166,21 @@ class TapeWriter(TapeRunner):
         leaves: list[Any] = []
         kinds: list[tuple] = []
         for leaf in given:
-            encoded, kind = self._encode(leaf, modes.grad)
+            if type(leaf) is DeferredTensor and not leaf.slot.committed:
+                encoded, kind = leaf.slot, leaf.slot.kind
+            elif type(leaf) in _SIMPLE:
+                encoded, kind = leaf, (type(leaf), leaf)
+            else:
+                encoded, kind = self._encode(leaf, modes.grad)
             leaves.append(encoded)
             kinds.append(kind)
         region = region_of(self)
-        extra = self.patterns(function, optimizers)
+        extra = self.patterns(function, optimizers) if optimizers else ()
         call = self.recording.follow(tape.place, function, structure, tuple(kinds), leaves, modes, region, extra)
         entry = Entry(function, structure, leaves, modes, call, where=call.where, device=self.device, region=region)
         second = tape.second_run
-        entry.is_in_backward = tape.is_in_backward or second is not None
+        if tape.is_in_backward or second is not None:
+            entry.is_in_backward = True
         if second is not None:
             entry.second = second.region, second.matched
         if call.numbers:
@@ -191,12 +203,10 @@ class TapeWriter(TapeRunner):
             self.tape.place = self.tape.places.pop()
 
     def _encode(self, leaf: Any, grad: bool) -> tuple[Any, tuple]:
+        """What an entry keeps of a leaf that is neither pending nor a simple constant, and what a key has of it."""
         kind = type(leaf)
         if kind is DeferredTensor:
-            slot = leaf.slot
-            return self._input(slot.value, slot.device) if slot.committed else (slot, slot.kind)
-        if kind in _SIMPLE:
-            return leaf, (kind, leaf)
+            return self._input(leaf.slot.value, leaf.slot.device)  # computed for good
         if kind is Slot:
             return leaf, leaf.kind
         if kind is Input:
@@ -273,21 +283,30 @@ class TapeWriter(TapeRunner):
 
     def _results(self, entry: Entry, shape: CallShape, given: list[Any]) -> Any:
         tape = self.tape
+        if shape.is_plain and tape.second_run is None:  # as most are
+            entry.outputs = [slot] = [Slot(shape.metas[0], entry.device, tape.slot_count, shape.geometries[0])]
+            tape.slot_count += 1
+            slot.freed = slot.requires_grad and any([type(leaf) is Slot and leaf.freed for leaf in entry.leaves])
+            return deferred(slot, self)
         if shape.random:
             entry.seed = devices.drawn_seed(entry.device)
         if shape.writes:
             self._note_writes(entry, shape)
         number, device = tape.slot_count, entry.device
-        outputs = [Slot(meta, device, number + index) for index, meta in enumerate(shape.metas)]
+        outputs = [
+            Slot(meta, device, number + index, geometry)
+            for index, (meta, geometry) in enumerate(zip(shape.metas, shape.geometries, strict=True))
+        ]
         if shape.has_views:
             for position, slot in zip(shape.views, outputs, strict=True):
-                slot.memory = None if position < 0 else memory_of(entry.leaves[position])
+                if position >= 0:
+                    slot.memory = memory_of(entry.leaves[position])
         entry.outputs = outputs
         tape.slot_count = number + len(outputs)
         for leaf in entry.leaves:
             if type(leaf) is Slot and leaf.freed:
                 for slot in outputs:
-                    slot.freed = slot.meta.requires_grad
+                    slot.freed = slot.requires_grad
                 break
         answer = self._answer(outputs, shape, given)
         if tape.second_run is not None:
@@ -303,7 +322,7 @@ class TapeWriter(TapeRunner):
         return answer
 
     def _answer(self, outputs: list[Slot], shape: CallShape, given: list[Any]) -> Any:
-        wrappers = [DeferredTensor(slot, self) if slot.held is None else slot.held for slot in outputs]
+        wrappers = [deferred(slot, self) if slot.held is None else slot.held for slot in outputs]
         if shape.is_single:
             return wrappers[0]
         leaves: list[Any] = []
@@ -361,7 +380,7 @@ class TapeWriter(TapeRunner):
         result = self.record(torch.clone, (tensor.detach(),), {})
         slot = result.slot
         slot.wrapper = None  # a tensor with weak references cannot be swapped
-        torch.utils.swap_tensors(tensor, result)
+        swap_tensors(tensor, result)
         slot.wrapper = weakref.ref(tensor)
 
     @section.around
@@ -373,7 +392,7 @@ class TapeWriter(TapeRunner):
             value = self.value(leaf.slot).detach().clone().requires_grad_()
             self.tape.new_leaves.remove(leaf.slot)
             leaf.slot.wrapper = None  # a tensor with weak references cannot be swapped
-            torch.utils.swap_tensors(leaf, value)
+            swap_tensors(leaf, value)
         if leaves and not self.has_backward:
             self.commit()
 
@@ -404,7 +423,7 @@ class TapeWriter(TapeRunner):
     def needs_gradient(self, args: Any, kwargs: Any) -> bool:
         for leaf in flatten((args, kwargs))[0]:
             if isinstance(leaf, DeferredTensor):
-                if leaf.slot.meta.requires_grad and not leaf.slot.freed:
+                if leaf.slot.requires_grad and not leaf.slot.freed:
                     return True
             elif isinstance(leaf, torch.Tensor) and leaf.requires_grad and self.depth:
                 return True
@@ -412,12 +431,16 @@ class TapeWriter(TapeRunner):
 
     def real(self, value: Any) -> Any:
         """`value` with real tensors in place of deferred ones."""
+        if type(value) is DeferredTensor:
+            return self.value(value.slot)
+        if not value and type(value) in (tuple, dict):  # the arguments of most looks: `loss.item()`
+            return value
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
 
 
 def _geometry(leaf: Any) -> tuple:
     if type(leaf) is Slot:
-        return "tensor", tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.meta.requires_grad
+        return "tensor", tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.requires_grad
     if type(leaf) is Input:
         return "input", leaf.shape, leaf.dtype
     return "state", tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.requires_grad

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
-from trainingcompiler.frameworks.pytorch.state.ownership import is_shared
+from trainingcompiler.frameworks.pytorch.state.ownership import is_referred_to
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import StateRegistry
 from trainingcompiler.parallel.arrays import owned_array
 
@@ -26,7 +26,8 @@ class GradientMemory:
 
     def __init__(self, registry: StateRegistry):
         self._registry = registry
-        self._tensors: dict[int, list[Any]] = {}  # by a parameter's identity; a reference to it, and the tensor
+        # By a parameter's identity: a reference to it, the tensor, and where that lies.
+        self._tensors: dict[int, list[Any]] = {}
 
     def tensor_for(self, parameter: torch.Tensor) -> torch.Tensor:
         """A tensor like a parameter that nobody else holds; what is in it is nobody's business."""
@@ -35,7 +36,7 @@ class GradientMemory:
             with torch._C.DisableTorchFunction():
                 array = owned_array(numpy_view(torch.empty(parameter.shape, dtype=parameter.dtype)))
             tensor = self._registry.tensor_for(array, parameter.dtype, parameter.device)
-            known = [weakref.ref(parameter, self._forget(id(parameter))), tensor]
+            known = [weakref.ref(parameter, self._forget(id(parameter))), tensor, tensor.data_ptr()]
             self._tensors[id(parameter)] = known
         return known[1]
 
@@ -53,5 +54,8 @@ class GradientMemory:
 def _fits(known: list[Any], parameter: torch.Tensor) -> bool:
     if known[1].shape != parameter.shape or known[1].dtype is not parameter.dtype:
         return False
-    # The list, and the argument of the count; torch, if it is some parameter's `.grad`; views of it.
-    return sys.getrefcount(known[1]) <= 2 and known[1]._use_count() <= 1 and not is_shared(known[1])
+    # Who else may hold it: Python (the list does, and the argument of the count), torch, if it is some parameter's
+    # `.grad` or was exported, and views. The memory is XLA's, so that NumPy comes to it by one of these only.
+    if sys.getrefcount(known[1]) > 2 or known[1]._use_count() > 1 or known[1].data_ptr() != known[2]:
+        return False
+    return not is_referred_to(known[1].untyped_storage())

@@ -21,7 +21,7 @@ def is_shared(tensor: torch.Tensor) -> bool:
     storage = tensor.untyped_storage()
     if tensor._is_view() or storage.nbytes() != tensor.numel() * tensor.element_size():
         return True
-    return _is_referred_to(storage) or is_foreign(tensor)
+    return is_referred_to(storage) or is_foreign(tensor)
 
 
 def is_foreign(tensor: torch.Tensor) -> bool:
@@ -38,7 +38,7 @@ def is_foreign(tensor: torch.Tensor) -> bool:
         return True
     _, deleter, context = _read(storage)
     if deleter == known.own:
-        return _is_referred_to(storage)  # `tensor.numpy()` was called, and what it gave may be what refers to it
+        return is_referred_to(storage)  # `tensor.numpy()` was called, and what it gave may be what refers to it
     words = _words(context) if deleter == known.of_objects else None
     if words is None or words[3:] not in known.functions:
         return False  # a file that was read, or a result of XLA's
@@ -65,7 +65,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _is_referred_to(storage: torch.UntypedStorage) -> bool:
+def is_referred_to(storage: torch.UntypedStorage) -> bool:
+    """Whether more tensors lie in a tensor's storage than itself."""
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own reference and `storage`'s
 
 

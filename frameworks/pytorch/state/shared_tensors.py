@@ -32,12 +32,13 @@ class _Buffer:
 
     def __init__(self, array: jax.Array):
         self.array = array
-        self.address = address(array)
+        self.address = address(array) if array.size else None
 
     def update(self, array: jax.Array) -> None:
         """Takes over the array that a step has left in the memory."""
         # Views of the old memory that the user holds would be lost; the compiler demands the identity alias map.
-        assert not array.size or address(array) == self.address, "XLA moved a donated state buffer"
+        moved = self.address is not None and array.unsafe_buffer_pointer() != self.address
+        assert not moved, "XLA moved a donated state buffer"
         self.array = array
 
 
@@ -135,12 +136,12 @@ class SharedTensor:
 
     def update(self, array: jax.Array) -> None:
         """Takes over what the step has made of the array."""
+        if self._buffer is not None:
+            self._buffer.update(array)
+            return
         tensor = self.tensor()
         assert tensor is not None
-        if self._buffer is None:
-            tensor.detach().copy_(tensor_of(array))
-        else:
-            self._buffer.update(array)
+        tensor.detach().copy_(tensor_of(array))
 
     def _move(self, tensor: torch.Tensor, buffer: _Buffer) -> None:
         set_data(tensor, tensor_over(buffer.array, buffer, tensor.dtype))

@@ -1,14 +1,16 @@
 """The record of what one call returns: shapes, dtypes, views and writes. `capture.eval_shape` makes it."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef
+from trainingcompiler.frameworks.pytorch.tape.tape import Geometry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CallShape:
     """What a call returns.
 
@@ -16,6 +18,7 @@ class CallShape:
         structure: Of the result.
         leaves: The result's leaves: an `Output`, an `Argument`, or the value itself.
         metas: A fake tensor for each distinct tensor that the call makes.
+        geometries: Theirs.
         fresh: Which of the result's distinct tensors those are.
         writes: Positions of the leaves that the call writes to.
         views: For each of `metas` the position of the leaf whose memory it shares; -1 for none.
@@ -28,6 +31,7 @@ class CallShape:
     structure: TreeDef
     leaves: tuple[Any, ...]
     metas: tuple[torch.Tensor, ...]
+    geometries: tuple[Geometry, ...]
     fresh: tuple[int, ...]
     writes: tuple[int, ...]
     views: tuple[int, ...]
@@ -35,6 +39,11 @@ class CallShape:
     random: bool
     gains_history: bool
     is_single: bool
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether it returns one new tensor, in memory of its own, and does nothing else."""
+        return self.is_single and not (self.random or self.writes or self.has_views)
 
 
 @dataclass(frozen=True, slots=True)

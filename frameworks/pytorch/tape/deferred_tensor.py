@@ -19,6 +19,15 @@ class Owner(Protocol):
         """The real tensor of a slot."""
 
 
+_SHAPE: Any = torch.Tensor.shape  # torch's own property
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+def _is_seen_by_us_only() -> bool:
+    """Whether no mode but the session's sees torch functions in this thread."""
+    return torch._C._len_torch_function_stack() <= 1
+
+
 class _EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
     """A class that is `torch.Tensor` for `==`: a script may ask `type(x) == torch.Tensor`.
 
@@ -43,20 +52,19 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
     slot: Slot
     owner: Owner
 
-    @staticmethod
-    def __new__(cls, slot: Slot, owner: Owner) -> "DeferredTensor":
-        """Makes the one tensor of a slot that the loop gets to hold."""
-        meta = slot.meta
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=slot.device
-        )
-        self.slot = slot
-        self.owner = owner
-        slot.wrapper = weakref.ref(self)
-        return self
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """See `torch.Tensor.shape`; this is quicker than torch's own, which asks the modes."""
+        return self.slot.geometry.shape if _is_seen_by_us_only() else _SHAPE.__get__(self)
 
-    def __init__(self, slot: Slot, owner: Owner):
-        super().__init__()
+    def size(self, dim: int | None = None) -> Any:
+        """See `torch.Tensor.size` and `shape`."""
+        shape = self.slot.geometry.shape
+        if dim is None and _is_seen_by_us_only():
+            return shape
+        if type(dim) is int and -len(shape) <= dim < len(shape) and _is_seen_by_us_only():
+            return shape[dim]
+        return torch.Tensor.size(self, dim)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -69,7 +77,7 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
         def real(leaf):
             if isinstance(leaf, DeferredTensor):
                 slot = leaf.slot
-                if torch.is_grad_enabled() and slot.meta.requires_grad and not slot.committed and not slot.freed:
+                if torch.is_grad_enabled() and slot.requires_grad and not slot.committed and not slot.freed:
                     raise GradientLostError(
                         f"{func} is called in C++ with a result of a compiled step that needs a gradient, and its "
                         "gradient history is not there, so that what is behind it would not be trained. Wrap the call "
@@ -94,6 +102,17 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
 
     def __deepcopy__(self, memo):
         return self.owner.value(self.slot).detach().clone()
+
+
+def deferred(slot: Slot, owner: Owner) -> DeferredTensor:
+    """Makes the one tensor of a slot that the loop gets to hold."""
+    shape, strides, dtype, _ = slot.geometry
+    # No constructor: this is done at every call that is recorded.
+    tensor = _make_wrapper(DeferredTensor, shape, strides=strides, dtype=dtype, device=slot.device)
+    tensor.slot = slot
+    tensor.owner = owner
+    slot.wrapper = weakref.ref(tensor)
+    return tensor
 
 
 def _deferred(value: Any):

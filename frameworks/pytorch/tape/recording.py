@@ -170,10 +170,10 @@ class Recording:
         if (
             last is not None
             and last.function == function
-            and last.modes == modes
+            and (last.modes is modes or last.modes == modes)
             and last.region == region
             and last.optimizers == extra
-            and last.structure == structure
+            and (last.structure is structure or last.structure == structure)
         ):
             if last.kinds == kinds:
                 return last

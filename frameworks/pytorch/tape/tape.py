@@ -5,12 +5,12 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.interop import cuda_autocast, devices
+from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef, flatten, unflatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 
@@ -18,11 +18,27 @@ if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.tape.recording import Call
 
 
+class Geometry(NamedTuple):
+    """How a tensor lies in memory, and whether a gradient passes it; `strides` count elements."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Geometry":
+        """That of a real or a fake tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+
 class Slot:
     """One tensor that an entry of the tape produces.
 
     Attributes:
-        meta: A fake tensor with its shape, dtype and `requires_grad`.
+        meta: A fake tensor with its geometry.
+        geometry: Likewise: to ask a fake tensor is a call of a torch function, which is seen.
+        requires_grad: Whether a gradient passes it.
         device: Where torch would have it.
         number: Its number among those of its tape.
         kind: What a key has of it.
@@ -41,17 +57,27 @@ class Slot:
         "device",
         "finite",
         "freed",
+        "geometry",
         "kind",
         "late",
         "memory",
         "meta",
         "number",
+        "requires_grad",
         "value",
         "wrapper",
     )
 
-    def __init__(self, meta: torch.Tensor, device: torch.device = devices.CPU, number: int = -1):
+    def __init__(
+        self,
+        meta: torch.Tensor,
+        device: torch.device = devices.CPU,
+        number: int = -1,
+        geometry: Geometry | None = None,
+    ):
         self.meta = meta
+        self.geometry = geometry = geometry or Geometry.of(meta)
+        self.requires_grad = geometry.requires_grad
         self.device = device
         self.number = number
         self.kind: tuple = ("slot", number)
@@ -69,7 +95,7 @@ class Slot:
     @property
     def is_cut(self) -> bool:
         """Whether a gradient that should pass the tensor no longer can: torch would raise an error too."""
-        return self.freed or (self.committed and self.meta.requires_grad)
+        return self.freed or (self.committed and self.requires_grad)
 
     @property
     def held(self) -> Any:
@@ -259,14 +285,14 @@ class Tape:
 
     def live_slots(self) -> list[Slot]:
         """The pending slots that the loop still holds."""
-        return [slot for entry in self.entries for slot in entry.outputs if slot.live]
+        return live_among(self.entries)
 
     def committable(self) -> int:
         """How many entries from the start no gradient needs to pass any more.
 
         Neither one that a live value may still ask for, nor that of a backward which would stay on the tape.
         """
-        wanted = [slot for slot in self.live_slots() if slot.meta.requires_grad and not slot.freed]
+        wanted = [slot for slot in self.live_slots() if slot.requires_grad and not slot.freed]
         if not wanted:
             return len(self.entries)
         limit = self._first(wanted)
@@ -350,15 +376,15 @@ class Tape:
                 output.freed = True
         spent = {output for index in ancestors for output in self.entries[index].outputs}
         for entry in self.entries:  # what else was computed from them cannot be differentiated either, but for detached
-            if any(read in spent for read in entry.slots()):
-                for output in entry.outputs:
-                    if output.meta.requires_grad:
-                        output.freed = True
-                        spent.add(output)
+            rest = [output for output in entry.outputs if output.requires_grad and not output.freed]
+            if rest and not spent.isdisjoint(entry.slots()):
+                for output in rest:
+                    output.freed = True
+                    spent.add(output)
 
     def _gradient_path(self, slots: list[Slot]) -> set[int]:
         """The entries that a gradient of any of `slots` passes through: a detached value ends it."""
-        return self._ancestors(slots, lambda read: read.meta.requires_grad)
+        return self._ancestors(slots, lambda read: read.requires_grad)
 
     def _ancestors(self, slots: list[Slot], follows: Callable[[Slot], bool]) -> set[int]:
         producers = self.producers()
@@ -374,6 +400,12 @@ class Tape:
         return found
 
 
+def live_among(entries: list[Entry]) -> list[Slot]:
+    """The slots that entries produce and the loop still holds."""
+    found = [slot for entry in entries for slot in entry.outputs if slot.wrapper is not None]
+    return [slot for slot in found if slot.wrapper is not None and slot.wrapper() is not None]
+
+
 def replay(entry: Entry, resolve: Callable[[Any, int], Any], piece: Any = None) -> Any:
     """Runs an entry again.
 
@@ -387,9 +419,7 @@ def replay(entry: Entry, resolve: Callable[[Any, int], Any], piece: Any = None) 
     """
     leaves = [resolve(leaf, position) for position, leaf in enumerate(entry.leaves)]
     args, kwargs = unflatten(entry.structure, iter(leaves))
-    with contextlib.ExitStack() as stack:
-        if entry.modes != TorchModes.now() or cuda_autocast.is_installed():
-            stack.enter_context(entry.modes.entered())
+    with entry.modes.around():
         if getattr(entry.function, "takes_piece", False):
             return entry.function(piece, *args, **kwargs)
         return entry.function(*args, **kwargs)
