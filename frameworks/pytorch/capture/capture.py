@@ -15,7 +15,7 @@ from trainingcompiler.frameworks.pytorch.capture import optimizer_init, optimize
 from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
 from trainingcompiler.frameworks.pytorch.capture.traced_float import TracedFloat
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph
-from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, real_gradient
 from trainingcompiler.frameworks.pytorch.tape.tape import (
     Entry,
     Input,
@@ -188,7 +188,7 @@ class _Capture:
                 continue
             if self._order is not None:
                 self._order.clear()
-            for part in parts_of(entries, index) if entries[index].function is torch.Tensor.backward else ():
+            for part in parts_of(entries, index) if entries[index].function is BACKWARD else ():
                 self.pieces[id(part.piece)].parts.append(part)
             region = entries[index].region
             stop = index + 1

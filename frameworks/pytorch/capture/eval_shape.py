@@ -6,6 +6,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
+from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
@@ -36,9 +37,8 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
         if type(leaf) is Slot:
             if leaf not in same:
                 meta = leaf.meta
-                fake = fake_tensors.fake_like(tuple(meta.shape), meta.dtype, meta.stride(), meta.requires_grad)
-                with torch.enable_grad():
-                    same[leaf] = fake.clone() if meta.requires_grad else fake
+                fake = fake_tensors.fake_like(tuple(meta.shape), meta.dtype, meta.stride())
+                same[leaf] = with_gradient(fake) if meta.requires_grad else fake
             arguments[position] = same[leaf]
         elif type(leaf) is Input:
             if leaf not in same:
@@ -102,11 +102,22 @@ def _cut(fake_tensors: FakeTensors, fake: torch.Tensor) -> torch.Tensor:
     """A fake tensor like `fake` that does not keep the graph behind it alive."""
     with fake_tensors.fake_mode:
         empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
-        with torch.enable_grad():
-            return empty.requires_grad_().clone() if fake.requires_grad else empty
+    return with_gradient(empty) if fake.requires_grad else empty
 
 
-def with_gradient(meta: torch.Tensor) -> torch.Tensor:
-    """A fake tensor like `meta` that requires a gradient."""
-    with meta.fake_mode, torch.enable_grad():  # type: ignore[attr-defined]
-        return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype).requires_grad_().clone()
+def with_gradient(fake: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like another one, of the same strides, that is computed from something that is trained."""
+    with passthrough(), torch.enable_grad(), fake.fake_mode:  # type: ignore[attr-defined]
+        return _Computed.apply(torch.empty((), requires_grad=True), fake)
+
+
+class _Computed(torch.autograd.Function):
+    """Gives a tensor a history; a clone of one whose elements do not lie side by side would have other strides."""
+
+    @staticmethod
+    def forward(ctx: Any, trained: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise AssertionError("nobody differentiates what only has a shape")

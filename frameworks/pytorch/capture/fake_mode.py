@@ -27,7 +27,7 @@ from trainingcompiler.frameworks.pytorch.capture.rng import TracedRng
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError, TracedFloat, guarded_math
 from trainingcompiler.frameworks.pytorch.interop import cuda_autocast, devices
 from trainingcompiler.frameworks.pytorch.interop.dynamo import left_out
-from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient, stored_gradient
+from trainingcompiler.frameworks.pytorch.interop.gradients import is_backward, real_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import is_in_place
 from trainingcompiler.frameworks.pytorch.ops import recurrent
@@ -38,7 +38,6 @@ _FUSED_OPTIMIZERS = {
     torch._fused_sgd_: ("aten._fused_sgd.default", 3),
     torch._fused_adagrad_: ("aten._fused_adagrad.default", 4),
 }
-_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
 # Functions whose numbers a 0-d tensor can stand in for without changing the result's dtype.
 _TAKES_TENSOR = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide pow lerp addcmul addcdiv maximum minimum where fill "
@@ -189,7 +188,7 @@ class FakeTensors(TorchFunctionMode):
         if numbers:
             return self._real(self._with_numbers(func, name, args, kwargs, numbers))
         try:
-            if func in _BACKWARDS:
+            if is_backward(func):
                 with self:  # Python runs inside: checkpointed blocks, custom functions
                     return _backward(*args, **kwargs)
             if recurrent.is_taken(func, args):

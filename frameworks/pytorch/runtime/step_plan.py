@@ -52,8 +52,8 @@ class GradientPlan:
         consumed: Parameters whose gradient it computes and does not keep: the script clears it unread.
         cleared: Parameters whose `.grad` is None afterwards.
         dropped: Lifted tensors, by identity, that are gradients which are not kept: they are not written.
-        missing: Parameters that had no gradient when the step was captured, of those that it computes or asks for: such a
-            program is for no other case.
+        missing: Parameters that had no gradient when the step was captured, of those whose gradient it computes or asks
+            for: such a program is for no other case.
     """
 
     stored: list[tuple[weakref.ref, int]] = field(default_factory=list)
@@ -266,10 +266,10 @@ def _plan_gradients(
     """Decides which gradients are stored, which are dropped and which become None."""
     plan = GradientPlan()
     known: set[int] = set()
-    for parameter in _whose_gradients_are_read(entries):
-        if id(parameter) not in known and real_gradient(parameter) is None:
-            known.add(id(parameter))
-            plan.missing.append(weakref.ref(parameter))
+    for tensor in _whose_gradients_are_read(entries):
+        if id(tensor) not in known and real_gradient(tensor) is None:
+            known.add(id(tensor))
+            plan.missing.append(weakref.ref(tensor))
     if purpose is Purpose.PEEK:
         return plan
     stepped = {id(optimizer) for entry in entries for optimizer in entry.optimizers}

@@ -7,6 +7,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch, leaf_hooked, leaf_unhooked
@@ -43,10 +44,10 @@ class BackwardRecorder(TapeWriter):
         if not self._is_pending(tensor) or create_graph:
             reason = "backward() keeps a graph, or goes through a module that another one has gone through"
             self.run_eagerly(CaptureError(reason=reason, where=user_line()))
-            return torch.Tensor.backward(self.real(tensor), gradient, retain_graph, create_graph, inputs)
+            return BACKWARD(self.real(tensor), gradient, retain_graph, create_graph, inputs)
         if self._is_undecided():
             self._begin_in_torch()
-            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+            return BACKWARD(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
         # The rest is recorded, and the Python that runs inside of it is run; until that has ended, all can be undone.
         if len(self.tape.roots) > 1 and not self.has_backward:
             self._forget_unread(slot)
@@ -56,7 +57,7 @@ class BackwardRecorder(TapeWriter):
         except (CaptureError, LeftToTorch) as error:
             self.take_back(place)
             self.run_eagerly(error.error if isinstance(error, LeftToTorch) else error)
-            return torch.Tensor.backward(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+            return BACKWARD(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
         except BaseException:  # the script's own error, in Python that backward runs
             self.take_back(place)
             raise
@@ -77,7 +78,7 @@ class BackwardRecorder(TapeWriter):
             self.append(rewritten, changed, {})
             self.tape.read = [read for read in self.tape.read if read[2] not in changed]
         hooked = self.backward_python.hook_leaves()
-        entry = self.append(torch.Tensor.backward, (tensor, gradient, retain_graph, False), {"inputs": inputs})
+        entry = self.append(BACKWARD, (tensor, gradient, retain_graph, False), {"inputs": inputs})
         with section.outside():
             if changed:
                 self.backward_python.check(entry)
@@ -164,7 +165,7 @@ class BackwardRecorder(TapeWriter):
                 return False
         if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in self.tape.grad_flags.values()):
             return False
-        goes = (torch.Tensor.backward, leaf_hooked, leaf_unhooked)
+        goes = (BACKWARD, leaf_hooked, leaf_unhooked)
         stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
         self._rebuild(stays)
         return True

@@ -3,14 +3,17 @@
 import contextlib
 import enum
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._device import _device_constructors
 
 from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.gradients import is_backward
 from trainingcompiler.frameworks.pytorch.interop.tensor_attributes import METADATA, METADATA_METHODS, READS, is_in_place
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 
@@ -20,9 +23,10 @@ class Kind(enum.Enum):
 
     `OPERATOR` computes tensors. `IN_PLACE` writes to its first argument. `FACTORY` makes a tensor of nothing but
     numbers. `QUERY` asks for shapes and the like, `GRAPH` for autograd's node. `READ` asks for values. `DRAW` makes
-    random numbers and nothing else; `DRAW_FROM` makes them of probabilities, and `DRAW_INTO` fills a tensor with
-    them. `SET` assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two
-    functions for it. `OPAQUE` reaches into the graph that autograd would have. `NATIVE` is torch's own business.
+    random numbers and nothing else; `DRAW_FROM` makes them of probabilities, `DRAW_INTO` fills a tensor with them, and
+    `DRAW_WITHIN` is Python of torch's that draws. `SET` assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT`
+    is `.grad`. `BACKWARD` is one of the two functions for it. `OPAQUE` reaches into the graph that autograd would have.
+    `NATIVE` is torch's own business.
     """
 
     OPERATOR = enum.auto()
@@ -34,6 +38,7 @@ class Kind(enum.Enum):
     DRAW = enum.auto()
     DRAW_FROM = enum.auto()
     DRAW_INTO = enum.auto()
+    DRAW_WITHIN = enum.auto()
     SET = enum.auto()
     FLAG = enum.auto()
     GRADIENT = enum.auto()
@@ -50,6 +55,9 @@ _OPAQUE = frozenset(
 _DRAWS = frozenset("rand randn randint randperm normal rand_like randn_like randint_like".split())
 _DRAWS_FROM = frozenset("multinomial bernoulli poisson binomial".split())
 _DRAWS_INTO = frozenset("uniform_ normal_ random_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_".split())
+_DRAWS_WITHIN = frozenset(
+    (F.gumbel_softmax, F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices)
+)
 # They give tensors of the host's data, or are answered by the process.
 _NATIVE = frozenset(
     "tensor as_tensor from_numpy frombuffer asarray _set_grad_enabled set_grad_enabled share_memory_ pin_memory "
@@ -83,8 +91,10 @@ def _classified(function: Any) -> Kind:
         return Kind.FLAG if is_flag else Kind.SET
     if name == "requires_grad_":
         return Kind.FLAG
-    if function in (torch.autograd.backward, torch.Tensor.backward):
+    if is_backward(function):
         return Kind.BACKWARD
+    if function in _DRAWS_WITHIN:
+        return Kind.DRAW_WITHIN
     if name in METADATA_METHODS:
         return Kind.QUERY
     if name in READS:
@@ -102,6 +112,21 @@ def _classified(function: Any) -> Kind:
     if function in _device_constructors():
         return Kind.FACTORY
     return Kind.IN_PLACE if is_in_place(name) else Kind.OPERATOR
+
+
+def opened(function: Callable) -> Callable:
+    """A Python function of torch's that does not ask the modes, so that they are asked by what it calls."""
+    asks = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _asks_nobody
+    )
+    given: Any = function
+    body = types.FunctionType(given.__code__, {**given.__globals__, **asks}, given.__name__, given.__defaults__)
+    body.__kwdefaults__ = given.__kwdefaults__
+    return body
+
+
+def _asks_nobody(*_: Any) -> bool:
+    return False
 
 
 def leaves_history(function: Any) -> bool:

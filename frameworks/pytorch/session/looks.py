@@ -11,20 +11,23 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
-from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_recorder import BackwardRecorder
-from trainingcompiler.frameworks.pytorch.session.function_mode import Kind
+from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, opened
 from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.tape import Slot
 
 
 class Looks(BackwardRecorder):
     """What becomes of a look or a write before the tape has run."""
 
-    def metadata(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        """What is known of a deferred tensor without its values."""
-        slot = args[0].slot
+    def is_unwatched(self) -> bool:
+        """Whether nothing is recorded of what this thread does now."""
+        raise NotImplementedError
+
+    def metadata(self, slot: Slot, function: Any, args: tuple, kwargs: dict) -> Any:
+        """What is known of a deferred tensor, the first argument, without its values."""
         name = getattr(function, "__name__", "")
         if name == "__get__":
             name = function.__self__.__name__
@@ -154,7 +157,7 @@ class Looks(BackwardRecorder):
 
         They stand for the tensor's object. It has other memory afterwards, as after `p.data = ...`.
         """
-        if not in_passthrough() and self.is_own_thread:
+        if not self.is_unwatched():
             self.settle()
         with mock.patch.object(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _: [])):
             original(one, other)
@@ -199,6 +202,10 @@ class Looks(BackwardRecorder):
         if name == "multinomial" or not self.differentiates(args, kwargs):  # its result has no gradient
             return function(*self.real(args), **self.real(kwargs))
         return self.record(function, args, kwargs)
+
+    def draws_within(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Python of torch's that draws random numbers: it runs, so that torch draws what it draws in eager."""
+        return opened(function)(*args, **kwargs)
 
     def draws_into(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A result is filled with random numbers."""

@@ -20,6 +20,7 @@ from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.dynamo import as_written
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, BACKWARD_OF_MANY, is_backward_of_many
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
@@ -39,7 +40,7 @@ from trainingcompiler.frameworks.pytorch.session.torch_compile import TorchCompi
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import check_owned
 from trainingcompiler.frameworks.pytorch.tape.arguments import is_pending, tensors_among
-from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, slot_of
 from trainingcompiler.planning import planner
 from trainingcompiler.reporting.statistics import current as statistics
 
@@ -154,16 +155,18 @@ class Session(Looks):
             return function(*args, **kwargs)
         kind = kind_of(function)
         if kind is Kind.QUERY:
-            first = args[0] if args else None
-            return self.metadata(function, args, kwargs) if type(first) is DeferredTensor else function(*args, **kwargs)
-        if kind is Kind.GRAPH:
-            return self.graph_node(function, args[0])
+            slot = slot_of(args[0]) if args else None
+            return function(*args, **kwargs) if slot is None else self.metadata(slot, function, args, kwargs)
+        if kind is Kind.BACKWARD:
+            function = BACKWARD_OF_MANY if is_backward_of_many(function) else BACKWARD
         for argument in args:
             if type(argument) is DeferredTensor:
                 return self._on_deferred(kind, function, args, kwargs)
         tensors, is_deferred = tensors_among(args, kwargs)
         if is_deferred:
             return self._on_deferred(kind, function, args, kwargs)
+        if kind is Kind.GRAPH:
+            return self.graph_node(function, args[0])
         if not self._deferring or self.is_in_torch or self.custom_steps.is_over:
             result = function(*args, **kwargs)
             if kind is Kind.BACKWARD and self.workers is not None:  # a forward that was recorded up to its middle
@@ -214,7 +217,15 @@ class Session(Looks):
             statistics().host_reads += 1
         if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
+        if not in_passthrough() and name not in READS and not leaves_history(function):
+            self._keep_history_of_thread(args, kwargs)
         return function(*self.real(args), **self.real(kwargs))
+
+    def _keep_history_of_thread(self, args: tuple, kwargs: dict) -> None:
+        """Lets torch run the tape where another thread than the one that trains differentiates what is on it."""
+        if torch.is_grad_enabled() and self._any_pending(args, kwargs) and self.needs_gradient(args, kwargs):
+            name = threading.current_thread().name
+            self.run_eagerly(CaptureError(f"thread {name} computes with a result that needs a gradient", user_line()))
 
     @section.around
     def _on_deferred(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -223,6 +234,8 @@ class Session(Looks):
         What is known without values is answered. What asks for values, or cannot be recorded now, gets real ones. The
         rest is recorded, or goes the way of its kind.
         """
+        if type(args[0] if args else None) is not DeferredTensor and not tensors_among(args, kwargs)[1]:
+            return self.function(function, args, kwargs)  # a signal's handler has computed them a moment ago
         name = getattr(function, "__name__", "")
         if kind is not Kind.OPERATOR or name in _TESTS:
             known = self._known(kind, function, args, kwargs)
@@ -232,7 +245,7 @@ class Session(Looks):
             self._leave_tape_to_torch()
         if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
-        if kind is Kind.BACKWARD and function is torch.Tensor.backward and args[0].slot.late is not None:
+        if function is BACKWARD and args[0].slot.late is not None:
             return self.record_backward(*args, **kwargs)
         if self._gets_values(name, function, args, kwargs):
             return function(*self.real(args), **self.real(kwargs))
@@ -248,7 +261,8 @@ class Session(Looks):
     def _known(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The answer to a question that needs no values; `_UNKNOWN` for any other."""
         if kind is Kind.QUERY:
-            return self.metadata(function, args, kwargs)
+            slot = slot_of(args[0])
+            return function(*args, **kwargs) if slot is None else self.metadata(slot, function, args, kwargs)
         if kind is Kind.GRAPH:
             return self.graph_node(function, args[0])
         if kind is Kind.GRADIENT and isinstance(args[0], DeferredTensor):
@@ -276,7 +290,7 @@ class Session(Looks):
         return True
 
     def _goes_back(self, name: str, function: Callable, args: tuple, kwargs: dict) -> None:
-        record = self.record_backward if function is torch.Tensor.backward else self.record_backwards
+        record = self.record_backwards if is_backward_of_many(function) else self.record_backward
         record(*args, **kwargs)
         if self.workers is not None:
             self.workers.after_backward()
@@ -387,9 +401,11 @@ class Session(Looks):
         pending = self.custom_steps.gradient(tensor) if self.is_own_thread else None
         if pending is not None:
             return pending
-        if self.has_backward:
+        if self.has_backward or self.tape.uses_stored_gradients([tensor]):
             self.commit()
         if self.has_backward and id(tensor) in self.tape.with_gradients():  # its graph is retained
+            self.settle()
+        if self.tape.uses_stored_gradients([tensor]):
             self.settle()
         self.registry.reads_gradient(tensor)
         return None
@@ -399,7 +415,7 @@ class Session(Looks):
         """What to store for `tensor.grad = gradient`."""
         if self.is_unwatched():
             return gradient
-        if self.has_backward:
+        if self.has_backward or self.tape.uses_stored_gradients([tensor]):
             self.settle()
         self.registry.writes_gradient(tensor, gradient)
         if gradient is not None and torch._debug_has_internal_overlap(gradient) == 1:  # a program could not write to it
@@ -415,6 +431,8 @@ class Session(Looks):
         if self.has_backward and not (set_to_none and self.drop_backward({id(parameter) for parameter in parameters})):
             self.commit()  # to be zeros, gradients have to be there
         if self.has_backward and not self.tape.with_gradients().isdisjoint(map(id, parameters)):
+            self.settle()
+        if self.tape.uses_stored_gradients(parameters):
             self.settle()
         self.registry.clears_gradients(owner, parameters, set_to_none)
 
@@ -586,6 +604,7 @@ _HANDLERS: dict[Kind, Callable[[Session, str, Callable, tuple, dict], Any]] = {
     Kind.DRAW: Session.draws,
     Kind.DRAW_FROM: Session.draws_from,
     Kind.DRAW_INTO: Session.draws_into,
+    Kind.DRAW_WITHIN: Session.draws_within,
 }
 
 

@@ -6,10 +6,9 @@ in the step. The gradients are held until the loop asks for them; a wrong guess 
 
 from typing import Any
 
-import torch
-
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
@@ -64,12 +63,10 @@ class Speculation:
         kinds = tuple(slot.kind if leaf is slot else (type(leaf), leaf) for leaf in leaves)
         last = tape.place.last
         modes = TorchModes.now()._replace(grad=True)
-        call = self._recording.follow(
-            tape.place, torch.Tensor.backward, structure, kinds, leaves, modes, tape.region, ()
-        )
+        call = self._recording.follow(tape.place, BACKWARD, structure, kinds, leaves, modes, tape.region, ())
         if last is not None:
             tape.place.last = last
-        return Entry(torch.Tensor.backward, structure, leaves, modes, call, where=call.where)
+        return Entry(BACKWARD, structure, leaves, modes, call, where=call.where)
 
     def backward(self, tape: Tape, entry: Entry) -> Held | None:
         """Takes note of a backward, the last entry of the tape.

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
 from trainingcompiler.frameworks.pytorch.tape.tape import (
     Entry,
@@ -88,7 +89,7 @@ def run_in_torch(entries: list[Entry], blocks: Mapping[int, Callable[[], None] |
                         ended += 1
                     run_block(index, ended)
                     continue
-                if entry.function is torch.Tensor.backward:
+                if entry.function is BACKWARD:
                     for part in parts_of(entries, index):
                         if id(part.piece) in pieces:
                             pieces[id(part.piece)].queue.append((part, entries, run, resolve))

@@ -14,7 +14,7 @@ from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
-from trainingcompiler.frameworks.pytorch.interop.gradients import stored_gradient
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.module_tensors import ModuleIndex
 from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, outside_transforms, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
@@ -323,7 +323,7 @@ class TapeRunner:
 
     def _planned(self, entries: list[Entry], waiting: planner.Planner) -> bool:
         """Hands a step over to who plans it, and passes over a batch that only adds to gradients."""
-        backwards = [entry.where for entry in entries if entry.function is torch.Tensor.backward]
+        backwards = [entry.where for entry in entries if entry.function is BACKWARD]
         waiting.backwards.update(backwards)
         if any(entry.optimizers for entry in entries):
             waiting.take(RecordedStep(self.programs, entries))
@@ -404,7 +404,7 @@ class TapeRunner:
             memory = memory_of(entry.leaves[position])
             if isinstance(memory, torch.Tensor):
                 tape.written.add(memory.untyped_storage()._cdata)
-        if entry.function is torch.Tensor.backward:
+        if entry.function is BACKWARD:
             self._has_backward = True
             self._called_since_backward = {id(module) for module in tape.roots}
             self._note_gradients(tape)

@@ -55,21 +55,26 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         """See `torch.Tensor.shape`; this is quicker than torch's own, which asks the modes."""
-        return self.slot.geometry.shape if _is_seen_by_us_only() else _SHAPE.__get__(self)
+        slot = slot_of(self)
+        return _SHAPE.__get__(self) if slot is None or not _is_seen_by_us_only() else slot.geometry.shape
 
     def size(self, dim: int | None = None) -> Any:
         """See `torch.Tensor.size` and `shape`."""
-        shape = self.slot.geometry.shape
-        if dim is None and _is_seen_by_us_only():
+        slot = slot_of(self)
+        if slot is None or not _is_seen_by_us_only():
+            return torch.Tensor.size(self, dim)
+        shape = slot.geometry.shape
+        if dim is None:
             return shape
-        if type(dim) is int and -len(shape) <= dim < len(shape) and _is_seen_by_us_only():
-            return shape[dim]
-        return torch.Tensor.size(self, dim)
+        return shape[dim] if type(dim) is int and -len(shape) <= dim < len(shape) else torch.Tensor.size(self, dim)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        owner = next(leaf.owner for leaf in _deferred((args, kwargs)))
-        return owner.call(func, args, kwargs or {})
+        for leaf in _deferred((args, kwargs)):
+            owner = getattr(leaf, "owner", None)
+            if owner is not None:
+                return owner.call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))  # a signal's handler has computed them a moment ago
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
@@ -102,6 +107,14 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
 
     def __deepcopy__(self, memo):
         return self.owner.value(self.slot).detach().clone()
+
+
+def slot_of(value: Any) -> Slot | None:
+    """The slot of a deferred tensor; None for anything else.
+
+    A signal's handler may compute a tensor between any two lines outside of the critical section: it is torch's then.
+    """
+    return getattr(value, "slot", None) if type(value) is DeferredTensor else None
 
 
 def deferred(slot: Slot, owner: Owner) -> DeferredTensor:

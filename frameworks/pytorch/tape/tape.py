@@ -11,6 +11,7 @@ import torch
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef, flatten, unflatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 
@@ -197,7 +198,7 @@ class Entry:
     @property
     def writes_state(self) -> bool:
         """Whether it writes to a tensor that is no result of the tape, or to gradients."""
-        if self.reads_gradients or self.optimizers or self.function is torch.Tensor.backward:
+        if self.reads_gradients or self.optimizers or self.function is BACKWARD:
             return True
         return any(isinstance(memory_of(self.leaves[position]), torch.Tensor) for position in self.writes)
 
@@ -297,7 +298,7 @@ class Tape:
             return len(self.entries)
         limit = self._first(wanted)
         while True:
-            staying = [entry for entry in self.entries[limit:] if entry.function is torch.Tensor.backward]
+            staying = [entry for entry in self.entries[limit:] if entry.function is BACKWARD]
             lower = min((self._first(entry.slots()) for entry in staying), default=limit)
             if lower >= limit:
                 return limit
@@ -363,10 +364,16 @@ class Tape:
         """The tensors whose gradients the backwards on the tape compute, by identity."""
         found: set[int] = set()
         for entry in self.entries:
-            if entry.function is torch.Tensor.backward:
+            if entry.function is BACKWARD:
                 for index in self._gradient_path(entry.slots()):
                     found |= {id(leaf) for leaf in self.entries[index].leaves if isinstance(leaf, torch.Tensor)}
         return found
+
+    def uses_stored_gradients(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether entries step or clip by gradients of any of these tensors that are there, outside of the tape."""
+        if not any(entry.optimizers or entry.reads_gradients for entry in self.entries):
+            return False
+        return any(stored_gradient(tensor) is not None for tensor in tensors)
 
     def free(self, slot: Slot) -> None:
         """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
