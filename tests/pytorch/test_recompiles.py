@@ -121,7 +121,7 @@ def test_beyond_the_bound_new_shapes_run_eagerly_and_known_ones_stay_compiled(si
     assert run.statistics.compiles == 2
     assert run.statistics.eager_steps == 8  # those with 13 and 14 rows
     assert {fallback.reason for fallback in run.fallbacks()} == {
-        "this loop has been compiled 2 times; other shapes or constants are not compiled"
+        "this loop has been captured 2 times; other shapes, constants or tensors are not compiled"
     }
 
 
@@ -154,5 +154,5 @@ def test_models_of_few_steps_are_not_captured_forever(monkeypatch):
 
     run = assert_same_training(dict, loop, batches(3), may_fall_back=True)
     assert run.statistics.compiles == 1
-    captures = {int(re.search(r"has been compiled (\d) times", fallback.reason)[1]) for fallback in run.fallbacks()}
+    captures = {int(re.search(r"has been captured (\d) times", fallback.reason)[1]) for fallback in run.fallbacks()}
     assert captures in ({5}, {6})  # four, and another for ten runs

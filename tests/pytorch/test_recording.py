@@ -363,7 +363,7 @@ def test_an_int_that_is_new_at_every_step_is_compiled_up_to_the_bound(monkeypatc
     )
     assert run.statistics.compiles == run.statistics.compiled_steps == 4
     assert [fallback.reason for fallback in run.fallbacks()] == [
-        "this loop has been compiled 4 times; other shapes or constants are not compiled"
+        "this loop has been captured 4 times; other shapes, constants or tensors are not compiled"
     ]
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -346,3 +347,107 @@ def test_a_hook_that_differentiates_another_result():
 
     make = made(lambda: nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.optim.SGD, lr=0.1)
     assert_same_training(make, one_step(loss_of), batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+def a_shifted_sequence(model, x, y, index):
+    shifted = model(x).view(4, 4, 4)[:, :-1].contiguous().view(-1, 4)
+    return F.cross_entropy(shifted, y.view(4, 4)[:, 1:].reshape(-1))
+
+
+def a_copy_of_a_part_that_is_written_to(model, x, y, index):
+    out = model(x)
+    part = out[:, :2].contiguous()
+    part.mul_(2)
+    return out.pow(2).mean() + part.mean()
+
+
+def the_strides_of_a_part(model, x, y, index):
+    out = model(x)
+    part = out[:, 1:3]
+    assert part.stride() == (4, 1) and not part.is_contiguous()
+    return part.pow(2).mean() + F.cross_entropy(out, y)
+
+
+def parts_of_an_expanded_result(model, x, y, index):
+    wide = model(x).expand(3, 16, 4)
+    return F.cross_entropy(wide.unbind(0)[1].contiguous().view(-1, 4), y) + wide.contiguous().view(-1).pow(2).mean()
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    [a_shifted_sequence, a_copy_of_a_part_that_is_written_to, the_strides_of_a_part, parts_of_an_expanded_result],
+)
+def test_a_part_of_a_result_whose_elements_do_not_lie_side_by_side(loss_of):
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), one_step(loss_of), batches(), dtypes=FLOAT64)
+
+
+def test_a_backward_that_a_script_puts_in_the_place_of_torchs():
+    torchs = torch.Tensor.backward
+
+    def doubled(tensor, *args, **kwargs):
+        torchs(tensor * 2, *args, **kwargs)
+
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            torch.Tensor.backward = doubled
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            loss.backward()
+            objects["optimizer"].step()
+            torch.Tensor.backward = torchs
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
+
+
+def test_a_backward_in_another_thread():
+    def loop(objects, data):
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            loss = F.cross_entropy(objects["model"](x), y)
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+    assert "computes with a result that needs a gradient" in run.fallbacks()[0].reason
+
+
+def test_an_activation_that_is_edited_unseen_is_refused_by_backward():
+    def loop(objects, data):
+        model, found = objects["model"], []
+        for index, (x, y) in enumerate(data):
+            objects["optimizer"].zero_grad()
+            hidden = model[1](model[0](x))
+            loss = F.cross_entropy(model[3](model[2](hidden)), y)
+            if index % 4 == 3:
+                with torch.no_grad():
+                    hidden.mul_(2)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+                found.append(-1.0)
+                continue
+            objects["optimizer"].step()
+            found.append(loss.item())
+        return found
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+def test_a_choice_drawn_by_probabilities_is_eagers():
+    def drawn(model, x, y, index):
+        chosen = F.gumbel_softmax(model(x), hard=index % 2 == 0)
+        return -(chosen * F.one_hot(y, 4)).sum() + chosen.pow(2).sum()
+
+    assert_same_training(
+        made(mlp, torch.optim.SGD, lr=0.01), one_step(drawn), batches(), dtypes=FLOAT64, max_compiles=2
+    )

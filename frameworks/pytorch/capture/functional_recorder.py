@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture import inspection
 from trainingcompiler.frameworks.pytorch.capture.remat_barriers import RematBarriers
-from trainingcompiler.frameworks.pytorch.graph.ir import HIDDEN_WRITES, Graph, Node, Ref
+from trainingcompiler.frameworks.pytorch.graph.ir import CONTIGUOUS, HIDDEN_WRITES, Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.operators import FAKES, LOWERINGS, RANDOM_LOWERINGS, VIEW_INVERSES
 
@@ -160,7 +160,7 @@ class FunctionalRecorder(TorchDispatchMode):
             self._check_strided(name, args, kwargs)
         encoded_args, encoded_kwargs = self._encode(args), self._encode(kwargs)
         if name in _LAID_OUT:
-            encoded_kwargs["contiguous"] = args[0].is_contiguous()
+            encoded_kwargs[CONTIGUOUS] = args[0].is_contiguous()
         result = FAKES.get(name, func)(*args, **kwargs)
         outputs = list(_flatten(result))
         parent = _aliased(func, args, outputs)
@@ -380,6 +380,8 @@ class FunctionalRecorder(TorchDispatchMode):
 
 def unsupported(operator: str) -> CaptureError:
     """The error for an operator without a lowering."""
+    if operator == "aten._local_scalar_dense.default":
+        return CaptureError("the step asks for the value of a tensor while it is being captured", user_line(), operator)
     return CaptureError(reason=f"{operator} has no lowering to XLA", where=user_line(), operator=operator)
 
 

@@ -119,3 +119,7 @@ def references(node: Node) -> list[int]:
 # Overloads that write to arguments although their schema does not say so:
 # overload -> the positions of the arguments that the trailing outputs of its lowering replace.
 HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4)}
+
+CONTIGUOUS = "contiguous"  # whether a matrix is: what torch's own factorization looks at
+OWN_ARGUMENTS = frozenset({CONTIGUOUS})
+"""Named arguments of a node that torch's operator does not have."""

@@ -138,7 +138,8 @@ class ProgramCache:
         where = next((entry.where for entry in entries if entry.where), None)
         loop = self._loop(entries)
         if not loop.is_worth_more:
-            reason = f"this loop has been compiled {loop.captures} times; other shapes or constants are not compiled"
+            others = "other shapes, constants or tensors are not compiled"
+            reason = f"this loop has been captured {loop.captures} times; {others}"
             error = CaptureError(reason, where)
             error.leaves = False
             raise error

@@ -80,7 +80,7 @@ class BackwardRecorder(TapeWriter):
         hooked = self.backward_python.hook_leaves()
         entry = self.append(BACKWARD, (tensor, gradient, retain_graph, False), {"inputs": inputs})
         with section.outside():
-            if changed:
+            if changed or self._writes_unseen():
                 self.backward_python.check(entry)
             self.backward_python.run(entry, bool(retain_graph))
         self.backward_python.unhook_leaves(hooked)
@@ -123,6 +123,15 @@ class BackwardRecorder(TapeWriter):
                 for owner, version, encoded in self.tape.read
                 if version_of(owner) != version or (pending and owner.untyped_storage()._cdata in pending)
             )
+
+    def _writes_unseen(self) -> bool:
+        """Whether results that need a gradient are written to where autograd does not see it."""
+        return any(
+            not entry.modes.grad
+            and any(type(entry.leaves[p]) is Slot and entry.leaves[p].requires_grad for p in entry.writes)
+            for entry in self.tape.entries
+            if entry.writes
+        )
 
     def record_backwards(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         """`torch.autograd.backward`: of several results, that of their sum, so that each hook runs once."""

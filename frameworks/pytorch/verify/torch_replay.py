@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import torch
 
-from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, HIDDEN_WRITES, Node, Ref, references
+from trainingcompiler.frameworks.pytorch.graph.ir import BARRIER, HIDDEN_WRITES, OWN_ARGUMENTS, Node, Ref, references
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view, tensor_of
 from trainingcompiler.frameworks.pytorch.operators import RANDOM_LOWERINGS
 from trainingcompiler.frameworks.pytorch.operators.random import keyed
@@ -73,7 +73,7 @@ def run_node(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.
         return _drawn(node, values)
     writes = node.operator in HIDDEN_WRITES or (":" not in node.operator and _writes(node.operator))
     args = _decoded(node.args, values, writes)
-    kwargs = {name: _decoded(value, values, writes) for name, value in node.kwargs.items()}
+    kwargs = {name: _decoded(value, values, writes) for name, value in node.kwargs.items() if name not in OWN_ARGUMENTS}
     # A write through a view is the view of a copy, written to; a barrier computes nothing; the rest is torch's own.
     if node.operator.startswith("inverse:"):
         parent, child, *rest = args
@@ -86,7 +86,7 @@ def run_node(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.
         if "._fused_" in node.operator:  # the table's own spelling takes hyperparameters as tensors
             kwargs = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         hidden = [args[position] for position in HIDDEN_WRITES.get(node.operator, ())]
-        results = [*_leaves(_overload(node.operator)(*args, **kwargs)), *hidden]
+        results = [*_leaves(_overload(node.operator)(*_given(node.operator, args), **kwargs)), *hidden]
     # A write takes the dtype of what it is written to.
     outputs = {}
     for number, meta, result in zip(node.outputs, node.metas, results, strict=False):
@@ -139,6 +139,15 @@ def _draw(operator: str, args: tuple, kwargs: tuple) -> Callable:
 def _overload(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def _given(name: str, args: list[Any]) -> list[Any]:
+    """Arguments as torch's operator takes them: a number that changes is a tensor in the graph."""
+    takes = [argument.type.kind() == "NumberType" for argument in _overload(name)._schema.arguments]
+    return [
+        value.item() if is_number and isinstance(value, torch.Tensor) else value
+        for value, is_number in zip(args, takes, strict=False)
+    ]
 
 
 def _writes(name: str) -> bool:
