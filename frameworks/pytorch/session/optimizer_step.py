@@ -76,10 +76,11 @@ class OptimizerStepHandler:
             return self._record(optimizer, original, args, kwargs)
         reason = self._reason_to_step_eagerly(optimizer, closure)
         if reason is None:
-            return self._step_in_program(optimizer, original)
+            self._step_in_program(optimizer, original)
+            return None
         return self._step_in_torch(optimizer, original, args, kwargs, closure, reason)
 
-    def _step_in_program(self, optimizer: torch.optim.Optimizer, original: Callable) -> Any:
+    def _step_in_program(self, optimizer: torch.optim.Optimizer, original: Callable) -> None:
         session = self._session
         self._cut(optimizer)
         self._look_at_state(optimizer)
@@ -90,7 +91,17 @@ class OptimizerStepHandler:
         with torch._C.DisableTorchFunction():
             trained = [p for p in parameters_of(optimizer) if p.requires_grad]
             session.tape.written |= {p.untyped_storage()._cdata for p in trained}
-        return self._end_step(optimizer)
+        self._end_step(optimizer)
+        if session.tape:
+            self._note_what_is_used(optimizer)
+
+    def _note_what_is_used(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes the memory of the gradients and the state that a pending step uses: who writes to it waits for that."""
+        with torch._C.DisableTorchFunction():
+            used = [stored_gradient(p) for p in parameters_of(optimizer)]
+            used += [value for state in optimizer.state.values() for value in state.values()]
+            strided = [t for t in used if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+            self._session.tape.written |= {tensor.untyped_storage()._cdata for tensor in strided}
 
     def _step_in_torch(
         self, optimizer: torch.optim.Optimizer, original: Callable, args: tuple, kwargs: dict, closure: Any, reason: str

@@ -371,9 +371,13 @@ class Tape:
 
     def uses_stored_gradients(self, tensors: list[torch.Tensor]) -> bool:
         """Whether entries step or clip by gradients of any of these tensors that are there, outside of the tape."""
-        if not any(entry.optimizers or entry.reads_gradients for entry in self.entries):
-            return False
-        return any(stored_gradient(tensor) is not None for tensor in tensors)
+        used: set[int] = set()
+        for entry in self.entries:
+            for optimizer in entry.optimizers:
+                used.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+            if entry.reads_gradients:
+                used.update(id(leaf) for leaf in entry.leaves if isinstance(leaf, torch.Tensor))
+        return bool(used) and any(id(tensor) in used and stored_gradient(tensor) is not None for tensor in tensors)
 
     def free(self, slot: Slot) -> None:
         """Notes that a `backward()` has freed the graph behind `slot`: no gradient passes its ancestors any more."""
