@@ -120,7 +120,7 @@ def _prepare(config: TrainingCompilerConfig) -> None:
 def _before_fork() -> None:
     section.hold()
     if _hooks is not None:
-        _hooks.session.before_fork()
+        _hooks.session.thread.before_fork()
 
 
 def _leave_child() -> None:
@@ -128,6 +128,6 @@ def _leave_child() -> None:
     global _hooks
     section.renew()
     if _hooks is not None:
-        _hooks.session.leave_child()
+        _hooks.session.thread.leave_child()
         _hooks.uninstall()
         _hooks = None

@@ -18,7 +18,8 @@ from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, map_leav
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.lowering.interpreter import lower
 from trainingcompiler.frameworks.pytorch.operators import value_checks
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, tensors_in
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry
+from trainingcompiler.frameworks.pytorch.tape.replay import tensors_in
 
 # Compiling is nearly all of the time, and how well XLA optimizes is not what this is about.
 COMPILER_OPTIONS = {

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainingcompiler.frameworks.pytorch.interop import devices
-from trainingcompiler.frameworks.pytorch.tape import tape
+from trainingcompiler.frameworks.pytorch.tape import entries
 from trainingcompiler.reporting.events import EngineChosen
 from trainingcompiler.targets.target import Target
 
@@ -34,9 +34,9 @@ def shown(apart, monkeypatch):
     monkeypatch.setattr(devices, "of", lambda tensors: None if of(tensors) is None else GPU)
     monkeypatch.setattr(devices, "drawn_seed", lambda device: 1)
     monkeypatch.setattr(devices, "generator_state", lambda device: 1)
-    begin = tape.Slot.__init__
+    begin = entries.Slot.__init__
     monkeypatch.setattr(
-        tape.Slot, "__init__", lambda slot, meta, device, *numbered: begin(slot, meta, devices.CPU, *numbered)
+        entries.Slot, "__init__", lambda slot, meta, device, *numbered: begin(slot, meta, devices.CPU, *numbered)
     )
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainingcompiler.frameworks.pytorch.capture import optimizers
 from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, replay, results_of
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.replay import replay, results_of
 
 _BLOCK = 512  # bytes: what torch's allocator for CUDA rounds to
 

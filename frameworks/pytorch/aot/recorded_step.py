@@ -15,7 +15,7 @@ from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, plan_step
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import leaf_name
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input
 from trainingcompiler.program import StepProgram
 
 _AUTOCAST = {"cpu": "autocast", "cuda": "cuda_autocast"}  # the field of `TorchModes` that says it, by device

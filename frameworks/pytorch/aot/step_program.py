@@ -22,7 +22,7 @@ from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, plan_step
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input
 from trainingcompiler.program import StepProgram
 from trainingcompiler.reporting.events import phase
 from trainingcompiler.targets.target import Target

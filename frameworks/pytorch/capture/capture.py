@@ -16,18 +16,8 @@ from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
 from trainingcompiler.frameworks.pytorch.capture.traced_float import TracedFloat
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, real_gradient
-from trainingcompiler.frameworks.pytorch.tape.tape import (
-    Entry,
-    Input,
-    Part,
-    ReplayedPiece,
-    Slot,
-    as_called,
-    parts_of,
-    replay,
-    results_of,
-    step_ends,
-)
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, step_ends
+from trainingcompiler.frameworks.pytorch.tape.replay import Part, ReplayedPiece, as_called, parts_of, replay, results_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,8 @@ from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Geometry, Input, Slot, replay
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Geometry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.replay import replay
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 

@@ -48,7 +48,7 @@ class Hooks:
         if self.session.workers is not None:
             self._hook_workers()
         self._hook_functions()
-        gradient_property.watch_gradients(self.session)
+        gradient_property.watch_gradients(self.session.gradients)
         section.watch_signals()
         self.session.is_closed = False
         self.session.deferring = self.session.deferring  # which puts the mode up
@@ -58,7 +58,7 @@ class Hooks:
         self.session.is_closed = True
         self.session.mode.come_down()
         section.unwatch_signals()
-        gradient_property.unwatch_gradients(self.session)
+        gradient_property.unwatch_gradients(self.session.gradients)
         self.session.torch_compile.end()
         self._patches.restore()
 

@@ -25,7 +25,7 @@ from trainingcompiler.frameworks.pytorch.state.ownership import overlapping
 from trainingcompiler.frameworks.pytorch.state.prefetch import StatePrefetcher
 from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input
 from trainingcompiler.frameworks.pytorch.verify.sentinel import Sentinel
 from trainingcompiler.reporting import dump
 from trainingcompiler.reporting.statistics import current as statistics

@@ -25,7 +25,7 @@ from trainingcompiler.frameworks.pytorch.state.offloaded import OffloadedTensor
 from trainingcompiler.frameworks.pytorch.state.prefetch import StatePrefetcher
 from trainingcompiler.frameworks.pytorch.state.sharded import ShardedState
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor, StateRegistry
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
 from trainingcompiler.parallel import spmd
 from trainingcompiler.program import StepProgram
 from trainingcompiler.reporting.events import Recompiled, emit, phase

@@ -22,7 +22,7 @@ from trainingcompiler.frameworks.pytorch.operators import value_checks
 from trainingcompiler.frameworks.pytorch.operators.dtypes import jax_dtype
 from trainingcompiler.frameworks.pytorch.runtime.bindings import Bindings
 from trainingcompiler.frameworks.pytorch.runtime.tensor_names import gradient_names, tensor_names, written_names
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, step_ends
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, step_ends
 from trainingcompiler.parallel import spmd
 from trainingcompiler.program import Role, StepProgram, TensorSpec
 

@@ -6,7 +6,7 @@ import weakref
 from torch import nn
 
 from trainingcompiler.frameworks.pytorch.capture.capture import LiftedTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input
 
 
 def written_names(entries: list[Entry], written: list[LiftedTensor]) -> dict[int, str]:

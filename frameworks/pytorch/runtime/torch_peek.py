@@ -8,7 +8,7 @@ from trainingcompiler.frameworks.pytorch.capture.capture import capture
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import real_gradient
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import number_of
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.verify.torch_replay import replay
 
 

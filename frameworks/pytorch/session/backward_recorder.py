@@ -10,11 +10,11 @@ from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
-from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch, leaf_hooked, leaf_unhooked
+from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch, leaf_hooked, leaf_unhooked
 from trainingcompiler.frameworks.pytorch.session.tape_writer import TapeWriter, version_of
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_referred_to
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
 
 _FREED = (
     "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier backward() (pass "

@@ -18,7 +18,7 @@ from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input
 
 _CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"
 

@@ -23,7 +23,8 @@ from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.state.offloaded import bring_back
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Slot, Tape
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Slot
+from trainingcompiler.frameworks.pytorch.tape.tape import Tape
 from trainingcompiler.processes import rendezvous
 
 if TYPE_CHECKING:

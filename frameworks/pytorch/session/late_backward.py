@@ -13,7 +13,9 @@ import torch
 
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient, stored_gradient
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, Tape, replay, results_of
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.replay import replay, results_of
+from trainingcompiler.frameworks.pytorch.tape.tape import Tape
 
 
 @dataclass(eq=False, slots=True)

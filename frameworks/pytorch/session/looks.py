@@ -16,7 +16,7 @@ from trainingcompiler.frameworks.pytorch.session.backward_recorder import Backwa
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, opened
 from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import Slot
+from trainingcompiler.frameworks.pytorch.tape.entries import Slot
 
 
 class Looks(BackwardRecorder):

@@ -15,7 +15,7 @@ from trainingcompiler.frameworks.pytorch.session import grad_scaler
 from trainingcompiler.frameworks.pytorch.session.custom_optimizers import End
 from trainingcompiler.frameworks.pytorch.session.late_backward import kept
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.tape import step_ends
+from trainingcompiler.frameworks.pytorch.tape.entries import step_ends
 from trainingcompiler.planning import planner
 from trainingcompiler.reporting.statistics import current as statistics
 
@@ -51,7 +51,7 @@ class OptimizerStepHandler:
                     optimizer, "eager"
                 )  # a parameter's hook makes it, inside of torch's own backward
             elif not in_passthrough():
-                session.stepped_elsewhere(optimizer)
+                session.thread.stepped_elsewhere(optimizer)
             return result
         with section:
             return self._step(optimizer, original, args, kwargs)

@@ -33,10 +33,12 @@ from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler, averages
 from trainingcompiler.frameworks.pytorch.session.eval_policy import EvalCompilePolicy, key_of
 from trainingcompiler.frameworks.pytorch.session.fallback import ANOMALY, FallbackPolicy
 from trainingcompiler.frameworks.pytorch.session.function_mode import FunctionMode, Kind, kind_of, leaves_history
+from trainingcompiler.frameworks.pytorch.session.gradient_access import GradientAccess
 from trainingcompiler.frameworks.pytorch.session.looks import Looks
 from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.session.torch_compile import TorchCompile
+from trainingcompiler.frameworks.pytorch.session.training_thread import TrainingThread, is_inside_torch
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import check_owned
 from trainingcompiler.frameworks.pytorch.tape.arguments import is_pending, tensors_among
@@ -48,28 +50,25 @@ _MOST_CALLS = 512  # of modules; a list of results that nobody looks at must not
 _LONGEST_TAPE = 8192  # calls of functions
 
 
-class _Threads(threading.local):
-    """What a thread has; quicker to ask than which thread it is."""
-
-    trains: object = None
-
-
 class Session(Looks):
     """Everything that is known about the training loops of this process.
 
     Attributes:
         config: What the user asked for.
         stepping: What ends a step.
+        thread: The one that trains.
         backward_python: Python that runs inside of backward.
+        gradients: What the script does with `.grad`.
         custom_steps: The steps of optimizers that are not torch's.
         torch_compile: What becomes of `torch.compile`.
         is_closed: Whether it is over.
     """
 
     def __init__(self, config: TrainingCompilerConfig):
+        self.thread = TrainingThread(self)
         self._modes = threading.local()
         self.is_closed = True
-        self._deferring = self._defers_next = self._is_forked = False
+        self._deferring = self._defers_next = False
         super().__init__(config)
         self.config = config
         if self.programs.target.workers > 1:
@@ -78,11 +77,10 @@ class Session(Looks):
         self.stepping = OptimizerStepHandler(self)
         self.custom_steps = CustomSteps(self)
         self.backward_python = BackwardPython(self)
+        self.gradients = GradientAccess(self)
         self.accumulators = Accumulators()
         self.torch_compile = TorchCompile(self)
         self._evaluations = EvalCompilePolicy()
-        self._threads = _Threads()
-        self._trains_here()
         self._owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
@@ -100,7 +98,7 @@ class Session(Looks):
     @deferring.setter
     def deferring(self, value: bool) -> None:
         self._defers_next = value
-        if value or not self.tape or self._is_forked:
+        if value or not self.tape or self.thread.is_forked:
             self._set_deferring(value)
 
     def emptied(self) -> None:
@@ -151,7 +149,7 @@ class Session(Looks):
         It is recorded if a deferred value takes part, if it is part of a recorded call of a module, or if it computes
         something that has to be differentiated from what an optimizer trains.
         """
-        if in_passthrough() or self.is_closed or self._threads.trains is not self._token:
+        if in_passthrough() or self.is_closed or self.thread.local.trains is not self.thread.token:
             return function(*args, **kwargs)
         kind = kind_of(function)
         if kind is Kind.QUERY:
@@ -241,7 +239,7 @@ class Session(Looks):
             known = self._known(kind, function, args, kwargs)
             if known is not _UNKNOWN:
                 return known
-        if self._is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
+        if self.thread.is_forked and self.needs_gradient(args, kwargs) and torch.is_grad_enabled():
             self._leave_tape_to_torch()
         if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
@@ -295,49 +293,10 @@ class Session(Looks):
         if self.workers is not None:
             self.workers.after_backward()
 
-    # -- threads and forks --------------------------------------------------------------------------------------
-
-    @section.around
-    def stepped_elsewhere(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notes that torch has made a step in another thread than the one that is watched.
-
-        The thread that makes the first step is the one that trains, and so is the next one when it has ended.
-        """
-        if self.is_closed:
-            return
-        if not self.tape and (not self.registry.has_stepped or not self._thread.is_alive()):
-            self._trains_here()
-            self.deferring = self._deferring
-            self.registry.stepped(optimizer, "eager")
-            return
-        statistics().step_finished("eager", time.monotonic())
-        name, trains = threading.current_thread().name, self._thread.name
-        reason = f"thread {name} trains while {trains} does, and the steps of one thread are compiled"
-        self.fallbacks.say(CaptureError(reason, user_line()))
-
-    @section.around
-    def before_fork(self) -> None:
-        """Computes what the child may look at: it has no XLA to compute it with."""
-        if not _is_inside_torch():
-            if self.workers is None:
-                self.commit()
-            for slot in self.tape.live_slots():
-                self.value(slot)
-
-    def leave_child(self) -> None:
-        """Records nothing more, in a forked child; what is pending is torch's where a gradient has to pass it."""
-        self._is_forked = True
-        self._trains_here()
-        self.deferring = False
-
-    def _trains_here(self) -> None:
-        """Makes the thread that calls this the one that trains."""
-        self._thread = threading.current_thread()
-        self._token = self._threads.trains = object()
-
-    def _is_left_alone(self) -> bool:
+    def is_left_alone(self) -> bool:
+        """Whether a look at a gradient, in whatever thread, is torch's business alone."""
         # Workers run a program together, in the order of the threads that train.
-        return _is_inside_torch() or (self.workers is not None and not self.is_own_thread)
+        return is_inside_torch() or (self.workers is not None and not self.is_own_thread)
 
     def _leave_tape_to_torch(self) -> None:
         entries, self.tape.entries = self.tape.entries, []
@@ -393,48 +352,6 @@ class Session(Looks):
         slot = value.slot
         self.keep_history("a function that torch.func transforms", (value,), {})
         return self.value(slot)
-
-    def reads_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What `tensor.grad` is, if only the tape knows, in whatever thread; None if torch knows it."""
-        if self._is_left_alone():
-            return None
-        pending = self.custom_steps.gradient(tensor) if self.is_own_thread else None
-        if pending is not None:
-            return pending
-        if self.has_backward or self.tape.uses_stored_gradients([tensor]):
-            self.commit()
-        if self.has_backward and id(tensor) in self.tape.with_gradients():  # its graph is retained
-            self.settle()
-        if self.tape.uses_stored_gradients([tensor]):
-            self.settle()
-        self.registry.reads_gradient(tensor)
-        return None
-
-    @section.around
-    def writes_gradient(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """What to store for `tensor.grad = gradient`."""
-        if self.is_unwatched():
-            return gradient
-        if self.has_backward or self.tape.uses_stored_gradients([tensor]):
-            self.settle()
-        self.registry.writes_gradient(tensor, gradient)
-        if gradient is not None and torch._debug_has_internal_overlap(gradient) == 1:  # a program could not write to it
-            self.backward_compiled = False
-            self.fallbacks.say(PassingCaptureError("a gradient whose elements share memory is assigned", user_line()))
-        return self.value(gradient.slot) if isinstance(gradient, DeferredTensor) else gradient
-
-    @section.around
-    def clears_gradients(self, owner: Any, parameters: list[torch.Tensor], set_to_none: bool) -> None:
-        """What has to happen before `zero_grad`: nothing is left that only the tape knows."""
-        if self.is_unwatched():
-            return
-        if self.has_backward and not (set_to_none and self.drop_backward({id(parameter) for parameter in parameters})):
-            self.commit()  # to be zeros, gradients have to be there
-        if self.has_backward and not self.tape.with_gradients().isdisjoint(map(id, parameters)):
-            self.settle()
-        if self.tape.uses_stored_gradients(parameters):
-            self.settle()
-        self.registry.clears_gradients(owner, parameters, set_to_none)
 
     # -- calls of modules ---------------------------------------------------------------------------------------
 
@@ -497,7 +414,7 @@ class Session(Looks):
 
     def is_unwatched(self) -> bool:
         """Whether nothing is recorded of what this thread does now."""
-        return _is_inside_torch() or self.is_closed or not self.is_own_thread or self._is_forked
+        return is_inside_torch() or self.is_closed or not self.is_own_thread or self.thread.is_forked
 
     def reads_inside(self, leaves: list[Any]) -> bool:
         """Whether a compound function, called with these, is to be recorded by what it calls, and not run as one."""
@@ -508,7 +425,7 @@ class Session(Looks):
     @property
     def is_own_thread(self) -> bool:
         """Whether this is the thread that trains."""
-        return self._threads.trains is self._token
+        return self.thread.is_here
 
     def is_deferrable(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a call of a module is recorded."""
@@ -612,11 +529,6 @@ def _refused() -> torch.Tensor:
     """A result with a history, which torch refuses where it refuses any."""
     with torch._C.DisableTorchFunction(), torch.enable_grad():
         return torch.ones(1, requires_grad=True) * 1
-
-
-def _is_inside_torch() -> bool:
-    """Whether torch runs for us in this thread, or is in its own backward, which calls checkpointed blocks again."""
-    return in_passthrough() or torch._C._current_graph_task_id() != -1  # in this order: Dynamo reads no further
 
 
 def _origins(module: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[nn.Module, Any]]:

@@ -15,8 +15,9 @@ from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import Held
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Slot
 from trainingcompiler.frameworks.pytorch.tape.recording import Call, Recording
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Slot, Tape
+from trainingcompiler.frameworks.pytorch.tape.tape import Tape
 
 
 class Speculation:

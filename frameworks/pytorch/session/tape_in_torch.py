@@ -10,11 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
-from trainingcompiler.frameworks.pytorch.tape.tape import (
-    Entry,
-    Input,
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.replay import (
     ReplayedPiece,
-    Slot,
     again_of,
     as_called,
     parts_of,

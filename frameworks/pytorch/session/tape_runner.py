@@ -22,23 +22,16 @@ from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import Optim
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose
 from trainingcompiler.frameworks.pytorch.runtime.torch_peek import value_of
-from trainingcompiler.frameworks.pytorch.session.backward_python import LeftToTorch
+from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch
 from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler
 from trainingcompiler.frameworks.pytorch.session.fallback import FallbackPolicy
 from trainingcompiler.frameworks.pytorch.session.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, live_among, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
-from trainingcompiler.frameworks.pytorch.tape.tape import (
-    Entry,
-    Input,
-    Slot,
-    Tape,
-    as_called,
-    live_among,
-    memory_of,
-    step_ends,
-)
+from trainingcompiler.frameworks.pytorch.tape.replay import as_called
+from trainingcompiler.frameworks.pytorch.tape.tape import Tape
 from trainingcompiler.planning import planner
 from trainingcompiler.planning.memory_advice import with_memory_advice
 from trainingcompiler.targets.target import Target

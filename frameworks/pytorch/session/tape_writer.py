@@ -21,9 +21,7 @@ from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
 from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulators
-from trainingcompiler.frameworks.pytorch.session.backward_python import (
-    BackwardPython,
-)
+from trainingcompiler.frameworks.pytorch.session.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
 from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
@@ -31,9 +29,9 @@ from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, deferred
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant, numbers_of
-from trainingcompiler.frameworks.pytorch.tape.tape import Entry, Input, Slot, memory_of, step_ends
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef
-from trainingcompiler.frameworks.pytorch.tape.tape import Geometry
+from trainingcompiler.frameworks.pytorch.tape.entries import Geometry
 
 
 @dataclass(frozen=True)

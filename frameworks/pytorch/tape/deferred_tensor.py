@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from trainingcompiler.errors import GradientLostError
-from trainingcompiler.frameworks.pytorch.tape.tape import Slot
+from trainingcompiler.frameworks.pytorch.tape.entries import Slot
 
 
 class Owner(Protocol):
