@@ -417,7 +417,7 @@ def test_a_backward_in_another_thread():
 
     make = made(mlp, torch.optim.SGD, lr=0.1)
     run = assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
-    assert "computes with a result that needs a gradient" in run.fallbacks()[0].reason
+    assert "differentiates a result of the thread that trains" in run.fallbacks()[0].reason
 
 
 def test_an_activation_that_is_edited_unseen_is_refused_by_backward():

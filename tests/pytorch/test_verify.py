@@ -191,7 +191,7 @@ def executable_for(**target) -> SimpleNamespace:
 
 
 def ran_unverified(sentinel: verify.Sentinel, executable: SimpleNamespace) -> bool:
-    sentinel.begin(executable, "first")
+    sentinel.begin(executable.program, executable.target, "first")
     with sentinel.watching(executable, (), ()) as watch:
         watch.ran([], (), ())
     return sentinel._graph is None

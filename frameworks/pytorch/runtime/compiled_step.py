@@ -67,18 +67,32 @@ class CompiledStep:
         for one in ("live", *(each.name for each in PASSES if each.platform in ("", platform))):
             dump.stage(name, f"graph after {one}", functools.partial(after, one))
 
-    def compile(self, prefetcher: StatePrefetcher) -> None:
-        """Compiles the program for this process's devices, while `prefetcher` moves the state."""
+    def compile(self, prefetcher: StatePrefetcher, entries: list[Entry]) -> None:
+        """Compiles the program for this process's devices, while `prefetcher` moves the state, and torch replays it."""
         plan = self.plan
         if plan.program is not None:
             if plan.waits and self.cache.sharded_state is None:
                 self.cache.agreement.meet(plan.name, plan.where, self._batches())
-            tensors = self.bound() if plan.donated else None
+            tensors = self.bound()
             if tensors is not None:
                 prefetcher.move(tensors[: len(plan.donated)])
+            self._sentinel.begin(plan.program, self.cache.target, self.cache.verify)
+            if tensors is not None and self.cache.target.is_one_cpu:
+                size = sum(tensor.nbytes for tensor in tensors)
+                self._sentinel.replay_meanwhile(size, lambda: self._values_now(entries, tensors, prefetcher))
             self._executable = self.cache.executable(plan.program)
             prefetcher.wait()
-            self._sentinel.begin(self._executable, self.cache.verify)
+
+    def _values_now(
+        self, entries: list[Entry], tensors: list[torch.Tensor], prefetcher: StatePrefetcher
+    ) -> tuple[list[torch.Tensor], list[Any]]:
+        """What the program will be given, copied, in another thread: as `_arguments` has it."""
+        prefetcher.wait()  # or a tensor would be moved while it is copied
+        donated, read = len(self.plan.donated), len(self.plan.read)
+        state = [tensor.detach().clone() for tensor in tensors[:donated]]
+        nothing = [torch.empty(0)] * (len(self.plan.gradients.stored) if self.plan.writes_gradients else 0)
+        inputs: list[Any] = [tensor.detach().clone() for tensor in tensors[donated : donated + read]]
+        return [*state, *nothing], [*inputs, *self._from_entries(entries)]
 
     @property
     def added_bytes(self) -> int:
@@ -157,13 +171,18 @@ class CompiledStep:
         inputs: list[Any] = list(registry.arrays(read, of_read, written=False))
         if any(one.stays for one in shared):
             self._check_apart(tensors)
-        on_host = self.cache.target.is_one_cpu
-        for entry, place in plan.leaves:
-            leaf = entries[entry].leaves[place]
-            inputs.append(leaf.array if isinstance(leaf, Input) else input_array(leaf.value, on_host))
-        inputs.append(np.array([entries[entry].seed for entry in plan.seeds], np.int64))
-        inputs.append(np.array([number_of(entries, source) for source in plan.numbers], np.float64))
+        inputs += self._from_entries(entries)
         return [*donated, *memory], tuple(state), inputs
+
+    def _from_entries(self, entries: list[Entry]) -> list[Any]:
+        """Of the program's inputs, what entries hold: leaves, seeds, numbers."""
+        plan, on_host = self.plan, self.cache.target.is_one_cpu
+        leaves = [entries[entry].leaves[place] for entry, place in plan.leaves]
+        return [
+            *(leaf.array if isinstance(leaf, Input) else input_array(leaf.value, on_host) for leaf in leaves),
+            np.array([entries[entry].seed for entry in plan.seeds], np.int64),
+            np.array([number_of(entries, source) for source in plan.numbers], np.float64),
+        ]
 
     def _launch(self, state: tuple, inputs: list[Any]) -> tuple[tuple, tuple]:
         """Calls the executable. On a CPU its results are there afterwards; else they may be computing still."""

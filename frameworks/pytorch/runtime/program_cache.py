@@ -153,7 +153,7 @@ class ProgramCache:
                 prefetcher.copy(p for o in stepped for p in parameters_of(o) if p.requires_grad)
             captured = self._captured(entries, name, where, flags)
             compiled = CompiledStep(self, plan_step(self, name, entries, captured, exports, purpose), entries)
-            compiled.compile(prefetcher)
+            compiled.compile(prefetcher, entries)
             self.added_bytes = max(self.added_bytes, compiled.added_bytes)
         loop.captures += 1
         program = compiled.plan.program

@@ -215,15 +215,10 @@ class Session(Looks):
             statistics().host_reads += 1
         if name == "numpy" and args[0].slot.requires_grad and kwargs.get("force") is not True and not args[1:]:
             return function(_refused())
-        if not in_passthrough() and name not in READS and not leaves_history(function):
-            self._keep_history_of_thread(args, kwargs)
+        if kind is Kind.BACKWARD and not in_passthrough() and self._any_pending(args, kwargs):
+            reason = f"thread {threading.current_thread().name} differentiates a result of the thread that trains"
+            self.run_eagerly(CaptureError(reason, user_line()))
         return function(*self.real(args), **self.real(kwargs))
-
-    def _keep_history_of_thread(self, args: tuple, kwargs: dict) -> None:
-        """Lets torch run the tape where another thread than the one that trains differentiates what is on it."""
-        if torch.is_grad_enabled() and self._any_pending(args, kwargs) and self.needs_gradient(args, kwargs):
-            name = threading.current_thread().name
-            self.run_eagerly(CaptureError(f"thread {name} computes with a result that needs a gradient", user_line()))
 
     @section.around
     def _on_deferred(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:

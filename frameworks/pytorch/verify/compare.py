@@ -241,7 +241,7 @@ class Judge:
 
     def _flushed(self) -> dict[int, torch.Tensor]:
         """What torch computes where denormal numbers are 0, as XLA has them on a CPU; empty where it cannot."""
-        was_flushed = not (torch.tensor(torch.finfo(torch.float32).tiny) / 2)  # the script's own wish
+        was_flushed = flushes_denormals()  # the script's own wish
         if not torch.set_flush_denormal(True):
             return {}
         threads = torch.get_num_threads()
@@ -290,6 +290,11 @@ def check(inspection: Inspection) -> Verdict:
     judge = Judge(inspection, inspection.results)
     judge.replay()
     return judge.judge(inspection.results, thorough=True)
+
+
+def flushes_denormals() -> bool:
+    """Whether torch takes denormal numbers for 0 in this thread."""
+    return not (torch.tensor(torch.finfo(torch.float32).tiny) / 2)
 
 
 def gradients_in(nodes: Iterable[Node]) -> set[int]:

@@ -6,7 +6,8 @@ paid for once. A program whose results are not torch's up to rounding is refused
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,11 @@ from trainingcompiler.frameworks.pytorch.capture.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view, tensor_of
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import SharedTensor
-from trainingcompiler.frameworks.pytorch.verify.compare import Judge, Verdict, gradients_in
+from trainingcompiler.frameworks.pytorch.verify.compare import Judge, Verdict, flushes_denormals, gradients_in
 from trainingcompiler.frameworks.pytorch.verify.torch_replay import bytes_of_replay
+from trainingcompiler.program import StepProgram
 from trainingcompiler.reporting.events import Note, emit, phase
+from trainingcompiler.targets.target import Target
 from trainingcompiler.targets.xla_options import options
 
 if TYPE_CHECKING:
@@ -66,23 +69,42 @@ class Sentinel:
         self._given, self._returned, self._names, self._replaced = list(given), list(returned), names, replaced
         self._always = False
         self._found: dict[str, Any] | None = None
+        self._early: EarlyReplay | None = None
 
-    def begin(self, executable: "Executable", when: str) -> None:
+    def begin(self, program: StepProgram, target: Target, when: str) -> None:
         """Looks for what is known of the program.
 
         Args:
-            executable: What is to be verified.
+            program: What is to be verified.
+            target: What it is compiled for.
             when: `"first"`, `"always"` or `"off"`.
         """
         self._always = when == "always"
-        target = executable.target
         if when == "off":
             self._graph = None
         elif target.device_count > 1 or target.workers > 1:
             self._skip("what several devices or workers compute is not compared with PyTorch's results", once=True)
         elif not self._always:
-            self._found = _kept(executable)
+            self._found = _kept(program, target)
             self._graph = None if self._found else self._graph
+
+    def replay_meanwhile(self, state_bytes: int, values: Callable[[], tuple[Sequence[Any], Sequence[Any]]]) -> None:
+        """Begins to replay the first run, while the program is compiled: a core has nothing else to do.
+
+        Args:
+            state_bytes: Of what `values` copies.
+            values: Gives the state, which is nobody else's, and the inputs, as `watching` is given them.
+        """
+        if self._graph is None or self._always:
+            return
+        there_is = host_bytes()
+        if there_is is None or 2 * (self._replay_bytes() + state_bytes) < there_is:
+            self._early = EarlyReplay(lambda: self._inspection(*values(), copies=False), self._returned)
+
+    def _replay_bytes(self) -> int:
+        assert self._graph is not None
+        kept = [*self._returned, *gradients_in(self._graph.nodes)]
+        return bytes_of_replay(self._graph.live_nodes(self._returned), kept)
 
     @contextlib.contextmanager
     def watching(self, executable: "Executable", state: Sequence[Any], inputs: Sequence[Any]) -> Iterator["Watch"]:
@@ -99,13 +121,14 @@ class Sentinel:
         if self._found is not None and not self._found["equal"]:
             raise _refusal(self._found)
         watch = Watch()
-        if self._graph is None or not self._has_room(executable):
+        early, self._early = self._early, None
+        if self._graph is None or (early is None and not self._has_room(executable)):
             yield watch
             return
-        before = self._inspection(state, inputs)
+        before = early.inspection() if early is not None else self._inspection(state, inputs)
         yield watch
         try:
-            self._settle(executable, before, watch)
+            self._settle(executable, before, watch, early)
         except BaseException:
             watch.undo([before.inputs[number] for number in self._given[: len(state)]])
             raise
@@ -113,9 +136,7 @@ class Sentinel:
             watch.results = ()
 
     def _has_room(self, executable: "Executable") -> bool:
-        assert self._graph is not None
-        kept = [*self._returned, *gradients_in(self._graph.nodes)]
-        needed = bytes_of_replay(self._graph.live_nodes(self._returned), kept) + executable.memory.argument_bytes
+        needed = self._replay_bytes() + executable.memory.argument_bytes
         there_is = host_bytes()
         if executable.target.platform != "cpu" and needed > _SMALL_BYTES:
             self._skip(
@@ -129,10 +150,10 @@ class Sentinel:
             )
         return self._graph is not None
 
-    def _inspection(self, state: Sequence[Any], inputs: Sequence[Any]) -> Inspection:
+    def _inspection(self, state: Sequence[Any], inputs: Sequence[Any], copies: bool = True) -> Inspection:
         assert self._graph is not None
         *arrays, seeds, numbers = inputs
-        values = [_seen(array).clone() for array in state] + [_seen(array) for array in arrays]
+        values = [_seen(array).clone() if copies else array for array in state] + [_seen(array) for array in arrays]
         values += [torch.tensor(int(seed)) for seed in np.asarray(seeds)]
         values += [torch.tensor(float(number), dtype=torch.float64) for number in np.asarray(numbers)]
         return Inspection(
@@ -146,12 +167,12 @@ class Sentinel:
             replaced=self._replaced,
         )
 
-    def _settle(self, executable: "Executable", before: Inspection, watch: "Watch") -> None:
+    def _settle(
+        self, executable: "Executable", before: Inspection, watch: "Watch", early: "EarlyReplay | None"
+    ) -> None:
         with phase("verify", self._title) as running:
-            judge = Judge(before, self._returned)
             try:
-                with torch.random.fork_rng(devices=[]):  # the script's numbers do not depend on who is compared
-                    judge.replay()
+                judge = early.judge() if early is not None else _replayed(before, self._returned)
             except Exception as error:  # an operator that torch does not run by its name and these arguments alone
                 text = f"{type(error).__name__}: {error}".split("\n")[0]
                 running.detail += ", not compared"
@@ -199,6 +220,39 @@ class Sentinel:
             emit(Note(text=text))
 
 
+class EarlyReplay:
+    """A replay in a thread of its own, which begins before the run that it is compared with.
+
+    Args:
+        inspect: Copies what the run will be given; the replay begins when that has been done.
+        wanted: The numbers of the results to compare.
+    """
+
+    def __init__(self, inspect: Callable[[], Inspection], wanted: Sequence[int]):
+        flushes = flushes_denormals()
+
+        def begin() -> Inspection:
+            torch.set_flush_denormal(flushes)  # each thread has a wish of its own
+            return inspect()
+
+        pool = ThreadPoolExecutor(1, "trainingcompiler verify")
+        self._inspection = pool.submit(begin)
+        self._judge = pool.submit(lambda: _replayed(self._inspection.result(), wanted))
+        pool.shutdown(wait=False)
+
+    def inspection(self) -> Inspection:
+        """What the run is given, once it has been copied."""
+        return self._inspection.result()
+
+    def judge(self) -> Judge:
+        """Who compares, once everything has been replayed.
+
+        Raises:
+            Exception: What has ended the replay.
+        """
+        return self._judge.result()
+
+
 class Watch:
     """A run that may be verified.
 
@@ -239,11 +293,16 @@ def _seen(array: Any) -> torch.Tensor:
         return tensor_of(jax.numpy.asarray(array))
 
 
-def _kept(executable: "Executable") -> dict[str, Any] | None:
+def _replayed(before: Inspection, wanted: Sequence[int]) -> Judge:
+    judge = Judge(before, wanted)
+    with torch.random.fork_rng(devices=[]):  # the script's numbers do not depend on who is compared
+        judge.replay()
+    return judge
+
+
+def _kept(program: StepProgram, target: Target) -> dict[str, Any] | None:
     store = jax_cache.store()
-    if store is None or executable.program.digest is None:
-        return None
-    return store.verdict(executable.program, executable.target)
+    return None if store is None or program.digest is None else store.verdict(program, target)
 
 
 def _keep(executable: "Executable", verdict: dict[str, Any]) -> None:
