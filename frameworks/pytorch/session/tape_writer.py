@@ -284,6 +284,8 @@ class TapeWriter(TapeRunner):
         if shape.is_plain and tape.second_run is None:  # as most are
             entry.outputs = [slot] = [Slot(shape.metas[0], entry.device, tape.slot_count, shape.geometries[0])]
             tape.slot_count += 1
+            if shape.has_views:
+                slot.memory = memory_of(entry.leaves[shape.views[0]])
             slot.freed = slot.requires_grad and any([type(leaf) is Slot and leaf.freed for leaf in entry.leaves])
             return deferred(slot, self)
         if shape.random:

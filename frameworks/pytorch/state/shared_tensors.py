@@ -37,8 +37,8 @@ class _Buffer:
     def update(self, array: jax.Array) -> None:
         """Takes over the array that a step has left in the memory."""
         # Views of the old memory that the user holds would be lost; the compiler demands the identity alias map.
-        moved = self.address is not None and array.unsafe_buffer_pointer() != self.address
-        assert not moved, "XLA moved a donated state buffer"
+        if self.address is not None and array.unsafe_buffer_pointer() != self.address:
+            raise AssertionError("XLA moved a donated state buffer")
         self.array = array
 
 
@@ -163,7 +163,12 @@ class StateRegistry:
 
     def all_of(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """The ones of many tensors."""
-        return [self.of(tensor) for tensor in tensors]
+        known = self._shared.get
+        found = [known(id(tensor)) for tensor in tensors]  # a step asks for hundreds of them
+        for index, (one, tensor) in enumerate(zip(found, tensors, strict=True)):
+            if one is None or one.tensor() is not tensor:
+                found[index] = self.of(tensor)
+        return found
 
     def of(self, tensor: torch.Tensor) -> Any:
         """The one of a tensor, made on first use."""

@@ -42,8 +42,8 @@ class CallShape:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether it returns one new tensor, in memory of its own, and does nothing else."""
-        return self.is_single and not (self.random or self.writes or self.has_views)
+        """Whether it returns one new tensor, and does nothing else."""
+        return self.is_single and not (self.random or self.writes)
 
 
 @dataclass(frozen=True, slots=True)

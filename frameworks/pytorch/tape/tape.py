@@ -184,14 +184,11 @@ class Tape:
         return self._ancestors(slots, lambda read: read.requires_grad)
 
     def _ancestors(self, slots: list[Slot], follows: Callable[[Slot], bool]) -> set[int]:
-        producers = self.producers()
+        wanted = set(slots)
         found: set[int] = set()
-        pending = [producers[slot] for slot in slots if slot in producers]
-        while pending:
-            index = pending.pop()
-            if index not in found:
+        for index in range(len(self.entries) - 1, -1, -1):  # an entry reads what earlier ones have produced
+            entry = self.entries[index]
+            if not wanted.isdisjoint(entry.outputs):
                 found.add(index)
-                pending += [
-                    producers[read] for read in self.entries[index].slots() if read in producers and follows(read)
-                ]
+                wanted.update([leaf for leaf in entry.leaves if type(leaf) is Slot and follows(leaf)])
         return found
