@@ -381,6 +381,33 @@ def test_a_part_of_a_result_whose_elements_do_not_lie_side_by_side(loss_of):
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), one_step(loss_of), batches(), dtypes=FLOAT64)
 
 
+def a_batch_that_does_not_lie_side_by_side(model, x, y, index):
+    turned = x.t().contiguous().t() * model[0].weight.sum()
+    copy = turned.contiguous()
+    copy.mul_(2)
+    return F.cross_entropy(model(turned), y) + copy.mean() * float(turned.is_contiguous() + 1)
+
+
+def test_what_is_computed_from_a_batch_lies_as_the_batch_does():
+    make, loop = made(mlp, torch.optim.SGD, lr=0.01), one_step(a_batch_that_does_not_lie_side_by_side)
+    assert_same_training(make, loop, batches(), dtypes=FLOAT64, max_compiles=1)
+
+
+def test_a_result_lies_as_before_when_it_has_been_computed():
+    def loop(objects, data):
+        found = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            out = objects["model"](x)
+            turned = out.t()
+            F.cross_entropy(out, y).backward()
+            objects["optimizer"].step()
+            found += [*turned.stride(), turned.sum().item()]
+        return found
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
+
+
 def test_a_backward_that_a_script_puts_in_the_place_of_torchs():
     torchs = torch.Tensor.backward
 

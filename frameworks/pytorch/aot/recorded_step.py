@@ -132,7 +132,9 @@ class RecordedStep:
             if not isinstance(leaf, Input) or not leaf.shape or leaf.shape[0] != rows:
                 return leaf
             if id(leaf) not in scaled:
-                scaled[id(leaf)] = dataclasses.replace(leaf, array=None, shape=(batch_size, *leaf.shape[1:]))
+                scaled[id(leaf)] = dataclasses.replace(
+                    leaf, array=None, shape=(batch_size, *leaf.shape[1:]), strides=None
+                )
             return scaled[id(leaf)]
 
         return [dataclasses.replace(entry, leaves=[of(leaf) for leaf in entry.leaves]) for entry in self._entries]

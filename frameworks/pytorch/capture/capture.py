@@ -270,11 +270,11 @@ class _Capture:
     def _lift(self, index: int, leaf: Slot | Input, position: int) -> None:
         if type(leaf) is Slot:
             assert leaf.value is not None
-            shape, dtype = tuple(leaf.meta.shape), leaf.meta.dtype
+            shape, dtype, strides = tuple(leaf.meta.shape), leaf.meta.dtype, None
         else:
             assert type(leaf) is Input
-            shape, dtype = leaf.shape, leaf.dtype
-        self.fakes[leaf] = self.fake_tensors.fake_like(shape, dtype)
+            shape, dtype, strides = leaf.shape, leaf.dtype, leaf.strides
+        self.fakes[leaf] = self.fake_tensors.fake_like(shape, dtype, strides)
         self.leaves.append((index, position, self._recorder.value_of(self.fakes[leaf])))
 
     def _seed(self, index: int) -> torch.Tensor:

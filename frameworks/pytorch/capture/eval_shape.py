@@ -43,7 +43,7 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
             arguments[position] = same[leaf]
         elif type(leaf) is Input:
             if leaf not in same:
-                same[leaf] = fake_tensors.fake_like(leaf.shape, leaf.dtype)
+                same[leaf] = fake_tensors.fake_like(leaf.shape, leaf.dtype, leaf.strides)
             arguments[position] = same[leaf]
         elif isinstance(leaf, torch.Tensor):
             arguments[position] = fake = fake_tensors.fake(leaf)

@@ -49,6 +49,13 @@ def tensor_of(array: np.ndarray | jax.Array, device: torch.device = CPU) -> torc
     return tensor if tensor.device.type == device.type else tensor.to(device)
 
 
+def laid_out(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A copy of values that lies as strides say; the values themselves where elements would lie in one place."""
+    with torch._C.DisableTorchFunction():
+        copy = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)
+        return values if torch._debug_has_internal_overlap(copy) == 1 else copy.copy_(values)
+
+
 def _is_on_cpu(array: jax.Array) -> bool:
     (device,) = array.devices()
     return device.platform == "cpu"

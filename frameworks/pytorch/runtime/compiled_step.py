@@ -17,7 +17,7 @@ from trainingcompiler.frameworks.pytorch.capture import inspection, optimizers
 from trainingcompiler.frameworks.pytorch.capture.capture import FloatSource
 from trainingcompiler.frameworks.pytorch.graph.passes import PASSES, run_passes
 from trainingcompiler.frameworks.pytorch.interop import devices
-from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
+from trainingcompiler.frameworks.pytorch.interop.arrays import laid_out, tensor_of
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose, StepPlan
@@ -216,7 +216,9 @@ class CompiledStep:
         plan = self.plan
         slots = [slot for entry in entries for slot in entry.outputs]
         for index, array in zip(plan.exports, outputs, strict=False):
-            slots[index].value = tensor_of(array, slots[index].device)
+            slot = slots[index]
+            value = tensor_of(array, slot.device)
+            slot.value = value if slot.meta.is_contiguous() else laid_out(value, slot.geometry.strides)
         held = Held(self, outputs[len(plan.exports) :], tensors[len(plan.donated) + len(plan.read) :])
         for (parameter, _), gradient in zip(plan.gradients.stored, gradients, strict=False):
             store_gradient(parameter(), gradient)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import store_gradient, stored_gradient
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
 from trainingcompiler.frameworks.pytorch.tape.replay import replay, results_of
@@ -46,7 +45,7 @@ class LateBackward:
             if type(leaf) is Slot:
                 return values[leaf]
             if type(leaf) is Input:
-                return inputs.setdefault(leaf, tensor_of(leaf.array, leaf.device).clone())
+                return inputs.setdefault(leaf, leaf.tensor())
             return copies.get(id(leaf), leaf)
 
         for entry in self.entries:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trainingcompiler.frameworks.pytorch.interop.arrays import tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
@@ -39,7 +38,7 @@ def run_in_torch(entries: list[Entry], blocks: Mapping[int, Callable[[], None] |
             return leaf.value if values is None else values.get(leaf, leaf.value)
         if type(leaf) is Input:
             if leaf not in inputs:  # one tensor, if calls were given one
-                inputs[leaf] = tensor_of(leaf.array, leaf.device).clone()
+                inputs[leaf] = leaf.tensor()
             return inputs[leaf]
         return leaf
 

@@ -362,7 +362,8 @@ class TapeRunner:
         for position, leaf in enumerate(entry.leaves):
             if type(leaf) is Slot and leaf.committed:
                 leaf = entry.leaves[position] = self._as_input(leaf)
-                kinds.append(("input", leaf.shape, leaf.dtype, leaf.device))
+                laid_out = () if leaf.strides is None else (leaf.strides,)
+                kinds.append(("input", leaf.shape, leaf.dtype, leaf.device, *laid_out))
             elif type(leaf) is Slot:
                 kinds.append(("slot", leaf.number))
             elif position in old.numbers and type(leaf) is float:
@@ -472,7 +473,8 @@ class TapeRunner:
         """A slot whose entries have left the tape, as the value it is."""
         assert slot.value is not None
         array = input_array(slot.value, self.programs.target.is_one_cpu)
-        return Input(array, tuple(slot.value.shape), slot.value.dtype, device=slot.device)
+        strides = None if slot.value.is_contiguous() else slot.value.stride()
+        return Input(array, tuple(slot.value.shape), slot.value.dtype, device=slot.device, strides=strides)
 
 
 def materialize(slot: Slot) -> None:

@@ -254,7 +254,10 @@ class TapeWriter(TapeRunner):
     def _input(self, tensor: torch.Tensor, device: torch.device) -> tuple[Input, tuple]:
         shape = tuple(tensor.shape)
         encoded = Input(input_array(tensor, self.programs.target.is_one_cpu), shape, tensor.dtype, device=device)
-        return encoded, ("input", shape, tensor.dtype, device)
+        if tensor.is_contiguous():
+            return encoded, ("input", shape, tensor.dtype, device)
+        encoded.strides = tensor.stride()
+        return encoded, ("input", shape, tensor.dtype, device, encoded.strides)
 
     def _shape_of(self, entry: Entry, gradients_exist: bool) -> CallShape:
         call = entry.call
@@ -442,7 +445,7 @@ def _geometry(leaf: Any) -> tuple:
     if type(leaf) is Slot:
         return "tensor", tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.requires_grad
     if type(leaf) is Input:
-        return "input", leaf.shape, leaf.dtype
+        return "input", leaf.shape, leaf.dtype, leaf.strides
     return "state", tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.requires_grad
 
 

@@ -231,8 +231,9 @@ def check_owned(tensor: torch.Tensor) -> None:
         CaptureError: NumPy or another process sees its memory.
     """
     if is_foreign(tensor):
-        kind = "parameter" if tensor.requires_grad else "tensor"
+        is_trained = tensor.requires_grad
+        cure = "`p.data = p.data.clone()` gives it" if is_trained else "a copy of it (`.clone()`) in its place has"
         raise CaptureError(
-            f"a {kind} of shape {list(tensor.shape)} that the step updates lies in memory that NumPy or another "
-            "process sees too, and may write to; `p.data = p.data.clone()` gives it memory of its own, to be compiled"
+            f"a {'parameter' if is_trained else 'tensor'} of shape {list(tensor.shape)} that the step updates lies in "
+            f"memory that NumPy or another process sees too, and may write to; {cure} memory of its own, to be compiled"
         )

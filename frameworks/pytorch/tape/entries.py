@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trainingcompiler.frameworks.pytorch.interop import devices
+from trainingcompiler.frameworks.pytorch.interop.arrays import laid_out, tensor_of
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef, unflatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
@@ -113,6 +114,7 @@ class Input:
     Attributes:
         array: A snapshot that XLA reads, shared with nobody.
         shape, dtype, requires_grad, device: Those of the tensor.
+        strides: Where its elements lie, if not one after another: what is computed from it lies likewise.
         origin: The module that was given the tensor, and the position or the key of the argument, where that is known.
     """
 
@@ -122,9 +124,15 @@ class Input:
     requires_grad: bool = False
     device: torch.device = devices.CPU
     origin: tuple[Any, Any] | None = None
+    strides: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         return f"input {_type_of(self)}"
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor of its own with these values, laid out as the one that was given."""
+        values = tensor_of(self.array, self.device)
+        return values.clone() if self.strides is None else laid_out(values.clone(), self.strides)
 
 
 @dataclass(eq=False, slots=True)
