@@ -408,6 +408,56 @@ def test_a_result_lies_as_before_when_it_has_been_computed():
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
 
 
+IN_PLACE = {
+    "unsqueeze_": lambda h: h.unsqueeze_(0),
+    "squeeze_": lambda h: h.unsqueeze(0).squeeze_(0),
+    "squeeze_ nothing": lambda h: h.squeeze_(),
+    "t_": lambda h: h.t_(),
+    "transpose_": lambda h: h.transpose_(0, 1),
+    "swapdims_": lambda h: h.swapdims_(0, 1),
+    "detach_": lambda h: h.detach_(),
+    "set_": lambda h: h.detach_().set_(torch.ones(16, 4)),
+    "resize_": lambda h: h.detach_().resize_(4, 16),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("of", ["a result", "a batch"])
+def test_a_shape_that_is_changed_in_place(change, of):
+    def loop(objects, data):
+        model, found = objects["model"], []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            out = model(x)
+            changed = out * 1 if of == "a result" else x[:, :4].clone()
+            assert change(changed) is changed or change is IN_PLACE["squeeze_"]
+            found += [*changed.shape, float(changed.requires_grad)]
+            loss = F.cross_entropy(out, y) + (changed * changed).mean()
+            loss.backward()
+            objects["optimizer"].step()
+            found.append(loss.item())
+        return found
+
+    may = {"may_fall_back": change in (IN_PLACE["set_"], IN_PLACE["resize_"])}
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, **may)
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        before = x * 2
+        x.unsqueeze_(0)
+        return self.layer(x).squeeze(0) + before[:, :4]
+
+
+def test_a_batch_whose_shape_a_forward_changes_in_place():
+    make, loop = made(ChangesItsInput, torch.optim.SGD, lr=0.1), one_step(lambda m, x, y, i: F.cross_entropy(m(x), y))
+    assert_same_training(make, loop, batches(), dtypes=FLOAT64, max_compiles=1)
+
+
 def test_a_backward_that_a_script_puts_in_the_place_of_torchs():
     torchs = torch.Tensor.backward
 

@@ -1,11 +1,13 @@
 """Looks and writes at what is pending: questions about deferred tensors, and calls that the tape's writes concern."""
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils import swap_tensors  # torch's own, which refuses tensors with weak references
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
@@ -174,6 +176,33 @@ class Looks(BackwardRecorder):
         result = self.require_gradient(function, args, kwargs)
         return None if name == "__set__" else result  # torch never lets go of what an assignment gives
 
+    def reshape_real(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`x.unsqueeze_(0)` of a real tensor, which torch does: it computes nothing."""
+        self.before_write([args[0]])
+        self.tape.inputs.pop(id(args[0]), None)  # a snapshot of another shape
+        return function(*args, **kwargs)
+
+    def reshapes(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`h.unsqueeze_(0)` of a result, which becomes what `h.unsqueeze(0)` is."""
+        tensor = args[0]
+        result = self.record(_RESHAPED[name], args, kwargs) if name in _RESHAPED else None
+        if result is tensor:  # `squeeze_` of nothing
+            return tensor
+        is_view = name == "detach_" and isinstance(tensor, DeferredTensor) and tensor.slot.memory is not None
+        if type(result) is DeferredTensor and type(tensor) is DeferredTensor and not is_view:
+            old, new = tensor.slot, result.slot
+            old.wrapper = new.wrapper = None  # a tensor with weak references cannot be swapped
+            try:
+                swap_tensors(tensor, result)
+            except RuntimeError:  # somebody else refers to it weakly
+                old.wrapper, new.wrapper = weakref.ref(tensor), weakref.ref(result)
+            else:
+                new.wrapper = weakref.ref(tensor)
+                return tensor
+        if type(tensor) is DeferredTensor:
+            self.run_eagerly(CaptureError(f"the loop uses {name} on a result", user_line()))
+        return function(*args, **kwargs)  # on what are torch's own tensors now
+
     def sets(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """An attribute is assigned."""
         if getattr(getattr(function, "__self__", None), "__name__", "") == "data":
@@ -212,6 +241,12 @@ class Looks(BackwardRecorder):
         if not self.differentiates(args, kwargs):
             return self.draw_into(function, args[0], args[1:], kwargs)
         return self.record(function, args, kwargs)
+
+
+_RESHAPED: dict[str, Callable] = {
+    f"{name}_": getattr(torch.Tensor, name)
+    for name in ("unsqueeze", "squeeze", "t", "transpose", "swapaxes", "swapdims", "as_strided", "detach")
+}
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -181,6 +181,8 @@ class Session(Looks):
             return function(*args, **kwargs)
         if kind is Kind.FLAG:
             return self.set_flag(function, args, kwargs)
+        if kind is Kind.RESHAPE:
+            return self.reshape_real(function, args, kwargs)
         if kind in _LOOKING:
             return self.look(kind, function, args, kwargs)
         if self._is_recorded(kind, function, tensors):
@@ -509,6 +511,7 @@ _LOOKING = frozenset({Kind.READ, Kind.OPAQUE, Kind.BACKWARD, Kind.GRADIENT})
 _WRITING = frozenset({Kind.SET, Kind.IN_PLACE, Kind.DRAW_INTO})
 _HANDLERS: dict[Kind, Callable[[Session, str, Callable, tuple, dict], Any]] = {
     Kind.FLAG: Session.flags,
+    Kind.RESHAPE: Session.reshapes,
     Kind.SET: Session.sets,
     Kind.OPAQUE: Session.reaches_into_graph,
     Kind.NATIVE: Session.run_with_history,

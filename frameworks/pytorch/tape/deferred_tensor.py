@@ -102,6 +102,10 @@ class DeferredTensor(torch.Tensor, metaclass=_EqualsTensor):
         """See `torch.Tensor.as_subclass`, which asks no mode."""
         return self.owner.call(torch.Tensor.as_subclass, (self, cls), {})
 
+    def set_(self, *args, **kwargs):
+        """See `torch.Tensor.set_`, which asks no mode."""
+        return self.owner.call(torch.Tensor.set_, (self, *args), kwargs)
+
     def __reduce_ex__(self, protocol):
         return self.owner.value(self.slot).detach().clone().__reduce_ex__(protocol)
 
