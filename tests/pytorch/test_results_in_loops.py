@@ -418,6 +418,7 @@ IN_PLACE = {
     "detach_": lambda h: h.detach_(),
     "set_": lambda h: h.detach_().set_(torch.ones(16, 4)),
     "resize_": lambda h: h.detach_().resize_(4, 16),
+    "apply_": lambda h: h.detach_().apply_(lambda value: value * 2),
 }
 
 
@@ -438,7 +439,7 @@ def test_a_shape_that_is_changed_in_place(change, of):
             found.append(loss.item())
         return found
 
-    may = {"may_fall_back": change in (IN_PLACE["set_"], IN_PLACE["resize_"])}
+    may = {"may_fall_back": change in (IN_PLACE["set_"], IN_PLACE["resize_"], IN_PLACE["apply_"])}
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, **may)
 
 

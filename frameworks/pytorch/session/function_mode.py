@@ -22,11 +22,12 @@ class Kind(enum.Enum):
     """What a torch function does, as far as recording is concerned.
 
     `OPERATOR` computes tensors. `IN_PLACE` writes to its first argument. `FACTORY` makes a tensor of nothing but
-    numbers. `RESHAPE` changes how a tensor lies in its memory, in place. `QUERY` asks for shapes and the like, `GRAPH`
-    for autograd's node. `READ` asks for values. `DRAW` makes random numbers and nothing else; `DRAW_FROM` makes them of
-    probabilities, `DRAW_INTO` fills a tensor with them, and `DRAW_WITHIN` is Python of torch's that draws. `SET`
-    assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`. `BACKWARD` is one of the two functions for
-    it. `OPAQUE` reaches into the graph that autograd would have. `NATIVE` is torch's own business.
+    numbers. `RESHAPE` changes how a tensor lies in its memory, or its values by the script's Python, in place. `QUERY`
+    asks for shapes and the like, `GRAPH` for autograd's node. `READ` asks for values. `DRAW` makes random numbers and
+    nothing else; `DRAW_FROM` makes them of probabilities, `DRAW_INTO` fills a tensor with them, and `DRAW_WITHIN` is
+    Python of torch's that draws. `SET` assigns an attribute. `FLAG` sets `requires_grad`. `GRADIENT` is `.grad`.
+    `BACKWARD` is one of the two functions for it. `OPAQUE` reaches into the graph that autograd would have. `NATIVE` is
+    torch's own business.
     """
 
     OPERATOR = enum.auto()
@@ -57,7 +58,8 @@ _DRAWS = frozenset("rand randn randint randperm normal rand_like randn_like rand
 _DRAWS_FROM = frozenset("multinomial bernoulli poisson binomial".split())
 _DRAWS_INTO = frozenset("uniform_ normal_ random_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_".split())
 _RESHAPES = frozenset(
-    "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ as_strided_ detach_ set_ resize_ resize_as_".split()
+    "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ as_strided_ detach_ set_ resize_ resize_as_ apply_ "
+    "map_ map2_".split()
 )
 _DRAWS_WITHIN = frozenset(
     (F.gumbel_softmax, F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices)
