@@ -72,6 +72,17 @@ _NATIVE = frozenset(
     "set_rng_state is_tensor is_storage _is_view result_type can_cast promote_types finfo iinfo is_grad_enabled "
     "set_default_dtype typename broadcast_shapes".split()
 )
+_BY_NAME = (  # the first that has a name counts
+    (frozenset({"requires_grad_"}), Kind.FLAG),
+    (METADATA_METHODS, Kind.QUERY),
+    (READS, Kind.READ),
+    (_OPAQUE, Kind.OPAQUE),
+    (_NATIVE, Kind.NATIVE),
+    (_DRAWS, Kind.DRAW),
+    (_DRAWS_FROM, Kind.DRAW_FROM),
+    (_DRAWS_INTO, Kind.DRAW_INTO),
+    (_RESHAPES, Kind.RESHAPE),
+)
 _kinds: dict[Any, Kind] = {}
 
 
@@ -95,28 +106,13 @@ def _classified(function: Any) -> Kind:
     if name in ("__set__", "__delete__"):
         is_flag = getattr(getattr(function, "__self__", None), "__name__", "") == "requires_grad"
         return Kind.FLAG if is_flag else Kind.SET
-    if name == "requires_grad_":
-        return Kind.FLAG
     if is_backward(function):
         return Kind.BACKWARD
     if function in _DRAWS_WITHIN:
         return Kind.DRAW_WITHIN
-    if name in METADATA_METHODS:
-        return Kind.QUERY
-    if name in READS:
-        return Kind.READ
-    if name in _OPAQUE:
-        return Kind.OPAQUE
-    if name in _NATIVE:
-        return Kind.NATIVE
-    if name in _DRAWS:
-        return Kind.DRAW
-    if name in _DRAWS_FROM:
-        return Kind.DRAW_FROM
-    if name in _DRAWS_INTO:
-        return Kind.DRAW_INTO
-    if name in _RESHAPES:
-        return Kind.RESHAPE
+    for names, kind in _BY_NAME:
+        if name in names:
+            return kind
     if function in _device_constructors():
         return Kind.FACTORY
     return Kind.IN_PLACE if is_in_place(name) else Kind.OPERATOR
