@@ -443,6 +443,26 @@ def test_a_shape_that_is_changed_in_place(change, of):
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, **may)
 
 
+def test_attributes_that_a_script_sets_on_results_stay():
+    def loop(objects, data):
+        found = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            out = objects["model"](x)
+            out.tag = 3.0
+            out.unsqueeze_(0)
+            loss = F.cross_entropy(out[0], y)
+            loss.tag = 5.0
+            loss.backward()
+            seen = out.detach()
+            seen.tag = 7.0
+            objects["optimizer"].step()
+            found += [loss.item(), out.tag, loss.tag, seen.sum().item(), seen.tag]
+        return found
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
+
+
 class ChangesItsInput(nn.Module):
     def __init__(self):
         super().__init__()

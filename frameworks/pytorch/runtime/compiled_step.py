@@ -80,8 +80,12 @@ class CompiledStep:
             if tensors is not None and self.cache.target.is_one_cpu:
                 size = sum(tensor.nbytes for tensor in tensors)
                 self._sentinel.replay_meanwhile(size, lambda: self._values_now(entries, tensors, prefetcher))
-            self._executable = self.cache.executable(plan.program)
-            prefetcher.wait()
+            try:
+                self._executable = self.cache.executable(plan.program)
+                prefetcher.wait()
+            except BaseException:
+                self._sentinel.end_replay()
+                raise
 
     def _values_now(
         self, entries: list[Entry], tensors: list[torch.Tensor], prefetcher: StatePrefetcher
@@ -137,7 +141,11 @@ class CompiledStep:
         plan = self.plan
         donated = tensors[: len(plan.donated)]
         gradients = self._gradient_tensors()
-        written, state, inputs = self._arguments(entries, tensors, gradients)
+        try:
+            written, state, inputs = self._arguments(entries, tensors, gradients)
+        except BaseException:
+            self._sentinel.end_replay()
+            raise
         if self.cache.target.platform == "cuda":
             self._get_ready(entries)
         copies = [np.array(a) for a in (*state, *inputs[:-2], *inputs[-2], *inputs[-1])] if self._inspected else []

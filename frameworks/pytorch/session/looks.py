@@ -7,7 +7,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils import swap_tensors  # torch's own, which refuses tensors with weak references
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
@@ -17,7 +16,7 @@ from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_recorder import BackwardRecorder
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, opened
 from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
-from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Slot
 
 
@@ -193,7 +192,7 @@ class Looks(BackwardRecorder):
             old, new = tensor.slot, result.slot
             old.wrapper = new.wrapper = None  # a tensor with weak references cannot be swapped
             try:
-                swap_tensors(tensor, result)
+                take_contents(tensor, result)
             except RuntimeError:  # somebody else refers to it weakly
                 old.wrapper, new.wrapper = weakref.ref(tensor), weakref.ref(result)
             else:

@@ -5,7 +5,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils import swap_tensors  # torch's own, which refuses tensors with weak references
 
 from trainingcompiler.config import TrainingCompilerConfig
 from trainingcompiler.errors import CaptureError, FallbackError, NotEnoughMemoryError, PassingCaptureError
@@ -28,6 +27,7 @@ from trainingcompiler.frameworks.pytorch.session.fallback import FallbackPolicy
 from trainingcompiler.frameworks.pytorch.session.speculation import Speculation
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, live_among, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
 from trainingcompiler.frameworks.pytorch.tape.replay import as_called
@@ -486,7 +486,7 @@ def materialize(slot: Slot) -> None:
     value = slot.value
     try:
         with torch._C.DisableTorchFunction():
-            swap_tensors(wrapper, value)
+            take_contents(wrapper, value)
     except RuntimeError:  # somebody else refers to it weakly
         slot.wrapper = weakref.ref(wrapper)
         return

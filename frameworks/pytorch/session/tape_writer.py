@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils import swap_tensors  # torch's own
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
@@ -28,7 +27,7 @@ from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
-from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, deferred
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, deferred, take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.index_ranges import INDEXED, is_refused
 from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant, numbers_of
@@ -383,7 +382,7 @@ class TapeWriter(TapeRunner):
         result = self.record(torch.clone, (tensor.detach(),), {})
         slot = result.slot
         slot.wrapper = None  # a tensor with weak references cannot be swapped
-        swap_tensors(tensor, result)
+        take_contents(tensor, result)
         slot.wrapper = weakref.ref(tensor)
 
     @section.around
@@ -395,7 +394,7 @@ class TapeWriter(TapeRunner):
             value = self.value(leaf.slot).detach().clone().requires_grad_()
             self.tape.new_leaves.remove(leaf.slot)
             leaf.slot.wrapper = None  # a tensor with weak references cannot be swapped
-            swap_tensors(leaf, value)
+            take_contents(leaf, value)
         if leaves and not self.has_backward:
             self.commit()
 

@@ -4,6 +4,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
+from torch.utils import swap_tensors  # torch's own, which refuses tensors with weak references
 
 from trainingcompiler.errors import GradientLostError
 from trainingcompiler.frameworks.pytorch.tape.entries import Slot
@@ -119,6 +120,18 @@ def slot_of(value: Any) -> Slot | None:
     A signal's handler may compute a tensor between any two lines outside of the critical section: it is torch's then.
     """
     return getattr(value, "slot", None) if type(value) is DeferredTensor else None
+
+
+def take_contents(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Gives a tensor's Python object the contents of another one, and `other` its own; attributes of the script's stay.
+
+    Raises:
+        RuntimeError: Somebody refers weakly to one of them.
+    """
+    ours = ("slot", "owner")
+    set_by_script = {name: value for name, value in tensor.__dict__.items() if name not in ours}
+    swap_tensors(tensor, other)
+    tensor.__dict__.update(set_by_script)
 
 
 def deferred(slot: Slot, owner: Owner) -> DeferredTensor:

@@ -7,7 +7,7 @@ paid for once. A program whose results are not torch's up to rounding is refused
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,12 @@ class Sentinel:
         if there_is is None or 2 * (self._replay_bytes() + state_bytes) < there_is:
             self._early = EarlyReplay(lambda: self._inspection(*values(), copies=False), self._returned)
 
+    def end_replay(self) -> None:
+        """Waits for a replay that nobody will use: it gives torch's generator back as it found it."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.wait()
+
     def _replay_bytes(self) -> int:
         assert self._graph is not None
         kept = [*self._returned, *gradients_in(self._graph.nodes)]
@@ -126,7 +132,12 @@ class Sentinel:
             yield watch
             return
         before = early.inspection() if early is not None else self._inspection(state, inputs)
-        yield watch
+        try:
+            yield watch
+        except BaseException:
+            if early is not None:
+                early.wait()
+            raise
         try:
             self._settle(executable, before, watch, early)
         except BaseException:
@@ -243,6 +254,10 @@ class EarlyReplay:
     def inspection(self) -> Inspection:
         """What the run is given, once it has been copied."""
         return self._inspection.result()
+
+    def wait(self) -> None:
+        """Returns when it has ended, however that was."""
+        wait([self._judge])
 
     def judge(self) -> Judge:
         """Who compares, once everything has been replayed.
