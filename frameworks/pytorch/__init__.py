@@ -57,7 +57,8 @@ def enable(config: TrainingCompilerConfig) -> None:
 
     def on_step(optimizer: torch.optim.Optimizer, engine: str) -> None:
         statistics().step_finished(engine, time.monotonic())
-        choice.stepped(optimizer, engine, session.registry.is_same_batch)
+        waited = session.programs.policy.step_ended()
+        choice.stepped(optimizer, engine, session.registry.is_same_batch, waited)
         session.deferring = choice.defers
 
     session.registry.on_step = on_step

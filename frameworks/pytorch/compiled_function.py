@@ -146,8 +146,10 @@ class CompiledFunction:
         return result
 
     def _finished(self, engine: str) -> None:
+        waited = self._session.programs.policy.step_ended()
+        engine = "eager" if waited else engine
         statistics().step_finished(engine, time.monotonic())
-        self._choice.stepped(self._optimizers[0], engine)
+        self._choice.stepped(self._optimizers[0], engine, waited=waited)
 
 
 _open: list[Session] = []

@@ -1,5 +1,6 @@
 """Python inside of backward: functions and hooks run at every step, in order, and are part of the program."""
 
+import numpy as np
 import pytest
 import torch
 from parity import assert_same_training
@@ -279,14 +280,18 @@ def test_hooks_of_parameters_run_in_their_order_until_they_are_removed():
     assert_same_training(make, loop, batches(), dtypes=FLOAT64)
 
 
-def test_a_hook_of_several_gradients_is_torchs():
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_a_hook_of_several_gradients_is_torchs(mode):
     calls = []
+
+    def hook(gradients):
+        calls.append(len(gradients))
 
     def loop(objects, data):
         calls.clear()
         model, optimizer, losses = objects["model"], objects["optimizer"], []
         parameters = list(model.parameters())
-        torch.autograd.graph.register_multi_grad_hook(parameters, lambda gradients: calls.append(len(gradients)))
+        torch.autograd.graph.register_multi_grad_hook(parameters, hook, mode=mode)
         for x, y in data:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
@@ -423,6 +428,64 @@ def test_a_hook_that_begins_to_look_at_values_runs_as_often_as_in_eager(of):
 
     make = made(mlp, torch.optim.SGD, lr=0.1)
     run = assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+    assert [event.reason for event in run.fallbacks()] == ["Python that backward() runs asks for a value"]
+
+
+@pytest.mark.parametrize("of", ["a result", "a parameter", "a function"])
+def test_what_python_in_backward_gives_back_from_numpy_is_the_gradient(of):
+    """A real tensor that no recorded call has made; recording what backward's Python returns must not be recorded."""
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 0.5
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.from_numpy(np.full(tuple(gradient.shape), 0.01))
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        if of == "a parameter":
+            model[0].weight.register_hook(lambda gradient: torch.from_numpy(np.full((32, 8), 0.02)))
+        for x, y in data:
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            if of == "a result":
+                hidden.register_hook(lambda gradient: torch.from_numpy(np.full((16, 32), 0.01)))
+            elif of == "a function":
+                hidden = Half.apply(hidden)
+            loss = F.cross_entropy(model[1:](hidden), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(8), dtypes=FLOAT64)
+
+
+def test_a_gradient_that_numpy_has_computed_where_torch_takes_over():
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.abs()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.as_tensor(gradient.numpy() * 0.5)
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model[1:](Slow.apply(model[0](x))), y)
+            loss.backward()
+            losses.append(model[0].weight.grad.abs().sum().item())
+            optimizer.step()
+        return losses
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(6), dtypes=FLOAT64, may_fall_back=True)
     assert [event.reason for event in run.fallbacks()] == ["Python that backward() runs asks for a value"]
 
 

@@ -549,3 +549,98 @@ def test_a_choice_drawn_by_probabilities_is_eagers():
     assert_same_training(
         made(mlp, torch.optim.SGD, lr=0.01), one_step(drawn), batches(), dtypes=FLOAT64, max_compiles=2
     )
+
+
+def test_what_an_agent_has_asked_its_model_for_is_no_part_of_the_next_step():
+    """`x.cpu()` of what is on the CPU already computes nothing: it must not keep a forward on the tape."""
+
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            for row in x[: index % 7]:  # outside of `no_grad`, as many agents act
+                action = model(row[None]).argmax(1).cpu().numpy()
+                seen.append(float(action[0]))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x).to(x.dtype), y)
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    run = assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
+    assert run.statistics.compiles <= 6, run.statistics
+
+
+def test_a_model_cut_into_stages_each_with_a_backward_of_its_own():
+    """The gradient of each cut is read, so that torch runs the step; its leaves must not be swapped for others."""
+
+    def loop(objects, data):
+        first, second, third = objects["model"][:2], objects["model"][2:3], objects["model"][3:]
+        losses = []
+        for x, y in data:
+            objects["optimizer"].zero_grad()
+            one = first(x)
+            one_cut = one.detach().requires_grad_()
+            two = second(one_cut)
+            two_cut = two.detach().requires_grad_()
+            loss = F.cross_entropy(third(two_cut), y)
+            loss.backward()
+            two.backward(two_cut.grad)
+            one.backward(one_cut.grad)
+            objects["optimizer"].step()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+def test_a_result_whose_gradient_was_read_may_be_trained():
+    def loop(objects, data):
+        model, losses = objects["model"], []
+        for x, y in data[:8]:
+            objects["optimizer"].zero_grad()
+            hidden = model[1](model[0](x)).detach().requires_grad_()
+            loss = F.cross_entropy(model[3](model[2](hidden)), y)
+            loss.backward()
+            losses.append(hidden.grad.abs().sum().item())
+            objects["optimizer"].step()
+            optimizer = torch.optim.SGD([hidden], lr=0.5)
+            optimizer.step()
+            losses.append(hidden.sum().item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+
+
+class Generated(nn.Module):
+    """A layer whose weights another network computes."""
+
+    def __init__(self, within: bool):
+        super().__init__()
+        self.network = nn.Linear(4, 32)  # of which `target` is no part: no optimizer trains that
+        layer = nn.Linear(8, 4)
+        del layer.weight
+        self.target = [nn.Sequential(nn.Tanh(), layer) if within else layer]
+        self.layer = [layer]
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["the module", "a module in it"])
+def test_weights_that_another_network_computes(within):
+    """A result that a module has as an attribute gets its gradient, though the module's arguments are plain batches."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        z = torch.linspace(-1, 1, 4)
+        for x, y in data:
+            optimizer.zero_grad()
+            model.layer[0].weight = model.network(z).view(4, 8)
+            loss = F.cross_entropy(model.target[0](x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    make = made(lambda: Generated(within), torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
+    reasons = [event.reason for event in run.fallbacks()]
+    assert reasons == (["a result goes into linear, which torch runs"] if within else [])

@@ -135,6 +135,39 @@ def test_where_only_the_whole_program_differs_a_report_is_written(tmp_path, wron
     assert "jaxlib " in text and "StableHLO:" in text and "HloModule" in text
 
 
+def test_noise_leaves_the_values_alone_that_a_loss_refuses_others_of(tmp_path, wrong_whole):
+    """torch's own noise is asked for where results differ; a target of 1.0000001 would end the script."""
+
+    def train():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1), nn.Sigmoid())
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for x, y in batches(4):
+            optimizer.zero_grad()
+            loss = nn.BCELoss()(model(x).squeeze(1), (y > 1).float())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return list(model.parameters()), losses
+
+    tc.enable(tc.TrainingCompilerConfig(engine="xla", quiet=True, cache_dir=str(tmp_path)))
+    try:
+        run = train()
+    finally:
+        tc.disable()
+    assert_torchs(run, train())
+
+
+def test_a_comparison_that_torch_refuses_is_said_and_ends_nothing(tmp_path, monkeypatch, seen):
+    def refuses(*_, **__):
+        raise RuntimeError("all elements of target should be between 0 and 1")
+
+    monkeypatch.setattr(verify.Judge, "judge", refuses)
+    assert_torchs(trained(tmp_path), trained(None))
+    assert any("replaying it failed (RuntimeError: all elements" in e.text for e in seen if isinstance(e, Note))
+    assert not fallbacks(seen)
+
+
 def test_an_evaluation_is_verified_and_training_stays_compiled(tmp_path, monkeypatch, seen):
     inner = verify.Sentinel._described
 

@@ -17,10 +17,10 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
 
     `Tensor.numpy` would take the right to be resized from the script's tensor, which shows that it was called.
     """
-    tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        return numpy_view(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
-    with torch._C.DisableTorchFunction():
+    with torch._C.DisableTorchFunction():  # or a mode that records would get to see it
+        tensor = tensor.detach()
+        if tensor.dtype is torch.bfloat16:
+            return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
         return np.from_dlpack(tensor)
 
 

@@ -70,7 +70,7 @@ class Hooks:
         def call(module, *args, **kwargs):
             if session.depth:  # part of a call that is being recorded
                 return original_call(module, *args, **kwargs)
-            return session.call_module(original_call, module, args, kwargs)
+            return session.module_calls.call(original_call, module, args, kwargs)
 
         @functools.wraps(original_state_dict)
         def state_dict(module, *args, **kwargs):
@@ -176,7 +176,7 @@ class Hooks:
         self._patches.replace(
             torch.utils,
             "swap_tensors",
-            functools.wraps(swap)(lambda t1, t2: session.swap(swap, t1, t2)),
+            functools.wraps(swap)(lambda t1, t2: session.results.swap(swap, t1, t2)),
             "it refuses tensors to which somebody refers weakly, as we do to all that train",
         )
         for name in ("grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums"):

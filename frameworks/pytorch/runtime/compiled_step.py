@@ -42,6 +42,7 @@ class CompiledStep:
     Attributes:
         plan: What it computes.
         exported: Numbers of the slots that it computes.
+        runs: How often it has been asked to run.
     """
 
     def __init__(self, cache: "ProgramCache", plan: StepPlan, entries: list[Entry]):
@@ -53,6 +54,7 @@ class CompiledStep:
         self._inspected = facts if inspection.inspector is not None else None
         self._executable: compiler.Executable | None = None
         self._has_run = False
+        self.runs = 0
         self._tell_stages(entries)
 
     def _tell_stages(self, entries: list[Entry]) -> None:

@@ -14,6 +14,7 @@ from trainingcompiler.frameworks.pytorch.capture.capture import CapturedStep, ca
 from trainingcompiler.frameworks.pytorch.capture.optimizers import parameters_of
 from trainingcompiler.frameworks.pytorch.capture.traced_float import ConcretizationError
 from trainingcompiler.frameworks.pytorch.interop.passthrough import outside_transforms
+from trainingcompiler.frameworks.pytorch.runtime.compile_policy import CompilePolicy
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import CompiledStep, Held
 from trainingcompiler.frameworks.pytorch.runtime.dispatch_queue import DispatchQueue
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
@@ -70,11 +71,19 @@ class ProgramCache:
         pace: How far the loop is ahead of a GPU.
         gradients: The memory of gradients that programs write; None where they return new ones.
         verify: When results are compared with torch's: "first", "always" or "off".
+        policy: Which programs are worth compiling.
         added_bytes: The most that one of them needs besides its arguments.
     """
 
-    def __init__(self, registry: OptimizerRegistry, target: Target, verify: str = "off"):
+    def __init__(
+        self,
+        registry: OptimizerRegistry,
+        target: Target,
+        verify: str = "off",
+        policy: CompilePolicy | None = None,
+    ):
         self.registry = registry
+        self.policy = policy or CompilePolicy("eager", is_alone=False)
         self.target = target
         self.verify = verify
         # Several workers, where they divide their state.
@@ -130,6 +139,9 @@ class ProgramCache:
             variants.append(compiled)
             tensors = compiled.bound()
         assert tensors is not None
+        compiled.runs += 1
+        if compiled.runs == 2:
+            self.policy.ran_again(compiled)
         self._loop(entries).runs += 1
         with torch._C.DisableTorchFunction():  # our own looks at tensors are nobody's business
             return compiled.run(entries, tensors)
@@ -146,6 +158,7 @@ class ProgramCache:
         name = "train_step" if any(entry.optimizers for entry in entries) else "forward_backward"
         if not any(entry.modes.grad for entry in entries):
             name = "evaluation"
+        self.policy.check(entries, name)
         start_s = time.perf_counter()
         with StatePrefetcher(self.state if self.target.is_one_cpu else None) as prefetcher:
             if purpose is Purpose.COMMIT:
@@ -161,8 +174,10 @@ class ProgramCache:
             known = len(loop.digests)
             loop.digests.add(program.digest or f"without a digest {loop.captures}")
             statistics().compiles += len(loop.digests) > known
-        self._explain(loop, entries, where, time.perf_counter() - start_s)
-        statistics().compile_time_s += time.perf_counter() - start_s
+        compile_time_s = time.perf_counter() - start_s
+        self._explain(loop, entries, where, compile_time_s)
+        self.policy.compiled(entries, name, compiled, compile_time_s)
+        statistics().compile_time_s += compile_time_s
         return compiled
 
     def executable(self, program: StepProgram) -> compiler.Executable:

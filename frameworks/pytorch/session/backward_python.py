@@ -7,6 +7,7 @@ They lie on the tape behind the backward, between an entry `incoming` and an ent
 runs them where autograd does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ class BackwardPython:
         tape.is_in_backward = True
         session.depth += 1
         try:
-            with torch.no_grad(), session.mode.seeing():  # `backward()` is a torch function itself
+            with torch.no_grad():
                 for index, what in order:
                     if isinstance(what, int):
                         self._run_block_again(index, what)
@@ -218,7 +219,7 @@ class BackwardPython:
         session.depth = block.depth
         session.buffers = buffers | {id(leaf) for e in first for leaf in e.leaves if isinstance(leaf, torch.Tensor)}
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), session.mode.seeing():
                 block.again()
         except torch.utils.checkpoint._StopRecomputationError:
             pass
@@ -242,13 +243,18 @@ class BackwardPython:
         given: list[Any] = [None] * len(slots)
         for position, gradient in zip(positions, gradients, strict=True):
             given[position] = gradient
-        found = piece.backward(given)
+        with session.mode.seeing():  # `backward()` is a torch function itself, of whose Python modes see nothing
+            found = piece.backward(given)
         session.record_piece(outgoing, (found if isinstance(found, list) else [found],), piece, returns=False)
 
 
 def _is_of_torch(hook: Callable) -> bool:
     """Whether a hook is torch's own, as those of `register_multi_grad_hook`: they ask autograd where they are."""
-    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "torch"
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    function = getattr(hook, "__func__", hook)
+    names = getattr(function, "__globals__", {})  # not `__module__`, which `functools.wraps` takes from another one
+    return (names.get("__name__") or getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def _requires_gradient(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Writes `backward()` on the tape."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,10 +11,12 @@ from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch, leaf_hooked, leaf_unhooked
-from trainingcompiler.frameworks.pytorch.session.tape_writer import TapeWriter, version_of
-from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_referred_to
+from trainingcompiler.frameworks.pytorch.session.tape_writer import version_of
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
+
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session.session import Session
 
 _FREED = (
     "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier backward() (pass "
@@ -22,20 +24,24 @@ _FREED = (
 )
 
 
-class BackwardRecorder(TapeWriter):
-    """What becomes of a backward, of one result or of several."""
+class BackwardRecorder:
+    """What becomes of a backward, of one result or of several, in a session."""
+
+    def __init__(self, session: "Session"):
+        self._session = session
 
     @section.around
-    def record_backward(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+    def record(self, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         """`tensor.backward(...)`; torch runs what a tape has no word for.
 
         Raises:
             RuntimeError: As torch's: the graph was freed, shapes do not match, or there is nothing to differentiate.
         """
+        session = self._session
         # What torch would refuse is refused now, with torch's words.
         slot = tensor.slot if isinstance(tensor, DeferredTensor) else None
         if self._is_pending(tensor):
-            _check_root(slot.meta, gradient, self.tape.mutated)
+            _check_root(slot.meta, gradient, session.tape.mutated)
         if slot is not None and slot.late is not None and not create_graph and not inputs:
             return self._record_late(slot, gradient, retain_graph)
         if slot is not None and slot.freed and slot.committed:
@@ -43,27 +49,29 @@ class BackwardRecorder(TapeWriter):
         # What a tape has no word for, torch runs, with the whole of the tape as its history.
         if not self._is_pending(tensor) or create_graph:
             reason = "backward() keeps a graph, or goes through a module that another one has gone through"
-            self.run_eagerly(CaptureError(reason=reason, where=user_line()))
-            return BACKWARD(self.real(tensor), gradient, retain_graph, create_graph, inputs)
-        if self._is_undecided():
-            self._begin_in_torch()
-            return BACKWARD(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+            session.run_eagerly(CaptureError(reason=reason, where=user_line()))
+            return BACKWARD(session.real(tensor), gradient, retain_graph, create_graph, inputs)
+        if session.is_undecided():
+            session.begin_in_torch()
+            return BACKWARD(session.real(tensor), session.real(gradient), retain_graph, inputs=inputs)
         # The rest is recorded, and the Python that runs inside of it is run; until that has ended, all can be undone.
-        if len(self.tape.roots) > 1 and not self.has_backward:
-            self._forget_unread(slot)
-        place = self.tape.place
+        if len(session.tape.roots) > 1 and not session.has_backward:
+            session.peeks.forget_unread(slot)
+        place = session.tape.place
         try:
             entry = self._append_backward(tensor, gradient, retain_graph, inputs)
         except (CaptureError, LeftToTorch) as error:
-            self.take_back(place)
-            self.run_eagerly(error.error if isinstance(error, LeftToTorch) else error)
-            return BACKWARD(self.real(tensor), self.real(gradient), retain_graph, inputs=inputs)
+            session.take_back(place)
+            session.run_eagerly(error.error if isinstance(error, LeftToTorch) else error)
+            return BACKWARD(session.real(tensor), session.real(gradient), retain_graph, inputs=inputs)
         except BaseException:  # the script's own error, in Python that backward runs
-            self.take_back(place)
+            session.take_back(place)
             raise
-        if self.tape.asked is not None:
-            return self.run_eagerly(self.tape.asked)
-        self._end_backward(slot, entry, bool(retain_graph))
+        if session.tape.asked is not None:
+            return session.run_eagerly(session.tape.asked)
+        if not retain_graph:
+            session.tape.free(slot)
+        session.backward_recorded(entry)
         return None
 
     def _append_backward(self, tensor: DeferredTensor, gradient: Any, retain_graph: bool | None, inputs: Any) -> Entry:
@@ -73,54 +81,39 @@ class BackwardRecorder(TapeWriter):
             CaptureError: It cannot be part of a program.
             LeftToTorch: Its Python does what is not compiled.
         """
+        session = self._session
         changed = self._rewritten()
         if changed:
-            self.append(rewritten, changed, {})
-            self.tape.read = [read for read in self.tape.read if read[2] not in changed]
-        hooked = self.backward_python.hook_leaves()
-        entry = self.append(BACKWARD, (tensor, gradient, retain_graph, False), {"inputs": inputs})
+            session.append(rewritten, changed, {})
+            session.tape.read = [read for read in session.tape.read if read[2] not in changed]
+        hooked = session.backward_python.hook_leaves()
+        entry = session.append(BACKWARD, (tensor, gradient, retain_graph, False), {"inputs": inputs})
         with section.outside():
             if changed or self._writes_unseen():
-                self.backward_python.check(entry)
-            self.backward_python.run(entry, bool(retain_graph))
-        self.backward_python.unhook_leaves(hooked)
+                session.backward_python.check(entry)
+            session.backward_python.run(entry, bool(retain_graph))
+        session.backward_python.unhook_leaves(hooked)
         return entry
-
-    def _end_backward(self, slot: Slot, entry: Entry, retains_graph: bool) -> None:
-        """Notes that gradients are pending, or stores those that a look before has computed already."""
-        if not retains_graph:
-            self.tape.free(slot)
-        self._has_backward = True
-        self._called_since_backward = {id(module) for module in self.tape.roots}
-        gradients = self._note_gradients(self.tape)
-        held = self._speculation.backward(self.tape, entry)
-        if held is not None and self.tape.committable() == len(self.tape.entries):
-            self._check_gradients(self.tape.entries)
-            with passthrough():
-                held.apply()
-            self._committed(self.tape.entries, [])
-        elif any(map(_is_seen_elsewhere, gradients)):  # by NumPy it may be, of whose looks nobody is told
-            self.commit()
-            if self.has_backward:
-                self.settle()
 
     def _record_late(self, slot: Slot, gradient: Any, retain_graph: bool | None) -> None:
         """A backward after a step: torch runs it."""
-        self.settle()
+        session = self._session
+        session.settle()
         reason = "backward() goes through parameters that a step has changed since"
-        self.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
-        self.backward_compiled = False
+        session.fallbacks.leave(PassingCaptureError(reason=reason, where=user_line()), [])
+        session.backward_compiled = False
         late, slot.late = slot.late, slot.late if retain_graph else None
         with passthrough():
-            late.run(self.real(gradient), retain_graph)
+            late.run(session.real(gradient), retain_graph)
 
     def _rewritten(self) -> tuple[Input, ...]:
         """What calls have read and has been written to since, or is by a call that is pending."""
+        session = self._session
         with torch._C.DisableTorchFunction():
-            pending = {tensor.untyped_storage()._cdata for tensor in self.tape.state.values()} & self.tape.written
+            pending = {tensor.untyped_storage()._cdata for tensor in session.tape.state.values()} & session.tape.written
             return tuple(
                 encoded
-                for owner, version, encoded in self.tape.read
+                for owner, version, encoded in session.tape.read
                 if version_of(owner) != version or (pending and owner.untyped_storage()._cdata in pending)
             )
 
@@ -129,29 +122,30 @@ class BackwardRecorder(TapeWriter):
         return any(
             not entry.modes.grad
             and any(type(entry.leaves[p]) is Slot and entry.leaves[p].requires_grad for p in entry.writes)
-            for entry in self.tape.entries
+            for entry in self._session.tape.entries
             if entry.writes
         )
 
-    def record_backwards(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+    def record_of_many(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         """`torch.autograd.backward`: of several results, that of their sum, so that each hook runs once."""
+        session = self._session
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         gradients = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else list(grad_tensors or ())
         gradients += [None] * (len(tensors) - len(gradients))
         if len(tensors) == 1:
-            return self.record_backward(tensors[0], gradients[0], retain_graph, create_graph, inputs)
+            return self.record(tensors[0], gradients[0], retain_graph, create_graph, inputs)
         if not create_graph and all(map(self._is_pending, tensors)):
             with torch.enable_grad():
                 parts = list(map(self._weighted, tensors, gradients))
-                total = functools.reduce(lambda sum, part: self.record(torch.add, (sum, part), {}), parts)
-            self.record_backward(total, None, retain_graph, create_graph, inputs)
+                total = functools.reduce(lambda sum, part: session.record(torch.add, (sum, part), {}), parts)
+            self.record(total, None, retain_graph, create_graph, inputs)
         else:
-            self.run_eagerly(CaptureError("backward() goes through what torch has computed, too", user_line()))
-            real, given = self.real(tensors), self.real(gradients)
+            session.run_eagerly(CaptureError("backward() goes through what torch has computed, too", user_line()))
+            real, given = session.real(tensors), session.real(gradients)
             torch.autograd.backward(real, given, retain_graph, create_graph, inputs=inputs)
         for tensor in tensors:
             if not retain_graph and isinstance(tensor, DeferredTensor) and not tensor.slot.committed:
-                self.tape.free(tensor.slot)
+                session.tape.free(tensor.slot)
 
     @staticmethod
     def _is_pending(tensor: torch.Tensor) -> bool:
@@ -159,30 +153,27 @@ class BackwardRecorder(TapeWriter):
 
     def _weighted(self, result: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
         """A scalar whose gradient with respect to `result` is `gradient`, or 1."""
+        session = self._session
         if gradient is not None:
             if gradient.shape != result.shape:
                 raise RuntimeError(f"Mismatch in shape: {list(gradient.shape)} for a result of {list(result.shape)}")
-            result = self.record(torch.mul, (result, self.record(torch.detach, (gradient,), {})), {})
+            result = session.record(torch.mul, (result, session.record(torch.detach, (gradient,), {})), {})
         elif result.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
-        return self.record(torch.sum, (result,), {})
+        return session.record(torch.sum, (result,), {})
 
-    def drop_backward(self, cleared: set[int]) -> bool:
+    def drop(self, cleared: set[int]) -> bool:
         """Takes back a backward, as an aborted step leaves behind, if all its gradients are being cleared."""
-        for entry in self.tape.entries:
-            if entry.optimizers or entry.function in self.stepping.clippings:
+        session = self._session
+        for entry in session.tape.entries:
+            if entry.optimizers or entry.function in session.stepping.clippings:
                 return False
-        if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in self.tape.grad_flags.values()):
+        if any(leaf.requires_grad and id(leaf) not in cleared for leaf, _ in session.tape.grad_flags.values()):
             return False
         goes = (BACKWARD, leaf_hooked, leaf_unhooked)
-        stays = [entry for entry in self.tape.entries if entry.function not in goes and not entry.is_in_backward]
-        self._rebuild(stays)
+        stays = [entry for entry in session.tape.entries if entry.function not in goes and not entry.is_in_backward]
+        session.rebuild(stays)
         return True
-
-
-def _is_seen_elsewhere(gradient: torch.Tensor) -> bool:
-    with torch._C.DisableTorchFunction():
-        return is_referred_to(gradient.untyped_storage()) or is_foreign(gradient)
 
 
 def _check_root(root: torch.Tensor, gradient: Any, may_have_history: bool) -> None:

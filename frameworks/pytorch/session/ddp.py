@@ -136,13 +136,13 @@ class DdpHandler:
         reason = obstacle(wrapper)
         if reason is not None and not session.fallbacks.covers(wrapper):
             session.fallbacks.leave(CaptureError(reason, user_line()), [wrapper])
-        if reason is not None or not session.is_deferrable(module, args, kwargs):
+        if reason is not None or not session.module_calls.is_deferrable(module, args, kwargs):
             session.backward_compiled &= not torch.is_grad_enabled()
-            session.keep_history(type(module).__name__, args, kwargs)
+            session.module_calls.keep_history(type(module).__name__, args, kwargs)
             with passthrough(), session.torch_compile.in_torch(module):
                 self._give_back(module)
-                kwargs = {name: session.real_arguments(value) for name, value in kwargs.items()}
-                return original(wrapper, *session.real_arguments(args), **kwargs)
+                kwargs = {name: session.module_calls.real_arguments(value) for name, value in kwargs.items()}
+                return original(wrapper, *session.module_calls.real_arguments(args), **kwargs)
         if session.has_backward:
             session.commit()
         if session.programs.sharded_state is not None:
@@ -150,7 +150,7 @@ class DdpHandler:
         self._share_buffers(wrapper)
         synchronizes = torch.is_grad_enabled() and wrapper.require_backward_grad_sync
         wrapper.require_forward_param_sync = synchronizes
-        result = session.call_module(original, module, args, kwargs)
+        result = session.module_calls.call(original, module, args, kwargs)
         if synchronizes:
             self._synchronized[id(wrapper)] = wrapper
         return result

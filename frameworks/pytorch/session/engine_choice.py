@@ -14,6 +14,7 @@ from trainingcompiler.targets.target import Target
 _SHORT_STEP_S = 0.05
 _FEW, _MANY = 3, 10  # steps of each engine that are timed; more where they are short or close to each other
 _CLEAR = 1.3  # one engine is so many times as fast as the other
+_LONGEST_TURN = 64  # steps of torch's, between attempts at steps that are new each time
 _NOISE = 1.05  # two engines within 5% are equal: repeated runs of the same step differ by that much
 
 
@@ -55,19 +56,24 @@ class EngineSelector:
         self._turn = "xla"
         self._in_turn = 0
         self._fruitless = 0
+        self._eager_steps = self._turns.steps
+        self._has_waited = False
 
     @property
     def defers(self) -> bool:
         """Whether the next step is recorded for the compiled program."""
         return (self.chosen or self._turn) == "xla"
 
-    def stepped(self, optimizer: torch.optim.Optimizer, engine: str, is_same_batch: bool = False) -> None:
+    def stepped(
+        self, optimizer: torch.optim.Optimizer, engine: str, is_same_batch: bool = False, waited: bool = False
+    ) -> None:
         """Notes a finished step: who ran it, and how long it took since the last one.
 
         Args:
             optimizer: Whose. Where several step, the batch ends with the last one: the engine changes between batches.
             engine: `"xla"` or `"eager"`.
             is_same_batch: Whether the step before was of the same batch.
+            waited: Whether torch ran it because it was not worth a program yet: nothing follows from that.
         """
         if self.chosen is not None:
             return
@@ -83,13 +89,14 @@ class EngineSelector:
         elif self._compiles == statistics().compiles and engine == self._turn:
             if self._in_turn or self._turns.steps == 1:
                 self._times_s[engine].append(now_s - self._last_end_s)
-        elif engine != self._turn:
+        elif engine != self._turn and not waited:
             self._fruitless += 1
+        self._has_waited |= waited
         self._compiles = statistics().compiles
         self._last_end_s = now_s
         self._in_turn += 1
         # Turns change, until both have been timed often enough.
-        if self._in_turn >= self._turns.steps:
+        if self._in_turn >= (self._turns.steps if self._turn == "xla" else self._eager_steps):
             self._change()
         if self._fruitless > 3:  # nothing is being compiled: there is nothing to choose
             self.chosen = "xla"
@@ -106,6 +113,9 @@ class EngineSelector:
 
     def _change(self) -> None:
         self._turn, self._in_turn = "eager" if self._turn == "xla" else "xla", 0
+        if self._turn == "eager":  # what is recorded, and then torch's, takes longer than what is torch's at once
+            longer = min(2 * self._eager_steps, _LONGEST_TURN)
+            self._eager_steps, self._has_waited = longer if self._has_waited else self._turns.steps, False
         if self._turn == "eager" and not self._turns.has_room():
             self.chosen = "xla"
             text = "PyTorch's own step is not tried and timed: it may need more memory than there is"

@@ -63,7 +63,7 @@ class GradientAccess:
         if session.is_unwatched():
             return
         if session.has_backward and not (
-            set_to_none and session.drop_backward({id(parameter) for parameter in parameters})
+            set_to_none and session.backward.drop({id(parameter) for parameter in parameters})
         ):
             session.commit()  # to be zeros, gradients have to be there
         if session.has_backward and not session.tape.with_gradients().isdisjoint(map(id, parameters)):

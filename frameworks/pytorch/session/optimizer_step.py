@@ -271,7 +271,7 @@ class OptimizerStepHandler:
         """Says why nothing is compiled of a loop whose gradients come from elsewhere, if nothing has been said."""
         session = self._session
         habits = session.registry.habits(optimizer)
-        if habits.steps < 2 or habits.was_compiled or not session.deferring:
+        if habits.steps < 2 or habits.was_compiled or not session.deferring or session.programs.policy.is_waiting:
             return
         if session.backward_compiled or session.fallbacks.has_spoken:
             return
@@ -322,8 +322,9 @@ class OptimizerStepHandler:
                     where=user_line(),
                 )
             )
+        is_torchs = session.is_in_torch or fallbacks != session.fallbacks.count
         session.is_in_torch = False
-        session.registry.stepped(optimizer, "xla" if fallbacks == session.fallbacks.count else "eager")
+        session.registry.stepped(optimizer, "eager" if is_torchs else "xla")
 
     @section.around
     def clip(self, original: Callable, args: tuple, kwargs: dict) -> Any:

@@ -12,9 +12,11 @@ from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
+from trainingcompiler.frameworks.pytorch.runtime.compile_policy import NotWorthCompilingError
 from trainingcompiler.frameworks.pytorch.runtime.compiled_step import Held
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose
+from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, constant_key
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Slot
 from trainingcompiler.frameworks.pytorch.tape.recording import Call, Recording
 from trainingcompiler.frameworks.pytorch.tape.tape import Tape
@@ -51,6 +53,8 @@ class Speculation:
         try:
             with passthrough():
                 held = self._programs.run([*tape.entries, backward], tape.live_slots(), Purpose.HOLD, tape.grad_flags)
+        except NotWorthCompilingError:
+            return False
         except (CaptureError, ConcretizationError):
             tape.place.backward_follows = False
             return False
@@ -61,10 +65,10 @@ class Speculation:
     def _backward(self, tape: Tape, slot: Slot) -> Entry:
         arguments: Any = (slot, None, None, False), {"inputs": None}
         leaves, structure = flatten(arguments)
-        kinds = tuple(slot.kind if leaf is slot else (type(leaf), leaf) for leaf in leaves)
+        keys = tuple(slot.key if leaf is slot else constant_key(leaf) for leaf in leaves)
         last = tape.place.last
         modes = TorchModes.now()._replace(grad=True)
-        call = self._recording.follow(tape.place, BACKWARD, structure, kinds, leaves, modes, tape.region, ())
+        call = self._recording.follow(tape.place, CallKey(BACKWARD, structure, keys, modes, tape.region), leaves)
         if last is not None:
             tape.place.last = last
         return Entry(BACKWARD, structure, leaves, modes, call, where=call.where)

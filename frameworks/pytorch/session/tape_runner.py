@@ -15,18 +15,20 @@ from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD, stored_gradient
 from trainingcompiler.frameworks.pytorch.interop.module_tensors import ModuleIndex
-from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, outside_transforms, passthrough
+from trainingcompiler.frameworks.pytorch.interop.passthrough import in_passthrough, passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.runtime.compile_policy import CompilePolicy, NotWorthCompilingError
 from trainingcompiler.frameworks.pytorch.runtime.optimizer_registry import OptimizerRegistry
 from trainingcompiler.frameworks.pytorch.runtime.program_cache import ProgramCache
 from trainingcompiler.frameworks.pytorch.runtime.step_plan import Purpose
-from trainingcompiler.frameworks.pytorch.runtime.torch_peek import value_of
 from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch
 from trainingcompiler.frameworks.pytorch.session.ddp import DdpHandler
 from trainingcompiler.frameworks.pytorch.session.fallback import FallbackPolicy
-from trainingcompiler.frameworks.pytorch.session.speculation import Speculation
+from trainingcompiler.frameworks.pytorch.session.peeks import Peeks
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
+from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_referred_to
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
+from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, InputKey, StateKey, constant_key, slot_key
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, live_among, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
@@ -35,8 +37,6 @@ from trainingcompiler.frameworks.pytorch.tape.tape import Tape
 from trainingcompiler.planning import planner
 from trainingcompiler.planning.memory_advice import with_memory_advice
 from trainingcompiler.targets.target import Target
-
-_FEW_CALLS = 64  # as many are computed by torch for a look at a value; more are worth a program
 
 
 class TapeRunner:
@@ -51,6 +51,8 @@ class TapeRunner:
         registry: What is known of optimizers.
         fallbacks: What is left to torch.
         workers: Of a script of several processes.
+        peeks: Looks at values while the tape goes on.
+        called_since_backward: The modules whose calls a backward on the tape went through, by identity.
         backward_compiled: Whether the last backward ran as a program.
         is_in_torch: Whether torch runs the rest of this step, since it has run its beginning.
         depth: How many calls of modules, or steps of optimizers, are being recorded, one inside another.
@@ -66,7 +68,8 @@ class TapeRunner:
         self.device = devices.CPU
         target = Target.of(config)
         self.registry = OptimizerRegistry(config.keep_gradients or target.is_one_cpu)
-        self.programs = ProgramCache(self.registry, target, config.verify)
+        is_alone = target.device_count == target.workers == 1
+        self.programs = ProgramCache(self.registry, target, config.verify, CompilePolicy(config.engine, is_alone))
         self.fallbacks = FallbackPolicy(config)
         self.workers: DdpHandler | None = None
         self.backward_compiled = False
@@ -75,8 +78,8 @@ class TapeRunner:
         self.buffers: set[int] = set()
         self.replaced: set[int] = set()  # buffers that are known by their values, until they are written to
         self._has_backward = False
-        self._called_since_backward: set[int] = set()
-        self._speculation = Speculation(self.programs, self.recording)
+        self.called_since_backward: set[int] = set()
+        self.peeks = Peeks(self)
 
     @section.around
     def commit(self) -> None:
@@ -95,8 +98,8 @@ class TapeRunner:
             exports = [slot for entry in entries for slot in entry.outputs if slot in needed]
         self._check_gradients(entries)
         # Entries that leave nothing behind: their values are there already, or torch computes a few sooner than XLA.
-        is_a_look = self._is_a_look(entries) and planner.current is None
-        if is_a_look and (all(slot.value is not None for slot in exports) or self._peek_in_torch(entries)):
+        is_a_look = self.peeks.is_a_look(entries) and planner.current is None
+        if is_a_look and (all(slot.value is not None for slot in exports) or self.peeks.in_torch(entries)):
             return self._committed(entries, rest)
         if planner.current is not None and self._planned(entries, planner.current):
             return self._committed(entries, rest)
@@ -105,7 +108,7 @@ class TapeRunner:
             with passthrough():
                 self.programs.run(entries, exports, Purpose.COMMIT, self.tape.grad_flags)
         except (CaptureError, NotEnoughMemoryError, ConcretizationError) as error:
-            return self.commit() if self._tries_again(error, entries) else None
+            return self.commit() if self.tries_again(error, entries) else None
         self._committed(entries, rest)
         return None
 
@@ -125,27 +128,7 @@ class TapeRunner:
     @section.around
     def value(self, slot: Slot) -> torch.Tensor:
         """The real tensor of a slot, computed now if it has not been."""
-        if slot.value is not None:
-            return slot.value
-        if self.tape.is_in_backward:
-            return self._value_in_backward(slot)
-        producers = self.tape.producers()
-        if slot not in producers:
-            raise AssertionError("a deferred tensor lost its tape")
-        if self.tape.second_run is not None and self.tape.entries[producers[slot]].second is not None:
-            raise LeftToTorch("a checkpointed block that computes something else when it runs again asks for a value")
-        apart = self.workers is not None and self.workers.may_be_looked_at(self.tape, slot)
-        if self.depth and self._peek_few(slot):
-            return slot.value
-        if len(self.tape.roots) > 1 and not self._has_backward and not self.depth:
-            self._forget_unread(slot)
-            producers = self.tape.producers()
-        if producers[slot] < self.tape.committable() and not apart:
-            self.commit()
-        else:
-            self._peek(slot, apart)
-        assert slot.value is not None
-        return slot.value
+        return self.peeks.value(slot) if slot.value is None else slot.value
 
     @section.around
     def run_eagerly(self, error: CaptureError, culprit: nn.Module | torch.optim.Optimizer | None = None) -> None:
@@ -171,7 +154,7 @@ class TapeRunner:
             self._drop()
             raise
         self._check_gradients(self.tape.entries)
-        self._begin_in_torch()
+        self.begin_in_torch()
 
     def _check_not_in_backward(self, what: str) -> None:
         """Has torch run a backward whose Python wants what a tape that is being recorded cannot give.
@@ -182,11 +165,11 @@ class TapeRunner:
         if self.tape.is_in_backward:
             raise LeftToTorch(f"Python that backward() runs {what}")
 
-    def _is_undecided(self) -> bool:
+    def is_undecided(self) -> bool:
         """Whether a first step turns out to be torch's: the script has not cleared gradients before it."""
         return self.registry.is_undecided(tensor for tensor, _ in self.tape.grad_flags.values())
 
-    def _begin_in_torch(self) -> None:
+    def begin_in_torch(self) -> None:
         """Runs the tape in torch, and lets torch run what follows until the step ends."""
         entries, flags = self.tape.entries, self.tape.grad_flags
         blocks = {
@@ -207,9 +190,9 @@ class TapeRunner:
 
     def _drop(self) -> None:
         self.tape = Tape(self.recording.root)
-        self._called_since_backward = set()
+        self.called_since_backward = set()
         self._has_backward = False
-        self._speculation.forget()
+        self.peeks.speculation.forget()
         self.emptied()
 
     @section.around
@@ -227,89 +210,6 @@ class TapeRunner:
     def has_backward(self) -> bool:
         """Whether a backward is on the tape, so that only the tape knows the gradients."""
         return self._has_backward
-
-    def _value_in_backward(self, slot: Slot) -> torch.Tensor:
-        """A value that Python in backward asks for: torch computes it from the tape up to there.
-
-        When all of that Python has run, once, torch runs the step, and those that follow.
-
-        Raises:
-            LeftToTorch: It cannot be computed now: torch has to run that Python again.
-        """
-        what = "Python that backward() runs asks for a value"
-        if not self.programs.target.is_one_cpu or self.workers is not None:
-            raise LeftToTorch(what)
-        try:
-            with passthrough(), outside_transforms():
-                constants = lambda optimizer: self.registry.habits(optimizer).constants  # noqa: E731
-                slot.value = value_of(list(self.tape.entries), slot, constants, self.tape.grad_flags)
-        except (CaptureError, ConcretizationError):
-            raise LeftToTorch(what) from None
-        self.tape.asked = self.tape.asked or CaptureError(what, user_line())
-        return slot.value
-
-    def _peek(self, slot: Slot, apart: bool = False) -> None:
-        """Computes values without ending the tape: nothing is committed, the entries will be replayed.
-
-        Args:
-            slot: The value that is looked at.
-            apart: Whether to compute no other one.
-        """
-        inside = self.depth > 0
-        if not inside and self._is_undecided():
-            self._begin_in_torch()
-            return None
-        entries = self.tape.slice_for([slot])
-        if self._is_a_look(entries) and self._peek_in_torch(entries):
-            return None
-        # A worker that looks must not average gradients which the others do not come to average.
-        if self.workers is None and not inside and self._speculation.look(self.tape, slot):
-            return None
-        slots = [] if apart or inside else [other for other in self.tape.live_slots() if other.value is None]
-        if slot not in slots:
-            slots.append(slot)
-        entries = self.tape.slice_for(slots)
-        try:
-            with passthrough():
-                self.programs.run(entries, slots, Purpose.PEEK, self.tape.grad_flags)
-        except (CaptureError, NotEnoughMemoryError, ConcretizationError) as error:
-            return self._peek(slot, apart) if self._tries_again(error, entries) else None
-        return None
-
-    def _forget_unread(self, slot: Slot) -> None:
-        """Takes calls off the tape whose results nobody holds any more: forwards of batches that were skipped."""
-        if any(entry.writes or entry.optimizers or entry.acts_on_graph for entry in self.tape.entries):
-            return
-        if self.tape.blocks:  # a block that runs again is compared with all of its first run
-            return
-        needed = self.tape.behind([slot, *self.tape.live_slots()])
-        if len(needed) < len(self.tape.entries):
-            read, stays = self.tape.read, [self.tape.entries[index] for index in sorted(needed)]
-            self._rebuild(stays)
-            leaves = {id(leaf) for entry in stays for leaf in entry.leaves}
-            self.tape.read = [one for one in read if id(one[2]) in leaves]
-
-    def _peek_few(self, slot: Slot) -> bool:
-        """Has torch compute a value that a forward asks for, if few calls are behind it; returns whether it has."""
-        entries = self.tape.slice_for([slot])
-        return len(entries) <= _FEW_CALLS and self._peek_in_torch(entries)
-
-    def _is_a_look(self, entries: list[Entry]) -> bool:
-        """Whether entries only look at state: `sum(p.norm() for p in model.parameters())` in a line of a log."""
-        if len(entries) > _FEW_CALLS or self.tape.roots:
-            return False
-        return not any(entry.seed is not None or entry.writes_state for entry in entries)
-
-    def _peek_in_torch(self, entries: list[Entry]) -> bool:
-        """Computes a value that the script's Python asks for from the few calls behind it; returns whether it could."""
-        if any(entry.seed is not None or entry.writes_state for entry in entries):
-            return False
-        with passthrough(), torch.no_grad():
-            run_in_torch(entries)
-        for entry in entries:
-            for slot in entry.outputs:
-                slot.committed = False
-        return True
 
     def emptied(self) -> None:
         """Is called when nothing is pending any more."""
@@ -330,19 +230,19 @@ class TapeRunner:
         for entry in entries:
             for slot in entry.outputs:
                 slot.committed = True
-        self._rebuild(rest)
+        self.rebuild(rest)
         for entry in entries:
             for slot in entry.outputs:
                 if not slot.requires_grad:
                     materialize(slot)
 
-    def _rebuild(self, entries: list[Entry]) -> None:
+    def rebuild(self, entries: list[Entry]) -> None:
         """Makes a tape of entries that are left of one."""
         old = self.tape
         self.tape = tape = Tape(self.recording.root)
-        self._called_since_backward = set()
+        self.called_since_backward = set()
         self._has_backward = False
-        self._speculation.forget()
+        self.peeks.speculation.forget()
         if not entries:
             self.emptied()
             return
@@ -357,37 +257,29 @@ class TapeRunner:
                 self._append_again(tape, entry)
 
     def _append_again(self, tape: Tape, entry: Entry) -> None:
-        kinds: list[tuple] = []
-        old: Any = entry.call
+        old = entry.call
+        assert old is not None
+        keys: list[tuple] = []
         for position, leaf in enumerate(entry.leaves):
             if type(leaf) is Slot and leaf.committed:
                 leaf = entry.leaves[position] = self._as_input(leaf)
-                laid_out = () if leaf.strides is None else (leaf.strides,)
-                kinds.append(("input", leaf.shape, leaf.dtype, leaf.device, *laid_out))
+                keys.append(InputKey(leaf.shape, leaf.dtype, leaf.device, leaf.strides))
             elif type(leaf) is Slot:
-                kinds.append(("slot", leaf.number))
+                keys.append(leaf.key)
             elif position in old.numbers and type(leaf) is float:
-                kinds.append((float, leaf))
+                keys.append(constant_key(leaf))
             else:
-                kind = old.kinds[position]
-                if isinstance(leaf, torch.Tensor):
-                    tape.grad_flags.setdefault(id(leaf), (leaf, kind[-1]))
-                kinds.append(kind)
-        call = self.recording.follow(
-            tape.place,
-            entry.function,
-            entry.structure,
-            tuple(kinds),
-            entry.leaves,
-            entry.modes,
-            entry.region,
-            self._patterns(entry),
-        )
+                known = old.key.leaves[position]
+                if isinstance(known, StateKey) and isinstance(leaf, torch.Tensor):
+                    tape.grad_flags.setdefault(id(leaf), (leaf, known.requires_grad))
+                keys.append(known)
+        key = CallKey(entry.function, entry.structure, tuple(keys), entry.modes, entry.region, self._patterns(entry))
+        call = self.recording.follow(tape.place, key, entry.leaves)
         call.shape = old.shape
         entry.call, entry.numbers = call, numbers_of(call, entry.leaves)
         for slot in entry.outputs:
             slot.number = tape.slot_count
-            slot.kind = ("slot", slot.number)
+            slot.key = slot_key(slot.number)
             tape.slot_count += 1
         tape.entries.append(entry)
         tape.places.append(tape.place)
@@ -399,18 +291,31 @@ class TapeRunner:
             if isinstance(memory, torch.Tensor):
                 tape.written.add(memory.untyped_storage()._cdata)
         if entry.function is BACKWARD:
-            self._has_backward = True
-            self._called_since_backward = {id(module) for module in tape.roots}
-            self._note_gradients(tape)
+            self._note_backward()
 
-    @staticmethod
-    def _note_gradients(tape: Tape) -> list[torch.Tensor]:
-        """Notes the memory of the gradients that a backward adds to, which a script may know by another tensor.
+    def backward_recorded(self, entry: Entry) -> None:
+        """Takes note of a backward, the tape's last entry: stores gradients that a look before has computed already."""
+        gradients = self._note_backward()
+        held = self.peeks.speculation.backward(self.tape, entry)
+        if held is not None and self.tape.committable() == len(self.tape.entries):
+            self._check_gradients(self.tape.entries)
+            with passthrough():
+                held.apply()
+            self._committed(self.tape.entries, [])
+        elif any(map(_is_seen_elsewhere, gradients)):  # by NumPy it may be, of whose looks nobody is told
+            self.commit()
+            if self._has_backward:
+                self.settle()
+
+    def _note_backward(self) -> list[torch.Tensor]:
+        """Notes that gradients are pending, and the memory of those that are added to, which others may know.
 
         Returns:
-            These gradients.
+            The gradients that are added to.
         """
-        found = []
+        tape, found = self.tape, []
+        self._has_backward = True
+        self.called_since_backward = {id(module) for module in tape.roots}
         with torch._C.DisableTorchFunction():
             for leaf, _ in tape.grad_flags.values():
                 gradient = stored_gradient(leaf) if leaf.requires_grad else None
@@ -432,7 +337,7 @@ class TapeRunner:
             for optimizer in entry.optimizers:
                 self.registry.check_unconsumed(parameters_of(optimizer))
 
-    def _tries_again(self, error: Exception, entries: list[Entry]) -> bool:
+    def tries_again(self, error: Exception, entries: list[Entry]) -> bool:
         """Answers why entries are no program: true if they may be one now, and else torch has run the tape.
 
         Raises:
@@ -443,6 +348,11 @@ class TapeRunner:
             self._give_up(error, entries)
         if isinstance(error, ConcretizationError) and self._make_constant(entries, error):
             return True
+        if isinstance(error, NotWorthCompilingError):
+            self._check_gradients(self.tape.entries)
+            self.programs.policy.begin_in_torch(entries)
+            self.begin_in_torch()
+            return False
         self.run_eagerly(error if isinstance(error, CaptureError) else _unusable(error))
         return False
 
@@ -464,9 +374,9 @@ class TapeRunner:
             self.recording.fix_number(self.tape.places[index], entry.call, source.position)
             fixed = True
         if fixed:  # the path is another one now
-            has_backward, called = self._has_backward, self._called_since_backward
-            self._rebuild(self.tape.entries)
-            self._has_backward, self._called_since_backward = has_backward, called
+            has_backward, called = self._has_backward, self.called_since_backward
+            self.rebuild(self.tape.entries)
+            self._has_backward, self.called_since_backward = has_backward, called
         return fixed
 
     def _as_input(self, slot: Slot) -> Input:
@@ -477,8 +387,22 @@ class TapeRunner:
         return Input(array, tuple(slot.value.shape), slot.value.dtype, device=slot.device, strides=strides)
 
 
+def _is_seen_elsewhere(gradient: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return is_referred_to(gradient.untyped_storage()) or is_foreign(gradient)
+
+
 def materialize(slot: Slot) -> None:
-    """Makes the deferred tensor that the loop holds of a slot the real one: every library can look at it then."""
+    """Makes the deferred tensor that the loop holds of a slot the real one: every library can look at it then.
+
+    No leaf of a graph: torch forbids the node that accumulates its gradient, once contents have been swapped.
+    """
+    if slot.value is not None and not (slot.value.requires_grad and slot.value.is_leaf):
+        become_real(slot)
+
+
+def become_real(slot: Slot) -> None:
+    """`materialize`, of a leaf too, which is in no graph."""
     wrapper = None if slot.wrapper is None else slot.wrapper()
     if wrapper is None or slot.value is None:
         return

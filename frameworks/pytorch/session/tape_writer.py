@@ -23,14 +23,15 @@ from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulator
 from trainingcompiler.frameworks.pytorch.session.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
-from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner
+from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner, become_real
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
+from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, InputKey, again_key, constant_key
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, deferred, take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.index_ranges import INDEXED, is_refused
-from trainingcompiler.frameworks.pytorch.tape.recording import kind_of_constant, numbers_of
+from trainingcompiler.frameworks.pytorch.tape.recording import numbers_of
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session.optimizer_step import OptimizerStepHandler
@@ -104,6 +105,9 @@ class TapeWriter(TapeRunner):
             self.take_back(place)
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             return self._record_nothing(function, args, kwargs, CaptureError(reason=reason, where=user_line()))
+        if shape.is_nothing and function is not torch.Tensor.requires_grad_ and not (entry.region or gradients_exist):
+            self.take_back(place)  # or the tape would have to keep what its argument comes from
+            return self._answer([], shape, given)
         return self._results(entry, shape, given)
 
     @section.around
@@ -161,19 +165,21 @@ class TapeWriter(TapeRunner):
             raise CaptureError("gradients are computed in forward mode", user_line())
         tape, modes = self.tape, TorchModes.now()
         leaves: list[Any] = []
-        kinds: list[tuple] = []
+        keys: list[tuple] = []
         for leaf in given:
             if type(leaf) is DeferredTensor and not leaf.slot.committed:
-                encoded, kind = leaf.slot, leaf.slot.kind
+                encoded, key = leaf.slot, leaf.slot.key
             elif type(leaf) in _SIMPLE:
-                encoded, kind = leaf, (type(leaf), leaf)
+                encoded, key = leaf, (type(leaf), leaf)
             else:
-                encoded, kind = self._encode(leaf, modes.grad)
+                encoded, key = self._encode(leaf, modes.grad)
             leaves.append(encoded)
-            kinds.append(kind)
+            keys.append(key)
         region = region_of(self)
-        extra = self.patterns(function, optimizers) if optimizers else ()
-        call = self.recording.follow(tape.place, function, structure, tuple(kinds), leaves, modes, region, extra)
+        patterns = self.patterns(function, optimizers) if optimizers else ()
+        call = self.recording.follow(
+            tape.place, CallKey(function, structure, tuple(keys), modes, region, patterns), leaves
+        )
         entry = Entry(function, structure, leaves, modes, call, where=call.where, device=self.device, region=region)
         second = tape.second_run
         if tape.is_in_backward or second is not None:
@@ -205,16 +211,16 @@ class TapeWriter(TapeRunner):
         if kind is DeferredTensor:
             return self._input(leaf.slot.value, leaf.slot.device)  # computed for good
         if kind is Slot:
-            return leaf, leaf.kind
+            return leaf, leaf.key
         if kind is Input:
             return leaf, ("read", [encoded for _, _, encoded in self.tape.read].index(leaf))
         if isinstance(leaf, torch.Tensor):
             return self._encode_tensor(leaf, grad)
         if isinstance(leaf, float | np.floating):
-            return float(leaf), kind_of_constant(float(leaf))  # numpy's too
+            return float(leaf), constant_key(float(leaf))  # numpy's too
         if isinstance(leaf, np.integer | np.bool_):
             return leaf, (kind, leaf.item())
-        return leaf, self.recording.kind_of_object(leaf)
+        return leaf, self.recording.object_key(leaf)
 
     def _encode_tensor(self, tensor: torch.Tensor, grad: bool) -> tuple[Any, tuple]:
         """What an entry keeps of a real tensor: state by identity, the value of any other.
@@ -233,43 +239,41 @@ class TapeWriter(TapeRunner):
             if key not in self.tape.grad_flags:
                 _check_plain(tensor)
                 self.tape.grad_flags[key] = tensor, tensor.requires_grad
-            return tensor, self.recording.kind_of_state(tensor)
+            return tensor, self.recording.tensor_key(tensor)
         known = self.tape.inputs.get(key) if self.depth else None
         if known is not None and known[0] is tensor and known[1] == version_of(tensor) and _still_is(tensor, known[2]):
             return known[2], known[3]
         if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
             _check_plain(tensor)
-        encoded, kind = self._input(tensor, tensor.device)
+        encoded, input_key = self._input(tensor, tensor.device)
         if grad and not tensor.is_inference():
             owner = tensor if tensor._base is None else tensor._base  # not the view: it would keep others from a swap
             self.tape.read.append((owner, owner._version, encoded))
         encoded.origin = self.origins.get(key)
         if self.depth:
-            again = "again", len(self.tape.inputs)
-            self.tape.inputs[key] = tensor, version_of(tensor), encoded, again
-            kind = (*kind, again)
-        return encoded, kind
+            met = len(self.tape.inputs)
+            self.tape.inputs[key] = tensor, version_of(tensor), encoded, again_key(met)
+            input_key = input_key._replace(met=met)
+        return encoded, input_key
 
-    def _input(self, tensor: torch.Tensor, device: torch.device) -> tuple[Input, tuple]:
-        shape = tuple(tensor.shape)
-        encoded = Input(input_array(tensor, self.programs.target.is_one_cpu), shape, tensor.dtype, device=device)
-        if tensor.is_contiguous():
-            return encoded, ("input", shape, tensor.dtype, device)
-        encoded.strides = tensor.stride()
-        return encoded, ("input", shape, tensor.dtype, device, encoded.strides)
+    def _input(self, tensor: torch.Tensor, device: torch.device) -> tuple[Input, InputKey]:
+        shape, strides = tuple(tensor.shape), None if tensor.is_contiguous() else tensor.stride()
+        array = input_array(tensor, self.programs.target.is_one_cpu)
+        encoded = Input(array, shape, tensor.dtype, device=device, strides=strides)
+        return encoded, InputKey(shape, tensor.dtype, device, strides)
 
     def _shape_of(self, entry: Entry, gradients_exist: bool) -> CallShape:
         call = entry.call
         assert call is not None
-        kinds = tuple(
-            _geometry(leaf) if isinstance(leaf, Slot | Input | torch.Tensor) else kind
-            for leaf, kind in zip(entry.leaves, call.kinds, strict=True)
+        geometries = tuple(
+            _geometry(leaf) if isinstance(leaf, Slot | Input | torch.Tensor) else key
+            for leaf, key in zip(entry.leaves, call.key.leaves, strict=True)
         )
         first: dict[int, int] = {}  # by identity: tensors compare themselves element by element
         for position, leaf in enumerate(entry.leaves):
             first.setdefault(id(leaf), position)
         same = tuple(first[id(leaf)] for leaf in entry.leaves if type(leaf) is Slot)
-        key = (call.function, call.structure, kinds, same, call.modes, self.device, gradients_exist)
+        key = (call.key._replace(leaves=geometries, region=0, optimizers=()), same, self.device, gradients_exist)
         found = self.recording.shapes.get(key)
         if found is None:
             try:
@@ -395,6 +399,9 @@ class TapeWriter(TapeRunner):
             self.tape.new_leaves.remove(leaf.slot)
             leaf.slot.wrapper = None  # a tensor with weak references cannot be swapped
             take_contents(leaf, value)
+        for one in given:
+            if isinstance(one, DeferredTensor) and one.slot.committed:
+                become_real(one.slot)
         if leaves and not self.has_backward:
             self.commit()
 
@@ -412,7 +419,7 @@ class TapeWriter(TapeRunner):
             and roots
             and any([self.registry.begins_in_torch(self.modules.tensors(m).parameters) for m in roots])
         ):
-            self._begin_in_torch()
+            self.begin_in_torch()
         else:
             self.run_eagerly(error, function if is_module else None)
         with passthrough() if is_module else contextlib.nullcontext():

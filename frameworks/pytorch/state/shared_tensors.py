@@ -211,7 +211,8 @@ def input_array(tensor: torch.Tensor, on_host: bool) -> np.ndarray | jax.Array:
         on_host: Whether programs read the host's memory: a NumPy array is made in 1 us, one of JAX's in 100.
     """
     if tensor.device.type != "cpu":
-        return gpu_array(tensor.detach().clone(memory_format=torch.contiguous_format))
+        with torch._C.DisableTorchFunction():  # or a mode that records would get to see it
+            return gpu_array(tensor.detach().clone(memory_format=torch.contiguous_format))
     values = numpy_view(tensor)
     return np.array(values, order="C", copy=True) if on_host else snapshot(values)
 

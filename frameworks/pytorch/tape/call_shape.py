@@ -45,6 +45,12 @@ class CallShape:
         """Whether it returns one new tensor, and does nothing else."""
         return self.is_single and not (self.random or self.writes)
 
+    @functools.cached_property
+    def is_nothing(self) -> bool:
+        """Whether it hands back an argument, and does nothing else: `x.cpu()` of what is there, a cast to its dtype."""
+        is_argument = self.structure.kind is None and isinstance(self.leaves[0], Argument)
+        return is_argument and not (self.metas or self.random or self.writes)
+
 
 @dataclass(frozen=True, slots=True)
 class Output:

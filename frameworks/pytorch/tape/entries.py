@@ -12,6 +12,7 @@ from trainingcompiler.frameworks.pytorch.interop.arrays import laid_out, tensor_
 from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef, unflatten
 from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
+from trainingcompiler.frameworks.pytorch.tape.call_key import slot_key
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.tape.recording import Call
@@ -40,7 +41,7 @@ class Slot:
         requires_grad: Whether a gradient passes it.
         device: Where torch would have it.
         number: Its number among those of its tape.
-        kind: What a key has of it.
+        key: Its own in the keys of calls.
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
         freed: Whether a `backward()` has freed the graph behind it.
@@ -57,7 +58,7 @@ class Slot:
         "finite",
         "freed",
         "geometry",
-        "kind",
+        "key",
         "late",
         "memory",
         "meta",
@@ -79,7 +80,7 @@ class Slot:
         self.requires_grad = geometry.requires_grad
         self.device = device
         self.number = number
-        self.kind: tuple = ("slot", number)
+        self.key = slot_key(number)
         self.value: torch.Tensor | None = None
         self.committed = False
         self.freed = False

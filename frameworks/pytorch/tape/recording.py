@@ -6,22 +6,17 @@ place in the tree is all that decides which program a tape is, and nothing that 
 known: it has been run.
 """
 
-import enum
-import math
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trainingcompiler.errors import CaptureError
-from trainingcompiler.frameworks.pytorch.interop.pytree import TreeDef
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
-from trainingcompiler.frameworks.pytorch.interop.torch_modes import TorchModes
+from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, StateKey, constant_key, is_plain
 from trainingcompiler.frameworks.pytorch.tape.call_shape import CallShape
 
 _MOST_BRANCHES = 64  # at one call; beyond, the oldest are forgotten, with their programs
-_VALUES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type, enum.Enum, range)
 _FEW_DEAD = 64  # tensors that are gone before the tree is searched for calls on them
 
 
@@ -29,16 +24,11 @@ class Call:
     """One call on a path of the recording.
 
     Attributes:
-        function: What is called.
-        structure: Of `(args, kwargs)`.
-        kinds: What is the same at each run of each leaf.
-        modes: torch's modes.
-        region: The checkpointed block that the call is in.
+        key: What tells it from other calls.
         where: The script's line.
         numbers: Positions of leaves that are floats which change from run to run.
         shape: What the call returns.
         failure: Why it cannot be recorded, if that was found out.
-        optimizers: What is known of the optimizers whose `step` it is.
         pieces: The Python that a backward runs, in order, once that is known; see `backward_order`.
         programs: What has been compiled of paths that end here.
         backward_follows: False where a look at a value here was not followed by its `backward()`.
@@ -55,41 +45,31 @@ class Call:
         "children",
         "depth",
         "failure",
-        "function",
-        "kinds",
+        "key",
         "last",
         "loop",
-        "modes",
         "numbers",
-        "optimizers",
         "pieces",
         "programs",
-        "region",
         "shape",
-        "structure",
         "where",
         "wrong_guesses",
     )
 
-    def __init__(self, function: Any, structure: TreeDef | None, kinds: tuple, modes: Any, parent: "Call | None"):
-        self.function = function
-        self.structure = structure
-        self.kinds = kinds
-        self.modes = modes
-        self.region = 0
+    def __init__(self, key: CallKey, parent: "Call | None"):
+        self.key = key
         self.where: str | None = None
         self.numbers: tuple[int, ...] = ()
         self.shape: CallShape | None = None
         self.failure: CaptureError | None = None
-        self.optimizers: tuple = ()
         self.pieces: tuple[tuple[int, bytes | int], ...] | None = None
         self.programs: dict[Any, list] = {}
-        self.children: dict[tuple, Call] = {}
+        self.children: dict[CallKey, Call] = {}
         self.backward_follows: bool | None = None
         self.wrong_guesses = 0
         self.last: Call | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
-        self.loop = 0 if parent is None else loop_of(parent, function)
+        self.loop = 0 if parent is None else loop_of(parent, key.function)
 
 
 class Recording:
@@ -101,109 +81,83 @@ class Recording:
     """
 
     def __init__(self):
-        self.root = Call(None, None, (), None, None)
+        self.root = Call(CallKey(None, None, (), None), None)
         self.shapes: dict[tuple, CallShape] = {}
-        self._tensors: dict[int, tuple] = {}
-        self._objects: dict[int, tuple[weakref.ref, tuple]] = {}
+        self._tensors: dict[int, tuple[weakref.ref, StateKey, StateKey]] = {}
+        self._objects: dict[int, tuple[weakref.ref, StateKey]] = {}
         self._floats: dict[int, dict[int, float]] = {}
         self._changing_floats: dict[int, set[int]] = {}
         self._fixed: dict[int, set[int]] = {}
         self._count = 0
         self._dead: set[int] = set()
 
-    def kind_of_state(self, tensor: torch.Tensor) -> tuple:
-        """What a key has of a tensor that is known by identity; another one for each tensor there has ever been."""
+    def tensor_key(self, tensor: torch.Tensor) -> StateKey:
+        """The key of a tensor that is known by identity."""
         known = self._tensors.get(id(tensor))
-        shape, stride = tensor.shape, tensor.stride()
+        shape, strides = tensor.shape, tensor.stride()
         if known is None or known[0]() is not tensor:
-            self._count += 1
-            number = self._count
-            known = (weakref.ref(tensor, lambda _: self._dead.add(number)), shape, stride, tensor.dtype, number)
-            known = (*known, *(("state", number, shape, stride, tensor.dtype, grad) for grad in (True, False)))
-            self._tensors[id(tensor)] = known
-        elif known[1] != shape or known[2] != stride or known[3] is not tensor.dtype:  # `p.data = ...`
-            number = known[4]
-            known = (known[0], shape, stride, tensor.dtype, number)
-            known = (*known, *(("state", number, shape, stride, tensor.dtype, grad) for grad in (True, False)))
-            self._tensors[id(tensor)] = known
-        return known[5] if tensor.requires_grad else known[6]
+            number = self._next_number()
+            known = self._know(tensor, weakref.ref(tensor, lambda _: self._dead.add(number)), number)
+        elif known[1].shape != shape or known[1].strides != strides or known[1].dtype is not tensor.dtype:
+            known = self._know(tensor, known[0], known[1].number)  # `p.data = ...`
+        return known[1] if tensor.requires_grad else known[2]
 
-    def kind_of_object(self, leaf: Any) -> tuple:
-        """What a key has of an object that is neither a tensor nor a plain value."""
-        if isinstance(leaf, _VALUES):
-            return (type(leaf), leaf)
+    def _know(self, tensor: torch.Tensor, reference: weakref.ref, number: int) -> tuple:
+        key = StateKey(number, tensor.shape, tensor.stride(), tensor.dtype, True)
+        known = self._tensors[id(tensor)] = reference, key, key._replace(requires_grad=False)
+        return known
+
+    def _next_number(self) -> int:
+        self._count += 1
+        return self._count
+
+    def object_key(self, leaf: Any) -> tuple:
+        """The key of an object that is no tensor: of its identity, or its value if it is a plain one."""
+        if is_plain(leaf):
+            return constant_key(leaf)
         known = self._objects.get(id(leaf))
         if known is None or known[0]() is not leaf:
+            number = self._next_number()
             try:
-                self._count += 1
-                number = self._count
-                known = (weakref.ref(leaf, lambda _: self._dead.add(number)), ("state", number, type(leaf)))
+                reference = weakref.ref(leaf, lambda _: self._dead.add(number))
             except TypeError:
                 return (type(leaf), leaf)  # cannot be referred to weakly: a plain value of some kind
-            self._objects[id(leaf)] = known
+            known = self._objects[id(leaf)] = reference, StateKey(number, type(leaf))
         return known[1]
 
-    def follow(
-        self,
-        parent: Call,
-        function: Callable,
-        structure: TreeDef,
-        kinds: tuple,
-        leaves: list[Any],
-        modes: TorchModes,
-        region: int,
-        extra: tuple,
-    ) -> Call:
+    def follow(self, parent: Call, key: CallKey, leaves: list[Any]) -> Call:
         """The call that follows `parent`, made if this path is new.
 
         Args:
             parent: The last call of the tape.
-            function: What is called.
-            structure: Of `(args, kwargs)`.
-            kinds: Of the leaves, see `Call`; a float's is `(float, value)`.
+            key: What is called; a float's key has its value.
             leaves: What the call is given.
-            modes: torch's modes.
-            region: The checkpointed block that the call is in.
-            extra: What is known of the optimizers whose `step` it is.
         """
         last = parent.last
-        if (
-            last is not None
-            and last.function == function
-            and (last.modes is modes or last.modes == modes)
-            and last.region == region
-            and last.optimizers == extra
-            and (last.structure is structure or last.structure == structure)
-        ):
-            if last.kinds == kinds:
+        if last is not None:
+            if last.key == key:
                 return last
-            if last.numbers:
-                kinds_now = _with_numbers(kinds, last.numbers, leaves)
-                if kinds_now == last.kinds:
-                    return last
-        return self._branch(parent, function, structure, kinds, leaves, modes, region, extra)
+            has_numbers = last.numbers and last.key.structure == key.structure
+            if has_numbers and key.with_numbers(last.numbers, leaves) == last.key:
+                return last
+        return self._branch(parent, key, leaves)
 
-    def _branch(self, parent, function, structure, kinds, leaves, modes, region, extra) -> Call:
+    def _branch(self, parent: Call, key: CallKey, leaves: list[Any]) -> Call:
         try:
-            hash(kinds)
+            hash(key)
         except TypeError:
             odd = next(leaf for leaf in leaves if not _is_hashable(leaf))
-            raise CaptureError(
-                reason=f"a {type(odd).__name__} is passed to {getattr(function, '__name__', function)}",
-                where=user_line(),
-            ) from None
-        key = (function, structure, kinds, modes, region, extra)
+            called = getattr(key.function, "__name__", key.function)
+            raise CaptureError(f"a {type(odd).__name__} is passed to {called}", user_line()) from None
         known = parent.children.get(key)
         if known is None:
-            numbers = self._changing(parent, function, leaves)
+            numbers = self._changing(parent, key.function, leaves)
             if numbers:
-                kinds = _with_numbers(kinds, numbers, leaves)
-                key = (function, structure, kinds, modes, region, extra)
+                key = key.with_numbers(numbers, leaves)
                 known = parent.children.get(key)
             if known is None:
-                known = Call(function, structure, kinds, modes, parent)
-                known.numbers, known.region, known.optimizers = numbers, region, extra
-                known.where = user_line()
+                known = Call(key, parent)
+                known.numbers, known.where = numbers, user_line()
                 self._forget_old(parent)
                 parent.children[key] = known
         else:
@@ -256,22 +210,12 @@ def _prune(call: Call, dead: set[int]) -> None:
     while pending:
         parent = pending.pop()
         for key, child in list(parent.children.items()):
-            if any(type(kind) is tuple and kind[0] == "state" and kind[1] in dead for kind in child.kinds):
+            if any(type(leaf) is StateKey and leaf.number in dead for leaf in child.key.leaves):
                 del parent.children[key]
                 if parent.last is child:
                     parent.last = None
             else:
                 pending.append(child)
-
-
-def _with_numbers(kinds: tuple, numbers: tuple[int, ...], leaves: list[Any]) -> tuple:
-    """The kinds of leaves, some of them floats of which only the sign counts: a forward may ask whether one is zero."""
-    found = list(kinds)
-    for index in numbers:
-        value = leaves[index]
-        if type(value) is float and value != 0.0:
-            found[index] = ("number", value > 0)
-    return tuple(found)
 
 
 def _is_hashable(leaf: Any) -> bool:
@@ -280,16 +224,6 @@ def _is_hashable(leaf: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def kind_of_constant(leaf: Any) -> tuple:
-    """What a key has of a leaf that is no tensor."""
-    kind = type(leaf)
-    if kind is float:
-        if leaf != leaf:
-            return (float, "nan")
-        return (float, leaf) if leaf != 0.0 or math.copysign(1.0, leaf) > 0 else (float, "-0")  # which equals 0
-    return (kind, repr(leaf) if kind is complex else leaf)
 
 
 def numbers_of(call: Call, leaves: list[Any]) -> tuple[int, ...]:

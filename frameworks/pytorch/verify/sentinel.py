@@ -184,11 +184,11 @@ class Sentinel:
         with phase("verify", self._title) as running:
             try:
                 judge = early.judge() if early is not None else _replayed(before, self._returned)
+                verdict = judge.judge(dict(zip(self._returned, map(_seen, watch.results), strict=True)))
             except Exception as error:  # an operator that torch does not run by its name and these arguments alone
                 text = f"{type(error).__name__}: {error}".split("\n")[0]
                 running.detail += ", not compared"
                 return self._skip(f"{self._title} is not compared with PyTorch's results: replaying it failed ({text})")
-            verdict = judge.judge(dict(zip(self._returned, map(_seen, watch.results), strict=True)))
             running.detail += f", {verdict.compared:,} results {_summary(verdict)}"
         found = self._described(executable, verdict)
         _keep(executable, found)

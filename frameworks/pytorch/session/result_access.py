@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -13,19 +13,20 @@ from trainingcompiler.frameworks.pytorch.capture.eval_shape import with_gradient
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
-from trainingcompiler.frameworks.pytorch.session.backward_recorder import BackwardRecorder
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, opened
 from trainingcompiler.frameworks.pytorch.tape.arguments import tensors_among
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Slot
 
+if TYPE_CHECKING:
+    from trainingcompiler.frameworks.pytorch.session.session import Session
 
-class Looks(BackwardRecorder):
-    """What becomes of a look or a write before the tape has run."""
 
-    def is_unwatched(self) -> bool:
-        """Whether nothing is recorded of what this thread does now."""
-        raise NotImplementedError
+class ResultAccess:
+    """What becomes of a look or a write before the tape has run, in a session."""
+
+    def __init__(self, session: "Session"):
+        self._session = session
 
     def metadata(self, slot: Slot, function: Any, args: tuple, kwargs: dict) -> Any:
         """What is known of a deferred tensor, the first argument, without its values."""
@@ -48,13 +49,13 @@ class Looks(BackwardRecorder):
         else:
             return None
         if node is not None:
-            self.accumulators.reach(node)
+            self._session.accumulators.reach(node)
         return node
 
     def look(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
         """torch's own answer about real tensors, whose values the tape does not change."""
-        if kind is Kind.BACKWARD and self.has_backward:
-            self.settle()
+        if kind is Kind.BACKWARD and self._session.has_backward:
+            self._session.settle()
         return function(*args, **kwargs)
 
     def set_flag(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -62,33 +63,35 @@ class Looks(BackwardRecorder):
         tensor = args[0]
         before = tensor.requires_grad
         result = function(*args, **kwargs)
-        if id(tensor) in self.tape.grad_flags and tensor.requires_grad != before:
-            entry = self.append(torch.Tensor.requires_grad_, (tensor, not before), {})
+        if id(tensor) in self._session.tape.grad_flags and tensor.requires_grad != before:
+            entry = self._session.append(torch.Tensor.requires_grad_, (tensor, not before), {})
             entry.writes = ()
         return result
 
     def require_gradient(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`h.requires_grad_()` or `h.requires_grad = ...` of a result, which becomes a leaf."""
+        session = self._session
         tensor, flag = args[0], (*args[1:], *kwargs.values(), True)[0]
         slot = tensor.slot
         if slot.requires_grad == flag:
             return tensor
-        if not flag and not slot.meta.is_leaf and slot not in self.tape.new_leaves:
+        if not flag and not slot.meta.is_leaf and slot not in session.tape.new_leaves:
             raise RuntimeError(
                 "you can only change requires_grad flags of leaf variables. If you want to use a computed variable in "
                 "a subgraph that doesn't require differentiation use var_no_grad = var.detach()."
             )
         if not flag or slot.committed:
             return self.run_with_history("requires_grad_", function, args, kwargs)
-        self.record(torch.Tensor.requires_grad_, (tensor, True), {})
+        session.record(torch.Tensor.requires_grad_, (tensor, True), {})
         slot.meta, slot.requires_grad = with_gradient(slot.meta), True
-        self.tape.new_leaves.append(slot)
+        session.tape.new_leaves.append(slot)
         return tensor
 
     def gradient_of_result(self, function: Callable, tensor: DeferredTensor) -> torch.Tensor | None:
         """`h.grad`: None, unless `h.requires_grad_()` has made a leaf of a result."""
-        if self.has_backward and tensor.slot in self.tape.new_leaves:
-            self.run_eagerly(CaptureError("the gradient of a result is read", user_line()))
+        session = self._session
+        if session.has_backward and tensor.slot in session.tape.new_leaves:
+            session.run_eagerly(CaptureError("the gradient of a result is read", user_line()))
         value = tensor.slot.value
         return function(value) if tensor.slot.committed and value is not None else None
 
@@ -100,12 +103,13 @@ class Looks(BackwardRecorder):
 
     def draw_into(self, function: Callable, tensor: torch.Tensor, args: tuple, kwargs: dict) -> Any:
         """Fills a tensor with random numbers that torch draws; tensor or arguments are deferred."""
-        args, kwargs = self.real(args), self.real(kwargs)
+        session = self._session
+        args, kwargs = session.real(args), session.real(kwargs)
         if not isinstance(tensor, DeferredTensor):
             self.before_write([tensor])
             return function(tensor, *args, **kwargs)
         drawn = function(self._empty_like(tensor), *args, **kwargs)
-        return self.record(torch.Tensor.copy_, (tensor, drawn), {})
+        return session.record(torch.Tensor.copy_, (tensor, drawn), {})
 
     def _empty_like(self, tensor: DeferredTensor) -> torch.Tensor:
         slot = tensor.slot
@@ -123,34 +127,36 @@ class Looks(BackwardRecorder):
         with torch.no_grad():  # no gradient passes a draw
             drawn = function(around, 1.0 if is_wide else std, generator=generator)
             if is_wide:
-                drawn = self.record(torch.mul, (drawn, std), {})
-            return self.record(torch.add, (drawn, mean), {})
+                drawn = self._session.record(torch.mul, (drawn, std), {})
+            return self._session.record(torch.add, (drawn, mean), {})
 
     def is_written(self, tensor: torch.Tensor) -> bool:
         try:
-            return tensor.untyped_storage()._cdata in self.tape.written
+            return tensor.untyped_storage()._cdata in self._session.tape.written
         except (NotImplementedError, RuntimeError):  # sparse tensors have none
             return False
 
     def after_write(self, kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A call on a tensor that pending calls write to."""
+        session = self._session
         tensors, _ = tensors_among(args, kwargs)
-        known = all(not self.is_written(t) or id(t) in self.tape.grad_flags for t in tensors)
+        known = all(not self.is_written(t) or id(t) in session.tape.grad_flags for t in tensors)
         is_recorded = known and kind in (Kind.OPERATOR, Kind.IN_PLACE) and not section.handling
-        if is_recorded and (self.depth or not torch.is_grad_enabled()):
-            return self.record(function, args, kwargs)
+        if is_recorded and (session.depth or not torch.is_grad_enabled()):
+            return session.record(function, args, kwargs)
         if kind is Kind.FLAG and not section.handling:
             return self.set_flag(function, args, kwargs)
-        self.settle()
+        session.settle()
         return function(*args, **kwargs)
 
     def before_write(self, tensors: list[torch.Tensor]) -> None:
         """Computes what has read the state that is about to be written to."""
-        if not self.tape or not tensors:
+        session = self._session
+        if not session.tape or not tensors:
             return
-        storages = {tensor.untyped_storage()._cdata for tensor, _ in self.tape.grad_flags.values()}
+        storages = {tensor.untyped_storage()._cdata for tensor, _ in session.tape.grad_flags.values()}
         if any(_storage(tensor) in storages for tensor in tensors):
-            self.settle()
+            session.settle()
 
     @section.around
     def swap(self, original: Callable, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -158,15 +164,16 @@ class Looks(BackwardRecorder):
 
         They stand for the tensor's object. It has other memory afterwards, as after `p.data = ...`.
         """
-        if not self.is_unwatched():
-            self.settle()
+        if not self._session.is_unwatched():
+            self._session.settle()
         with mock.patch.object(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _: [])):
             original(one, other)
 
     def run_with_history(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        if self.needs_gradient(args, kwargs) and (torch.is_grad_enabled() or name != "requires_grad_"):
-            self.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
-        return function(*self.real(args), **self.real(kwargs))
+        session = self._session
+        if session.needs_gradient(args, kwargs) and (torch.is_grad_enabled() or name != "requires_grad_"):
+            session.run_eagerly(CaptureError(reason=f"the loop uses {name} on a result", where=user_line()))
+        return function(*session.real(args), **session.real(kwargs))
 
     # -- calls that go the way of their kind --------------------------------------------------------------------
 
@@ -178,13 +185,13 @@ class Looks(BackwardRecorder):
     def reshape_real(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`x.unsqueeze_(0)` of a real tensor, which torch does: it computes nothing."""
         self.before_write([args[0]])
-        self.tape.inputs.pop(id(args[0]), None)  # a snapshot of another shape
+        self._session.tape.inputs.pop(id(args[0]), None)  # a snapshot of another shape
         return function(*args, **kwargs)
 
     def reshapes(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`h.unsqueeze_(0)` of a result, which becomes what `h.unsqueeze(0)` is."""
         tensor = args[0]
-        result = self.record(_RESHAPED[name], args, kwargs) if name in _RESHAPED else None
+        result = self._session.record(_RESHAPED[name], args, kwargs) if name in _RESHAPED else None
         if result is tensor:  # `squeeze_` of nothing
             return tensor
         is_view = name == "detach_" and isinstance(tensor, DeferredTensor) and tensor.slot.memory is not None
@@ -199,24 +206,25 @@ class Looks(BackwardRecorder):
                 new.wrapper = weakref.ref(tensor)
                 return tensor
         if type(tensor) is DeferredTensor:
-            self.run_eagerly(CaptureError(f"the loop uses {name} on a result", user_line()))
+            self._session.run_eagerly(CaptureError(f"the loop uses {name} on a result", user_line()))
         return function(*args, **kwargs)  # on what are torch's own tensors now
 
     def sets(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """An attribute is assigned."""
         if getattr(getattr(function, "__self__", None), "__name__", "") == "data":
             self.before_write([args[0]])
-            return function(*self.real(args))  # `p.data = ...`: values without a history
+            return function(*self._session.real(args))  # `p.data = ...`: values without a history
         return self.run_with_history(name, function, args, kwargs)
 
     def reaches_into_graph(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A hook, and what else looks at the graph that autograd would have."""
-        if name == "register_hook" and torch.is_grad_enabled() and self.needs_gradient(args, {}):
+        session = self._session
+        if name == "register_hook" and torch.is_grad_enabled() and session.needs_gradient(args, {}):
             try:
-                return self.backward_python.hook(*args, **kwargs)
+                return session.backward_python.hook(*args, **kwargs)
             except CaptureError as error:
-                self.run_eagerly(error)
-                return function(*self.real(args), **self.real(kwargs))
+                session.run_eagerly(error)
+                return function(*session.real(args), **session.real(kwargs))
         if name == "as_subclass" and args[1:] == (torch.Tensor,):
             return args[0]
         return self.run_with_history(name, function, args, kwargs)
@@ -227,9 +235,10 @@ class Looks(BackwardRecorder):
 
     def draws_from(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Random numbers, of probabilities."""
-        if name == "multinomial" or not self.differentiates(args, kwargs):  # its result has no gradient
-            return function(*self.real(args), **self.real(kwargs))
-        return self.record(function, args, kwargs)
+        session = self._session
+        if name == "multinomial" or not session.differentiates(args, kwargs):  # its result has no gradient
+            return function(*session.real(args), **session.real(kwargs))
+        return session.record(function, args, kwargs)
 
     def draws_within(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Python of torch's that draws random numbers: it runs, so that torch draws what it draws in eager."""
@@ -237,15 +246,28 @@ class Looks(BackwardRecorder):
 
     def draws_into(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A result is filled with random numbers."""
-        if not self.differentiates(args, kwargs):
+        if not self._session.differentiates(args, kwargs):
             return self.draw_into(function, args[0], args[1:], kwargs)
-        return self.record(function, args, kwargs)
+        return self._session.record(function, args, kwargs)
 
 
 _RESHAPED: dict[str, Callable] = {
     f"{name}_": getattr(torch.Tensor, name)
     for name in ("unsqueeze", "squeeze", "t", "transpose", "swapaxes", "swapdims", "as_strided", "detach")
 }
+
+HANDLERS: dict[Kind, Callable[[ResultAccess, str, Callable, tuple, dict], Any]] = {
+    Kind.FLAG: ResultAccess.flags,
+    Kind.RESHAPE: ResultAccess.reshapes,
+    Kind.SET: ResultAccess.sets,
+    Kind.OPAQUE: ResultAccess.reaches_into_graph,
+    Kind.NATIVE: ResultAccess.run_with_history,
+    Kind.DRAW: ResultAccess.draws,
+    Kind.DRAW_FROM: ResultAccess.draws_from,
+    Kind.DRAW_INTO: ResultAccess.draws_into,
+    Kind.DRAW_WITHIN: ResultAccess.draws_within,
+}
+"""What becomes of a call on a result that is neither computed nor a plain operator, by its kind."""
 
 
 def _storage(tensor: torch.Tensor) -> int:
