@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from lightning.fabric import Fabric
 from parity import assert_same_training, train
 from small import batches, mlp
 from tasks import TASKS, llama_with_lora
@@ -103,6 +104,55 @@ def test_a_lightning_fit(tmp_path):
     assert counts.eager_steps == 0 and counts.compiled_steps == 2 * len(batches())
     validations = 2 + 2 * 4  # two before training, to see that it works
     assert counts.compiles <= 3 and counts.launches == counts.compiled_steps + validations
+
+
+def test_a_fabric_loop():
+    """Its optimizer is an object whose class is made of the optimizer's own."""
+
+    def loop(objects, data):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model, optimizer = fabric.setup(objects["model"], objects["optimizer"])
+        seen = []
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            fabric.backward(loss)
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    run = assert_same_training(made, loop, batches())
+    assert run.statistics.compiled_steps >= len(batches()) - 1
+
+
+class ByHand(Lit):
+    """Steps itself, as Lightning's GAN does."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        optimizer.step()
+
+
+def test_lightnings_optimization_by_hand(tmp_path):
+    def loop(objects, data):
+        module = ByHand(objects["model"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            fit = lightning.Trainer(
+                max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                default_root_dir=tmp_path, enable_checkpointing=False,
+            )  # fmt: skip
+            fit.fit(module, DataLoader(data, batch_size=None))
+        return [loss.item() for loss in module.seen]
+
+    run = assert_same_training(lambda: {"model": mlp()}, loop, batches(), dtypes=(torch.float32,))
+    assert run.statistics.compiled_steps >= len(batches()) - 1
 
 
 def test_lora_adapters_train_and_frozen_weights_have_no_state(tmp_path):

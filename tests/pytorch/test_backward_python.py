@@ -464,6 +464,58 @@ def test_what_python_in_backward_gives_back_from_numpy_is_the_gradient(of):
     assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(8), dtypes=FLOAT64)
 
 
+@pytest.mark.parametrize("of", ["a result", "a parameter"])
+def test_a_hook_that_returns_another_shape_is_refused_by_backward(of):
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            tensor = hidden if of == "a result" else model[0].weight
+            handle = tensor.register_hook(lambda gradient, odd=index == 5: gradient[:2] if odd else 2 * gradient)
+            loss = F.cross_entropy(model[1:](hidden), y)
+            if index == 5:
+                with pytest.raises(RuntimeError, match=r"hook '.*' has changed the size of value"):
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+            handle.remove()
+            losses.append(loss.item())
+        return losses
+
+    assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(10), dtypes=FLOAT64, may_fall_back=True)
+
+
+def test_a_hook_that_looks_at_the_gradient_of_another_parameter():
+    """Whether that has been added to by then, only autograd knows: torch runs such steps, and the hook once more."""
+    calls = []
+
+    def loop(objects, data):
+        calls.clear()
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+
+        def hook(gradient):
+            calls.append(1)
+            return gradient * (1 if model[3].weight.grad is None else 2)
+
+        model[0].weight.register_hook(hook)
+        model[0].bias.register_hook(lambda gradient: gradient if model[0].bias.grad is None else 0 * gradient)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert len(data) <= len(calls) <= len(data) + 1
+        return losses
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    run = assert_same_training(make, loop, batches(8), dtypes=FLOAT64, may_fall_back=True)
+    (event,) = run.fallbacks()
+    assert event.reason == "Python that backward() runs looks at the gradient of another parameter"
+
+
 def test_a_gradient_that_numpy_has_computed_where_torch_takes_over():
     class Slow(torch.autograd.Function):
         @staticmethod

@@ -571,6 +571,34 @@ def test_what_an_agent_has_asked_its_model_for_is_no_part_of_the_next_step():
     assert run.statistics.compiles <= 6, run.statistics
 
 
+def parts_of_a_leaf(model, x):
+    model[0].weight[0].mul_(2)
+
+
+def one_of_several_parts(model, x):
+    first, second, *_ = model(x).unbind(1)
+    first.mul_(second.detach())
+
+
+@pytest.mark.parametrize("writes", [parts_of_a_leaf, one_of_several_parts])
+def test_a_write_that_autograd_forbids_raises_where_it_is_made(writes):
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        for index, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if index % 4 == 3:
+                with pytest.raises(RuntimeError, match="a view"):
+                    writes(model, x)
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    make = made(mlp, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(12), dtypes=FLOAT64, may_fall_back=True)
+
+
 def test_a_model_cut_into_stages_each_with_a_backward_of_its_own():
     """The gradient of each cut is read, so that torch runs the step; its leaves must not be swapped for others."""
 

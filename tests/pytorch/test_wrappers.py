@@ -36,6 +36,28 @@ def test_an_optimizer_around_another_is_looked_through():
     assert run.statistics.launches == run.statistics.compiled_steps == len(batches())
 
 
+class Derived:
+    """An object whose class is made of the optimizer's own, and which has its attributes, as those of Fabric are."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self._inner = inner
+        self.__class__ = type("Derived", (Derived, type(inner)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def step(self, closure=None):
+        return self._inner.step()
+
+
+def test_an_object_that_is_an_optimizer_by_its_class_is_the_one_that_it_stands_for():
+    def loop(objects, data):
+        return train_on(objects["model"], Derived(objects["optimizer"]), data)
+
+    run = assert_same_training(sgd(), loop, batches(), max_compiles=1)
+    assert run.statistics.compiled_steps == len(batches())
+
+
 def test_two_constants_of_one_operator_are_no_changing_number():
     def loop(objects, data):
         losses = []

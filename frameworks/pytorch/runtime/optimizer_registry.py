@@ -62,9 +62,14 @@ class OptimizerRegistry:
         self._changes += 1
 
     def habits(self, optimizer: torch.optim.Optimizer) -> OptimizerHabits:
-        """What is known of an optimizer."""
-        if optimizer not in self._habits:
-            self.register(optimizer)
+        """What is known of an optimizer, or of the one that an object of a library's stands for, as Fabric's does."""
+        known = self._habits.get(optimizer)
+        if known is not None:
+            return known
+        for other, habits in self._habits.items():
+            if other.param_groups is optimizer.param_groups:
+                return habits
+        self.register(optimizer)
         return self._habits[optimizer]
 
     def trains(self, module: nn.Module, parameters: list[nn.Parameter]) -> bool:

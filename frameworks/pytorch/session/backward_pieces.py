@@ -73,11 +73,23 @@ class Hook(Piece):
 
     def backward(self, gradients: Gradients) -> Any:
         """Calls the hook."""
-        return None if self.is_removed else self.function(gradients[0])
+        return None if self.is_removed else _checked(self.function, self.function(gradients[0]), gradients[0])
 
     def returned(self, values: list[Any]) -> Any:
         """The gradient that the hook has put in the place of its own, or None."""
         return values[0] if values else None
+
+
+def _checked(function: Callable, found: Any, gradient: Any) -> Any:
+    """What a hook has returned.
+
+    Raises:
+        RuntimeError: As torch's: it has another shape than the gradient.
+    """
+    if isinstance(found, torch.Tensor) and found.shape != gradient.shape:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise RuntimeError(f"hook '{name}' has changed the size of value")
+    return found
 
 
 class LeafHooks(Piece):
@@ -96,7 +108,7 @@ class LeafHooks(Piece):
         """Calls the hooks, each with what the one before it has put in the gradient's place."""
         gradient, is_another = gradients[0], False
         for function in self._functions:
-            found = function(gradient)
+            found = _checked(function, function(gradient), gradient)
             if found is not None:
                 gradient, is_another = found, True
         return gradient if is_another else None

@@ -243,8 +243,10 @@ class BackwardPython:
         given: list[Any] = [None] * len(slots)
         for position, gradient in zip(positions, gradients, strict=True):
             given[position] = gradient
+        session.tape.piece = entry
         with session.mode.seeing():  # `backward()` is a torch function itself, of whose Python modes see nothing
             found = piece.backward(given)
+        session.tape.piece = None
         session.record_piece(outgoing, (found if isinstance(found, list) else [found],), piece, returns=False)
 
 

@@ -7,6 +7,7 @@ import torch
 from trainingcompiler.errors import PassingCaptureError
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
+from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
 
 if TYPE_CHECKING:
@@ -24,10 +25,17 @@ class GradientAccess:
         self._session = session
 
     def reads_gradient(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What `tensor.grad` is, if only the tape knows, in whatever thread; None if torch knows it."""
+        """What `tensor.grad` is, if only the tape knows, in whatever thread; None if torch knows it.
+
+        Raises:
+            LeftToTorch: A hook asks, and only autograd knows whether that gradient has been added to already.
+        """
         session = self._session
         if session.is_left_alone():
             return None
+        piece = session.tape.piece
+        if piece is not None and piece.leaves[0] is not tensor and id(tensor) in session.tape.grad_flags:
+            raise LeftToTorch("Python that backward() runs looks at the gradient of another parameter")
         pending = session.custom_steps.gradient(tensor) if session.is_own_thread else None
         if pending is not None:
             return pending

@@ -95,6 +95,7 @@ class TapeWriter(TapeRunner):
                     raise call.failure
                 shape = call.shape = self._shape_of(entry, gradients_exist)
             if shape.writes:
+                self._check_write(entry, shape)
                 written = [given[position] for position in shape.writes if type(entry.leaves[position]) is Input]
                 if written:  # a value of that moment will not do
                     return self._record_write(function, args, kwargs, written, shape, place)
@@ -338,6 +339,21 @@ class TapeWriter(TapeRunner):
             else:
                 leaves.append(given[leaf.position] if isinstance(leaf, Argument) else leaf)
         return unflatten(shape.structure, iter(leaves))
+
+    def _check_write(self, entry: Entry, shape: CallShape) -> None:
+        """Has torch raise its error where autograd forbids a write: to a part of a leaf, or to one of several views.
+
+        Raises:
+            CaptureError: It does.
+        """
+        for position in shape.writes if entry.modes.grad else ():
+            slot = entry.leaves[position]
+            if type(slot) is not Slot or slot.memory is None or not slot.requires_grad:
+                continue
+            memory, producer = memory_of(slot), self.tape.entries[self.tape.producers()[slot]]
+            is_of_leaf = isinstance(memory, torch.Tensor) and memory.requires_grad
+            if is_of_leaf or len(producer.outputs) > 1:
+                raise PassingCaptureError("a view that autograd guards is written to", user_line())
 
     def _note_writes(self, entry: Entry, shape: CallShape) -> None:
         entry.writes = shape.writes

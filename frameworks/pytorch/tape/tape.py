@@ -28,6 +28,7 @@ class Tape:
         read: Real tensors that calls with gradients have read, with their version then, and the snapshots.
         has_pieces: Whether the tape has Python that backward runs.
         is_in_backward: Whether that is being recorded.
+        piece: The entry of the Python in backward that is running.
         asked: Why torch is to run the step, if Python in backward has done what is not compiled.
         new_leaves: Results that `requires_grad_()` has made leaves: they have a `.grad`, which a program does not give.
         grad_flags: `requires_grad` of each state tensor when the tape met it first, by identity.
@@ -57,6 +58,7 @@ class Tape:
         self.grad_flags: dict[int, tuple[torch.Tensor, bool]] = {}
         self.new_leaves: list[Slot] = []
         self.has_pieces = self.is_in_backward = False
+        self.piece: Entry | None = None
         self.asked: CaptureError | None = None
         self.slot_count = 0
 
