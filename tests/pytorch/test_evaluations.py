@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import FLOAT32_TOLERANCE, train
+from parity import FLOAT32_TOLERANCE, assert_same_training, train
 from small import adamw
 from torch import nn
 from torch.nn import functional as F
@@ -110,3 +110,22 @@ def test_what_the_caller_gives_besides_tensors_tells_evaluations_apart():
     }
     assert len(keys) == 5
     assert key_of(module, [0.5], "a") == key_of(module, [0.6], "a")  # such numbers are inputs, once they change
+
+
+def test_an_evaluation_in_inference_mode_moves_the_state_and_training_goes_on():
+    """What is made in inference mode has no gradient for good, and the first program gives parameters their memory."""
+
+    def loop(objects, data):
+        model, optimizer, losses = objects["model"], objects["optimizer"], []
+        for (ids,) in data:
+            optimizer.zero_grad()
+            with torch.inference_mode():
+                teacher = model(ids[:, :-1]).softmax(-1)
+            loss = F.mse_loss(model(ids[:, :-1]), teacher.clone()) + model.head.bias.pow(2).sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        return losses
+
+    assert_same_training(adamw(Letters), loop, texts(), dtypes=(torch.float64,))

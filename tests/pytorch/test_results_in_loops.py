@@ -518,7 +518,21 @@ def test_a_backward_in_another_thread():
     assert "differentiates a result of the thread that trains" in run.fallbacks()[0].reason
 
 
-def test_an_activation_that_is_edited_unseen_is_refused_by_backward():
+def under_no_grad(hidden):
+    with torch.no_grad():
+        hidden.mul_(2)
+
+
+def detached(hidden):
+    hidden.detach().mul_(2)
+
+
+def plainly(hidden):
+    hidden.mul_(2)
+
+
+@pytest.mark.parametrize("writes", [under_no_grad, detached, plainly])
+def test_an_activation_that_a_gradient_needs_and_is_edited_is_refused_by_backward(writes):
     def loop(objects, data):
         model, found = objects["model"], []
         for index, (x, y) in enumerate(data):
@@ -526,8 +540,7 @@ def test_an_activation_that_is_edited_unseen_is_refused_by_backward():
             hidden = model[1](model[0](x))
             loss = F.cross_entropy(model[3](model[2](hidden)), y)
             if index % 4 == 3:
-                with torch.no_grad():
-                    hidden.mul_(2)
+                writes(hidden)
             try:
                 loss.backward()
             except RuntimeError as error:

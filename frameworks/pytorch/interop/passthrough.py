@@ -31,10 +31,22 @@ def passthrough() -> Iterator[None]:
 
 
 def outside_transforms() -> contextlib.AbstractContextManager:
-    """Leaves `torch.func`'s transforms for a while: what is computed inside of one belongs to it."""
+    """Leaves `torch.func`'s transforms and inference mode for a while.
+
+    What is computed inside of a transform belongs to it. Memory that is made in inference mode has no gradient for good,
+    and a parameter may be given it.
+    """
+    if torch.is_inference_mode_enabled():
+        return _outside_inference_mode()
     if torch._C._functorch.peek_interpreter_stack() is None:
         return contextlib.nullcontext()
     return temporarily_clear_interpreter_stack()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad(), outside_transforms():
+        yield
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch, leaf_hooked, leaf_unhooked
 from trainingcompiler.frameworks.pytorch.session.tape_writer import version_of
-from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor
-from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot
+from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, functional_name
+from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, memory_of
 
 if TYPE_CHECKING:
     from trainingcompiler.frameworks.pytorch.session.session import Session
@@ -22,6 +22,10 @@ _FREED = (
     "backward() cannot go through this tensor any more: the graph behind it was freed by an earlier backward() (pass "
     "retain_graph=True to that one), or its parameters have been updated since by optimizer.step()."
 )
+
+
+_KEEP_NOTHING = frozenset({"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__"})  # if no factor is a tensor
+_KEEP_NO_RESULT = _KEEP_NOTHING | {"batch_norm", "layer_norm", "group_norm", "linear", "conv1d", "conv2d", "conv3d"}
 
 
 class BackwardRecorder:
@@ -89,7 +93,7 @@ class BackwardRecorder:
         hooked = session.backward_python.hook_leaves()
         entry = session.append(BACKWARD, (tensor, gradient, retain_graph, False), {"inputs": inputs})
         with section.outside():
-            if changed or self._writes_unseen():
+            if changed or self._writes_results():
                 session.backward_python.check(entry)
             session.backward_python.run(entry, bool(retain_graph))
         session.backward_python.unhook_leaves(hooked)
@@ -117,14 +121,19 @@ class BackwardRecorder:
                 if version_of(owner) != version or (pending and owner.untyped_storage()._cdata in pending)
             )
 
-    def _writes_unseen(self) -> bool:
-        """Whether results that need a gradient are written to where autograd does not see it."""
-        return any(
-            not entry.modes.grad
-            and any(type(entry.leaves[p]) is Slot and entry.leaves[p].requires_grad for p in entry.writes)
-            for entry in self._session.tape.entries
-            if entry.writes
-        )
+    def _writes_results(self) -> bool:
+        """Whether results that need a gradient are written to, and another call may have kept them for its gradient."""
+        keepers: dict[Slot, bool] = {}
+        for entry in self._session.tape.entries:
+            name = functional_name(getattr(entry.function, "__name__", ""))
+            for position in entry.writes:
+                slot = memory_of(entry.leaves[position])
+                if type(slot) is Slot and slot.requires_grad and (not entry.modes.grad or keepers.get(slot, True)):
+                    return True
+            keepers.update((slot, name not in _KEEP_NO_RESULT) for slot in entry.outputs)
+            if name not in _KEEP_NOTHING:
+                keepers.update((leaf, True) for leaf in entry.leaves if type(leaf) is Slot)
+        return False
 
     def record_of_many(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         """`torch.autograd.backward`: of several results, that of their sum, so that each hook runs once."""
