@@ -685,3 +685,29 @@ def test_weights_that_another_network_computes(within):
     run = assert_same_training(make, loop, batches(), dtypes=FLOAT64, may_fall_back=True)
     reasons = [event.reason for event in run.fallbacks()]
     assert reasons == (["a result goes into linear, which torch runs"] if within else [])
+
+
+def test_a_loss_is_read_of_results_that_lie_in_one_buffer():
+    """A buffer has a gradient history once results are written to it, and so have its parts: decoders write so."""
+
+    def decoded(model, x, y, index):
+        outputs = torch.zeros(16, 4)
+        part = outputs[0]
+        assert not outputs.requires_grad and not part.requires_grad and outputs.is_leaf
+        for start in (0, 8):
+            outputs[start : start + 8] = model(x[start : start + 8])
+        assert outputs.requires_grad and outputs.view(-1).requires_grad and not outputs.is_leaf
+        with torch.no_grad():
+            copy = torch.zeros(16, 4)
+            copy[:] = outputs
+        assert not copy.requires_grad
+        loss = F.cross_entropy(outputs, y)
+        seen.append(loss.item())
+        return loss
+
+    seen: list[float] = []
+    assert_same_training(
+        made(mlp, torch.optim.SGD, lr=0.1), one_step(decoded), batches(), dtypes=FLOAT64, may_fall_back=True
+    )
+    half = len(seen) // 2
+    assert seen[:half] == pytest.approx(seen[half:], rel=1e-9)

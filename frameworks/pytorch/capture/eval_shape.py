@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trainingcompiler.errors import CaptureError
 from trainingcompiler.frameworks.pytorch.capture.fake_mode import FakeTensors
@@ -59,7 +60,7 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
         fake_tensors.recorder.seed_with(fake_tensors.fake_like((), torch.int64))
         result = replay(entry, resolve)
         written = tuple(position for position, fake in arguments.items() if fake_tensors.recorder.was_written(fake))
-        gains = any(type(entry.leaves[p]) is Input and arguments[p].requires_grad for p in written)
+        gains = tuple(p for p in written if arguments[p].requires_grad and not _had_history(entry.leaves[p]))
     # What it returns is a new tensor, an argument handed back, or a plain value.
     leaves, structure = flatten(result)
     positions = {id(fake): position for position, fake in reversed(arguments.items())}
@@ -94,7 +95,7 @@ def call_shape(entry: Entry, gradients_exist: bool) -> CallShape:
         views=views,
         has_views=any(position >= 0 for position in views),
         random=any(node.seed is not None for node in fake_tensors.recorder.graph.nodes),
-        gains_history=gains,
+        gains=gains,
         is_single=structure.kind is None and isinstance(found[0], Output),
     )
 
@@ -104,6 +105,21 @@ def _cut(fake_tensors: FakeTensors, fake: torch.Tensor) -> torch.Tensor:
     with fake_tensors.fake_mode:
         empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
     return with_gradient(empty) if fake.requires_grad else empty
+
+
+def _had_history(leaf: Any) -> bool:
+    return type(leaf) is not Input and leaf.requires_grad
+
+
+_grown: Any = WeakIdKeyDictionary()
+
+
+def gain_history(slot: Slot) -> None:
+    """Notes that something with a gradient has been written to a result's memory, as torch tells of it from then on."""
+    if slot.meta not in _grown:
+        _grown[slot.meta] = with_gradient(slot.meta)
+    slot.meta, slot.requires_grad = _grown[slot.meta], True
+    slot.geometry = slot.geometry._replace(requires_grad=True)
 
 
 def with_gradient(fake: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def passthrough() -> Iterator[None]:
 def outside_transforms() -> contextlib.AbstractContextManager:
     """Leaves `torch.func`'s transforms and inference mode for a while.
 
-    What is computed inside of a transform belongs to it. Memory that is made in inference mode has no gradient for good,
+    What is computed inside of a transform belongs to it. Memory that is made in inference mode never has a gradient,
     and a parameter may be given it.
     """
     if torch.is_inference_mode_enabled():

@@ -45,10 +45,10 @@ class Peeks:
         runner = self._runner
         if runner.tape.is_in_backward:
             return self._in_backward(slot)
-        producers = runner.tape.producers()
-        if slot not in producers:
+        producer = runner.tape.producer(slot)
+        if producer is None:
             raise AssertionError("a deferred tensor lost its tape")
-        if runner.tape.second_run is not None and runner.tape.entries[producers[slot]].second is not None:
+        if runner.tape.second_run is not None and runner.tape.entries[producer].second is not None:
             raise LeftToTorch("a checkpointed block that computes something else when it runs again asks for a value")
         alone = runner.workers is not None and runner.workers.may_be_looked_at(runner.tape, slot)
         # In a forward, or in a loop that calls its model again and again, as an agent does: each look is another path.
@@ -57,8 +57,8 @@ class Peeks:
             return slot.value
         if len(runner.tape.roots) > 1 and not runner.has_backward and not runner.depth:
             self.forget_unread(slot)
-            producers = runner.tape.producers()
-        if producers[slot] < runner.tape.committable() and not alone:
+            producer = slot.producer
+        if producer < runner.tape.committable() and not alone:
             runner.commit()
         else:
             self._peek(slot, alone)

@@ -278,7 +278,7 @@ class TapeRunner:
         call.shape = old.shape
         entry.call, entry.numbers = call, numbers_of(call, entry.leaves)
         for slot in entry.outputs:
-            slot.number = tape.slot_count
+            slot.number, slot.producer = tape.slot_count, len(tape.entries)
             slot.key = slot_key(slot.number)
             tape.slot_count += 1
         tape.entries.append(entry)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from trainingcompiler.errors import CaptureError, PassingCaptureError
-from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape
+from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape, gain_history
 from trainingcompiler.frameworks.pytorch.interop import devices
 from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
@@ -290,6 +290,7 @@ class TapeWriter(TapeRunner):
         tape = self.tape
         if shape.is_plain and tape.second_run is None:  # as most are
             entry.outputs = [slot] = [Slot(shape.metas[0], entry.device, tape.slot_count, shape.geometries[0])]
+            slot.producer = len(tape.entries) - 1
             tape.slot_count += 1
             if shape.has_views:
                 slot.memory = memory_of(entry.leaves[shape.views[0]])
@@ -309,6 +310,8 @@ class TapeWriter(TapeRunner):
                 if position >= 0:
                     slot.memory = memory_of(entry.leaves[position])
         entry.outputs = outputs
+        for slot in outputs:
+            slot.producer = len(tape.entries) - 1
         tape.slot_count = number + len(outputs)
         for leaf in entry.leaves:
             if type(leaf) is Slot and leaf.freed:
@@ -350,21 +353,27 @@ class TapeWriter(TapeRunner):
             slot = entry.leaves[position]
             if type(slot) is not Slot or slot.memory is None or not slot.requires_grad:
                 continue
-            memory, producer = memory_of(slot), self.tape.entries[self.tape.producers()[slot]]
+            memory, producer = memory_of(slot), self.tape.producer(slot)
             is_of_leaf = isinstance(memory, torch.Tensor) and memory.requires_grad
-            if is_of_leaf or len(producer.outputs) > 1:
+            if is_of_leaf or (producer is not None and len(self.tape.entries[producer].outputs) > 1):
                 raise PassingCaptureError("a view that autograd guards is written to", user_line())
 
     def _note_writes(self, entry: Entry, shape: CallShape) -> None:
         entry.writes = shape.writes
         self.tape.mutated = True
-        for pending in self.tape.producers():
-            if pending not in entry.outputs:
+        for earlier in self.tape.entries:
+            for pending in earlier.outputs if earlier is not entry else ():
                 pending.value = None  # a look may have computed it, before this write
         for position in shape.writes:
             memory = memory_of(entry.leaves[position])
             if isinstance(memory, torch.Tensor):
                 self.tape.written.add(memory.untyped_storage()._cdata)
+        for position in shape.gains:
+            memory = memory_of(entry.leaves[position])
+            if type(memory) is Slot:
+                parts = [slot for each in self.tape.entries for slot in each.outputs if slot.memory is memory]
+                for slot in (memory, *parts):
+                    gain_history(slot)
 
     def _record_write(self, function, args, kwargs, targets: list, shape: CallShape, place: Any) -> Any:
         """A call that writes to tensors which are no state and no results of the tape: `total += loss`."""
@@ -379,7 +388,7 @@ class TapeWriter(TapeRunner):
             # becomes a result of the tape itself.
             for target in real:
                 self._become_deferred(target)
-        elif is_result and shape.gains_history:
+        elif is_result and shape.gains:
             error = PassingCaptureError("a tensor with other views is written to in a step", user_line())
             self.run_eagerly(error)
             return function(*self.real(args), **self.real(kwargs))

@@ -24,7 +24,7 @@ class CallShape:
         views: For each of `metas` the position of the leaf whose memory it shares; -1 for none.
         has_views: Whether any of `metas` shares memory with a leaf.
         random: Whether the call draws random numbers.
-        gains_history: Whether it gives something that it writes to a gradient history which that had not.
+        gains: Positions of the leaves that it writes to and that have a gradient history only since.
         is_single: Whether it returns one new tensor, and nothing else.
     """
 
@@ -37,7 +37,7 @@ class CallShape:
     views: tuple[int, ...]
     has_views: bool
     random: bool
-    gains_history: bool
+    gains: tuple[int, ...]
     is_single: bool
 
     @functools.cached_property

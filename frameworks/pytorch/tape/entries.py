@@ -41,6 +41,7 @@ class Slot:
         requires_grad: Whether a gradient passes it.
         device: Where torch would have it.
         number: Its number among those of its tape.
+        producer: The index of the entry of the tape that produces it.
         key: Its own in the keys of calls.
         value: The real tensor, once it has been computed.
         committed: Whether the entries behind it have left the tape, so that `value` is all there is.
@@ -63,6 +64,7 @@ class Slot:
         "memory",
         "meta",
         "number",
+        "producer",
         "requires_grad",
         "value",
         "wrapper",
@@ -80,6 +82,7 @@ class Slot:
         self.requires_grad = geometry.requires_grad
         self.device = device
         self.number = number
+        self.producer = -1
         self.key = slot_key(number)
         self.value: torch.Tensor | None = None
         self.committed = False

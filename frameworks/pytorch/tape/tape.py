@@ -68,9 +68,10 @@ class Tape:
     def __str__(self) -> str:
         return "\n".join(map(str, self.entries))
 
-    def producers(self) -> dict[Slot, int]:
-        """The index of the entry that produced each pending slot."""
-        return {slot: index for index, entry in enumerate(self.entries) for slot in entry.outputs}
+    def producer(self, slot: Slot) -> int | None:
+        """The index of the entry that produces a slot; None if it is no slot of this tape."""
+        index = slot.producer
+        return index if 0 <= index < len(self.entries) and slot in self.entries[index].outputs else None
 
     def live_slots(self) -> list[Slot]:
         """The pending slots that the loop still holds."""
@@ -97,8 +98,8 @@ class Tape:
 
     def slice_for(self, slots: list[Slot]) -> list[Entry]:
         """The entries that the values of `slots` depend on, not going behind slots whose value is known."""
-        producers = self.producers()
-        if any(slot in producers and self.entries[producers[slot]].is_in_backward for slot in slots):
+        known = [index for slot in slots if (index := self.producer(slot)) is not None]
+        if any(self.entries[index].is_in_backward for index in known):
             return list(self.entries)
         if self.mutated:
             if any(entry.optimizers for entry in self.entries):
@@ -115,13 +116,13 @@ class Tape:
         for index, entry in enumerate(self.entries):
             for position in entry.writes:
                 writers.setdefault(id(memory_of(entry.leaves[position])), []).append(index)
-        producers = self.producers()
         found: set[int] = set()
         pending: list[int] = []
 
         def need(slot: Slot) -> None:
-            if slot in producers:
-                pending.extend((producers[slot], *writers.get(id(memory_of(slot)), ())))
+            producer = self.producer(slot)
+            if producer is not None:
+                pending.extend((producer, *writers.get(id(memory_of(slot)), ())))
 
         for slot in slots:
             need(slot)
@@ -186,11 +187,12 @@ class Tape:
         return self._ancestors(slots, lambda read: read.requires_grad)
 
     def _ancestors(self, slots: list[Slot], follows: Callable[[Slot], bool]) -> set[int]:
-        wanted = set(slots)
         found: set[int] = set()
-        for index in range(len(self.entries) - 1, -1, -1):  # an entry reads what earlier ones have produced
-            entry = self.entries[index]
-            if not wanted.isdisjoint(entry.outputs):
+        pending = [self.producer(slot) for slot in slots]
+        while pending:
+            index = pending.pop()
+            if index is not None and index not in found:
                 found.add(index)
-                wanted.update([leaf for leaf in entry.leaves if type(leaf) is Slot and follows(leaf)])
+                leaves = self.entries[index].leaves
+                pending += [self.producer(leaf) for leaf in leaves if type(leaf) is Slot and follows(leaf)]
         return found
