@@ -163,10 +163,10 @@ def test_what_has_won_runs_the_rest(winner, monkeypatch):
     now_s = 0.0
     stepped = EngineSelector.stepped
 
-    def timed(self, of, engine, is_same_batch):
+    def timed(self, of, engine, is_same_batch, waited):
         nonlocal now_s
         now_s += times[engine]
-        stepped(self, of, engine, is_same_batch)
+        stepped(self, of, engine, is_same_batch, waited)
 
     monkeypatch.setattr(EngineSelector, "stepped", timed)
     monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now_s))

@@ -711,3 +711,53 @@ def test_a_loss_is_read_of_results_that_lie_in_one_buffer():
     )
     half = len(seen) // 2
     assert seen[:half] == pytest.approx(seen[half:], rel=1e-9)
+
+
+def test_a_target_network_that_nobody_trains_and_that_has_gradients():
+    """Its result goes into the loss outside of `no_grad`, as in many a DQN: its gradients are computed, and left."""
+
+    class Agent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.online, self.target = mlp(), [mlp()]  # in a list: no optimizer is given its parameters
+
+    def loop(objects, data):
+        online, (target,), optimizer = objects["model"].online, objects["model"].target, objects["optimizer"]
+        target.load_state_dict(online.state_dict())
+        seen = []
+        for index, (x, y) in enumerate(data):
+            values = online(x).gather(1, y[:, None])
+            expected = 0.5 + 0.9 * target(x).max(1)[0].unsqueeze(1)
+            loss = F.smooth_l1_loss(values, expected)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+            if index % 5 == 4:
+                seen.append(sum(p.grad.abs().sum().item() for p in target.parameters()))
+                target.load_state_dict(online.state_dict())
+        return seen
+
+    assert_same_training(made(Agent, torch.optim.Adam, lr=1e-2), loop, batches(), dtypes=FLOAT64)
+
+
+def test_draws_of_an_agent_leave_nothing_on_the_tape():
+    """`rsample` fills a tensor of the forward with random numbers: a write to what only that forward knows."""
+
+    def loop(objects, data):
+        model, optimizer, seen = objects["model"], objects["optimizer"], []
+        torch.manual_seed(3)
+        for index, (x, y) in enumerate(data):
+            for row in x[: index % 7]:
+                out = model(row)
+                action = torch.distributions.Normal(out[:2], F.softplus(out[2:])).rsample()
+                seen.append(torch.tanh(action).sum().item())
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    run = assert_same_training(made(mlp, torch.optim.SGD, lr=0.1), loop, batches(), dtypes=FLOAT64)
+    assert run.statistics.compiles <= 8, run.statistics

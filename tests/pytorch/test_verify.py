@@ -15,6 +15,7 @@ from torch import nn
 import trainingcompiler as tc
 from trainingcompiler.cache import executables
 from trainingcompiler.errors import FallbackError
+from trainingcompiler.frameworks.pytorch.capture.inspection import Inspection
 from trainingcompiler.frameworks.pytorch.graph.ir import Graph, Node, Ref
 from trainingcompiler.frameworks.pytorch.operators import LOWERINGS
 from trainingcompiler.frameworks.pytorch.verify import sentinel as verify
@@ -156,6 +157,27 @@ def test_noise_leaves_the_values_alone_that_a_loss_refuses_others_of(tmp_path, w
     finally:
         tc.disable()
     assert_torchs(run, train())
+
+
+@pytest.mark.parametrize(("given", "differs"), [(0.0, False), (1000.0, True)])
+def test_a_sum_that_is_nothing_but_rounding_is_held_to_torchs_own(given, differs):
+    """Whole numbers have no noise; that torch's sum is none of the exact one shows in float64."""
+    rows, float32 = 10_007, torch.float32
+    nodes = [
+        Node("aten.mul.Scalar", (Ref(0), 0.1), {}, (1,), (((rows,), float32),)),
+        Node("aten.mean.default", (Ref(1),), {}, (2,), (((), float32),)),
+        Node("aten.sub.Tensor", (Ref(1), Ref(2)), {}, (3,), (((rows,), float32),)),
+        Node("aten.sum.default", (Ref(3),), {}, (4,), (((), float32),)),
+    ]
+    values = torch.arange(rows, dtype=float32)
+    assert (values * 0.1 - (values * 0.1).mean()).sum().abs() > 1e-2  # it is 0
+    run = Inspection(
+        name="train_step", where=None, steps=True, graph=Graph([0], nodes), inputs={0: values},
+        results={4: torch.tensor(given)}, names={}, replaced={},
+    )  # fmt: skip
+    judge = verify.Judge(run, [4])
+    judge.replay()
+    assert judge.judge(run.results).differs == differs
 
 
 def test_a_comparison_that_torch_refuses_is_said_and_ends_nothing(tmp_path, monkeypatch, seen):

@@ -6,6 +6,7 @@ through Python calls, where a `TorchFunctionMode` swaps them. A real tensor that
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,7 @@ class FakeTensors(TorchFunctionMode):
     def recording(self) -> Iterator[None]:
         """Enters the modes under which torch code is recorded."""
         with (
+            _without_log(),
             _without_mkldnn(),
             left_out(),
             torch.autograd.set_multithreading_enabled(False),
@@ -309,6 +311,17 @@ def _asked_of(func: Any) -> str:
     """The name of a tensor's method, or of the attribute that is being read."""
     name = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keeps torch from writing a stack trace where it refuses fake tensors what real ones may do: one line says so."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 @contextlib.contextmanager

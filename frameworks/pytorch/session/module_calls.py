@@ -133,12 +133,22 @@ class ModuleCalls:
         if any(map(nn.parameter.is_lazy, parameters)):
             return False  # the first call gives them shapes and values
         is_given = session.any_pending(args, kwargs) or _holds_result(module)
-        if not is_given and not session.registry.trains(module, parameters):
+        if not is_given and not session.registry.trains(module, parameters) and not self._has_gradients(parameters):
             return False
         if torch.is_anomaly_enabled():
             session.fallbacks.say(CaptureError(ANOMALY, user_line()))
             return False
         return self._owns(module)
+
+    def _has_gradients(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether gradients of parameters that nobody trains would be computed: of a target network, say."""
+        session = self._session
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters):
+            return False
+        if any(p.requires_grad and session.registry.owner(p) is not None for p in parameters):
+            return False  # these are of an optimizer that has not begun
+        optimizers = session.registry.optimizers()
+        return any(session.registry.is_ready(o) and not session.fallbacks.covers(o) for o in optimizers)
 
     def _owns(self, module: nn.Module) -> bool:
         """Whether nobody but torch sees the parameters; asked once, before a call is computed later than it was made.

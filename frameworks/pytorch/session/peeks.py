@@ -103,6 +103,9 @@ class Peeks:
         # A worker that looks must not average gradients which the others do not come to average.
         if runner.workers is None and not inside and self.speculation.look(runner.tape, slot):
             return None
+        # On a CPU torch has the state at hand: a metric of a small forward is not worth a program that computes it too.
+        if runner.programs.target.is_one_cpu and len(entries) <= _FEW_CALLS and self.in_torch(entries):
+            return None
         slots = [] if alone or inside else [other for other in runner.tape.live_slots() if other.value is None]
         if slot not in slots:
             slots.append(slot)
@@ -117,7 +120,7 @@ class Peeks:
     def forget_unread(self, slot: Slot) -> None:
         """Takes calls off the tape whose results nobody holds any more: forwards of batches that were skipped."""
         tape = self._runner.tape
-        if any(entry.writes or entry.optimizers or entry.acts_on_graph for entry in tape.entries):
+        if any(entry.writes_state or entry.optimizers or entry.acts_on_graph for entry in tape.entries):
             return
         if tape.blocks:  # a block that runs again is compared with all of its first run
             return

@@ -47,9 +47,9 @@ class CallShape:
 
     @functools.cached_property
     def is_nothing(self) -> bool:
-        """Whether it hands back an argument, and does nothing else: `x.cpu()` of what is there, a cast to its dtype."""
-        is_argument = self.structure.kind is None and isinstance(self.leaves[0], Argument)
-        return is_argument and not (self.metas or self.random or self.writes)
+        """Whether it hands back arguments, and does nothing else: `x.cpu()` of what is there, a cast to its dtype."""
+        hands_back = any(isinstance(leaf, Argument) for leaf in self.leaves)
+        return hands_back and not (self.metas or self.random or self.writes)
 
 
 @dataclass(frozen=True, slots=True)

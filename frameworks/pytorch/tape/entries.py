@@ -202,7 +202,7 @@ class Entry:
     @property
     def acts_on_graph(self) -> bool:
         """Whether it sets `requires_grad` or has no results, as a hook: what depends on it cannot be seen in leaves."""
-        return not self.outputs or getattr(self.function, "__name__", "") == "requires_grad_"
+        return not (self.outputs or self.writes) or getattr(self.function, "__name__", "") == "requires_grad_"
 
     @property
     def writes_state(self) -> bool:

@@ -104,14 +104,14 @@ class Tape:
         if self.mutated:
             if any(entry.optimizers for entry in self.entries):
                 return list(self.entries)
-            return self._slice_with_writes(slots)
+            return [self.entries[index] for index in sorted(self._behind_with_writes(slots))]
         indices = self._ancestors(slots, lambda read: read.value is None)
         last = max((index for index in indices if self.entries[index].reads_gradients), default=-1)
         indices |= set(range(last))
         return [self.entries[index] for index in sorted(indices)]
 
-    def _slice_with_writes(self, slots: list[Slot]) -> list[Entry]:
-        """The entries behind `slots`, those that write to memory which one of these reads included."""
+    def _behind_with_writes(self, slots: list[Slot]) -> set[int]:
+        """The indices of entries behind `slots`, those that write to memory which one of these reads included."""
         writers: dict[int, list[int]] = {}  # by the identity of what has the memory
         for index, entry in enumerate(self.entries):
             for position in entry.writes:
@@ -139,7 +139,7 @@ class Tape:
                     need(leaf)
                 elif isinstance(leaf, torch.Tensor):
                     pending.extend(writer for writer in writers.get(id(leaf), ()) if writer < index)
-        return [self.entries[index] for index in sorted(found)]
+        return found
 
     def entries_behind(self, slot: Slot) -> list[Entry]:
         """What the gradient of a slot passes through."""
@@ -147,7 +147,7 @@ class Tape:
 
     def behind(self, slots: list[Slot]) -> set[int]:
         """The indices of all entries that slots depend on."""
-        return self._ancestors(slots, lambda read: True)
+        return self._behind_with_writes(slots) if self.mutated else self._ancestors(slots, lambda read: True)
 
     def with_gradients(self) -> set[int]:
         """The tensors whose gradients the backwards on the tape compute, by identity."""

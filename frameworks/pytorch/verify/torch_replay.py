@@ -3,6 +3,7 @@
 Random operators give the program's own numbers: torch's generator is another one. Everything else is torch's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
@@ -93,6 +94,18 @@ def run_node(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.
         if number is not None and isinstance(result, torch.Tensor):
             outputs[number] = result.to(meta[1]) if meta is not None and node.casts else result
     return outputs
+
+
+def widened(node: Node) -> Node:
+    """An operator that computes in float64 where it computed in float32."""
+    args, kwargs, metas = _wide(node.args), {name: _wide(value) for name, value in node.kwargs.items()}, node.metas
+    return dataclasses.replace(node, args=args, kwargs=kwargs, metas=_wide(metas))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_wide, value))
+    return torch.float64 if value is torch.float32 else value
 
 
 def _drawn(node: Node, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
