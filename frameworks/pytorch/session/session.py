@@ -222,6 +222,10 @@ class Session(TapeWriter):
             return function(*self.real(args), **self.real(kwargs))
         if kwargs.get("create_graph"):
             return self.results.run_with_history(name, function, args, kwargs)
+        return self._goes_its_way(kind, name, function, args, kwargs)
+
+    def _goes_its_way(self, kind: Kind, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What becomes of a call that needs no values, by its kind."""
         if kind is Kind.BACKWARD:
             return self._goes_back(function, args, kwargs)
         handler = HANDLERS.get(kind)
