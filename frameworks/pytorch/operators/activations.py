@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .dtypes import result_dtype
@@ -116,9 +117,12 @@ def hardsigmoid(x: Array) -> Array:
     return lax.clamp(cast(0, x.dtype), x + 3, cast(6, x.dtype)) / 6
 
 
+_SIXTH = float(np.float32(1) / np.float32(6))  # torch's kernel has it so for float64 too
+
+
 @_formula("hardsigmoid_backward", 2)
 def hardsigmoid_backward(grad: Array, x: Array) -> Array:
-    return select((x > -3) & (x < 3), grad / 6, 0)
+    return select((x > -3) & (x < 3), grad * _SIXTH, 0)
 
 
 @_formula("hardswish", 1)

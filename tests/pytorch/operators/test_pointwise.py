@@ -143,3 +143,10 @@ def test_integers_of_floats_out_of_range_are_torchs(source, integer):
     values = torch.tensor(OUT_OF_RANGE, dtype=source)
     assert_program_matches(lambda: values.to(integer))
     assert_program_matches(lambda: values[0].to(integer))
+
+
+def test_hardsigmoids_gradient_has_torchs_own_sixth():
+    """1/6 in float32, whatever the dtype: 3e-8 off, which is no rounding in float64."""
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    gradient = torch.full_like(x, 0.7)
+    assert_lowering_matches("aten.hardsigmoid_backward.default", gradient, x, tolerance={"rtol": 1e-15, "atol": 0})
