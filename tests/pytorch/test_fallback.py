@@ -163,7 +163,7 @@ def test_one_eager_step_is_said_and_is_no_fallback():
     dampened = made(mlp, torch.optim.SGD, lr=0.01, momentum=0.9, dampening=0.1)
     run = assert_same_training(dampened, loop, batches())
     notes = [event.text for event in run.events if isinstance(event, Note)]
-    assert len(notes) == 1 and notes[0].startswith("one step ran eagerly at ")
+    assert len(notes) == 1 and notes[0].startswith("a step ran eagerly at ")
     assert run.statistics.eager_steps == 2
 
 

@@ -145,6 +145,8 @@ class ModuleCalls:
         session = self._session
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters):
             return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # `functional_call`: what torch.func transforms
+            return False
         if any(p.requires_grad and session.registry.owner(p) is not None for p in parameters):
             return False  # these are of an optimizer that has not begun
         optimizers = session.registry.optimizers()
