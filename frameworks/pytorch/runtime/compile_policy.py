@@ -83,7 +83,7 @@ class CompilePolicy:
         where = entries[-1].where
         if not self._is_told:
             self._is_told = True
-            emit(Note(text=_text(where, line.programs, once_s, len(entries), would_take_s)))
+            emit(Note(text=_text(where, len(line.once_s), once_s, len(entries), would_take_s)))
         raise NotWorthCompilingError("steps like this one are new each time", where)
 
     def compiled(self, entries: list[Entry], name: str, step: Any, compile_time_s: float) -> None:
