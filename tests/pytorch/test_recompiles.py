@@ -156,3 +156,41 @@ def test_models_of_few_steps_are_not_captured_forever(monkeypatch):
     assert run.statistics.compiles == 1
     captures = {int(re.search(r"has been captured (\d) times", fallback.reason)[1]) for fallback in run.fallbacks()}
     assert captures in ({5}, {6})  # four, and another for ten runs
+
+
+def cast_to_what_it_is(x):
+    return x.to(x.dtype)
+
+
+def asked_for_its_values(x):
+    return x * (1 if torch.unique(x).numel() > 3 else 2)
+
+
+@pytest.mark.parametrize("begins", [cast_to_what_it_is, asked_for_its_values])
+def test_a_batch_that_a_call_has_met_which_is_not_recorded(begins):
+    """The next call that is given the batch is the first to say of which shape it is."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x):
+            y = begins(x)
+            return self.layers(y if begins is cast_to_what_it_is else x) + y.mean()
+
+    def loop(objects, data):
+        seen = []
+        for index, (x, y) in enumerate(data):
+            rows = 4 + index % 3
+            objects["optimizer"].zero_grad()
+            out = objects["model"](x[:rows])
+            assert out.shape == (rows, 4)
+            loss = F.cross_entropy(out, y[:rows])
+            loss.backward()
+            objects["optimizer"].step()
+            seen.append(loss.item())
+        return seen
+
+    make = made(Net, torch.optim.SGD, lr=0.1)
+    assert_same_training(make, loop, batches(12), dtypes=(torch.float64,), may_fall_back=True)

@@ -54,7 +54,7 @@ class BackwardPython:
     def apply(self, original: Callable, kind: Any, args: tuple) -> Any:
         """Does what `kind.apply(*args)` does, of an `autograd.Function` some of whose arguments are on the tape."""
         session = self._session
-        place = session.tape.place
+        mark = session.mark()
         needs = tuple(isinstance(argument, torch.Tensor) and _requires_gradient(argument) for argument in args)
         differentiates = torch.is_grad_enabled() and any(needs)
         context = Context(needs if differentiates else (False,) * len(args))
@@ -63,7 +63,7 @@ class BackwardPython:
             with torch.no_grad():
                 found = self._forward(kind, context, args)
         except NotRecordable as error:
-            return self._leave(place, f"{kind.__name__} {error}", original, kind, args)
+            return self._leave(mark, f"{kind.__name__} {error}", original, kind, args)
         finally:
             session.depth -= 1
         if not differentiates or session.is_in_torch:
@@ -72,7 +72,7 @@ class BackwardPython:
         try:
             whole = self._attach(kind, context, args, results)
         except CaptureError as error:
-            return self._leave(place, error.reason, original, kind, args)
+            return self._leave(mark, error.reason, original, kind, args)
         return whole if isinstance(found, tuple) else whole[0]
 
     def _attach(self, kind: Any, context: Context, args: tuple, results: tuple) -> tuple:
@@ -96,8 +96,8 @@ class BackwardPython:
         kind.setup_context(context, args, found)
         return found
 
-    def _leave(self, place: Any, reason: str, original: Callable, kind: Any, args: tuple) -> Any:
-        self._session.take_back(place)
+    def _leave(self, mark: Any, reason: str, original: Callable, kind: Any, args: tuple) -> Any:
+        self._session.take_back(mark)
         self._session.run_eagerly(CaptureError(reason, user_line()))
         return original(kind, *self._session.real(args))
 

@@ -61,15 +61,15 @@ class BackwardRecorder:
         # The rest is recorded, and the Python that runs inside of it is run; until that has ended, all can be undone.
         if len(session.tape.roots) > 1 and not session.has_backward:
             session.peeks.forget_unread(slot)
-        place = session.tape.place
+        mark = session.mark()
         try:
             entry = self._append_backward(tensor, gradient, retain_graph, inputs)
         except (CaptureError, LeftToTorch) as error:
-            session.take_back(place)
+            session.take_back(mark)
             session.run_eagerly(error.error if isinstance(error, LeftToTorch) else error)
             return BACKWARD(session.real(tensor), session.real(gradient), retain_graph, inputs=inputs)
         except BaseException:  # the script's own error, in Python that backward runs
-            session.take_back(place)
+            session.take_back(mark)
             raise
         if session.tape.asked is not None:
             return session.run_eagerly(session.tape.asked)

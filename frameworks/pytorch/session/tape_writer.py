@@ -41,6 +41,8 @@ _ATOMS: frozenset[type] = frozenset(
 )
 _SIMPLE = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type})
 
+Mark = tuple[Any, int, int, nn.Module | None]
+
 
 class TapeWriter(TapeRunner):
     """Writes what the loop asks for on the tape.
@@ -83,7 +85,7 @@ class TapeWriter(TapeRunner):
             first = self.tape.second_run.repeated(function, given, structure)
             if first is not None:
                 return self._answer_again(first, given)
-        place = self.tape.place
+        mark = self.mark()
         try:
             entry = self._append(function, given, structure)
             entry.reads_gradients = gradients_exist
@@ -98,27 +100,27 @@ class TapeWriter(TapeRunner):
                 self._check_write(entry, shape)
                 written = [given[position] for position in shape.writes if type(entry.leaves[position]) is Input]
                 if written:  # a value of that moment will not do
-                    return self._record_write(function, args, kwargs, written, shape, place)
+                    return self._record_write(function, args, kwargs, written, shape, mark)
         except CaptureError as error:
-            self.take_back(place)
+            self.take_back(mark)
             return self._record_nothing(function, args, kwargs, error)
         except Exception as error:  # the call's own mistake, or one of fake tensors: torch will say which
-            self.take_back(place)
+            self.take_back(mark)
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             return self._record_nothing(function, args, kwargs, CaptureError(reason=reason, where=user_line()))
         if shape.is_nothing and function is not torch.Tensor.requires_grad_ and not (entry.region or gradients_exist):
-            self.take_back(place)  # or the tape would have to keep what its argument comes from
+            self.take_back(mark)  # or the tape would have to keep what its argument comes from
             return self._answer([], shape, given)
         return self._results(entry, shape, given)
 
     @section.around
     def append(self, function: Callable, args: tuple, kwargs: dict, optimizers: tuple = ()) -> Entry:
         """Writes a call on the tape that returns no tensor."""
-        place = self.tape.place
+        mark = self.mark()
         try:
             return self._append(function, *flatten_call(args, kwargs, _ATOMS), optimizers)
         except CaptureError:
-            self.take_back(place)
+            self.take_back(mark)
             raise
 
     @section.around
@@ -142,7 +144,7 @@ class TapeWriter(TapeRunner):
             first = self.tape.second_run.repeated(function, given, structure)
             if first is not None:
                 return self._answer_again(first, given)
-        place = self.tape.place
+        mark = self.mark()
         try:
             entry = self._append(function, given, structure)
             entry.piece = piece
@@ -150,10 +152,10 @@ class TapeWriter(TapeRunner):
             if returns and entry.call.shape is None:
                 entry.call.shape = self._shape_of(entry, False)
         except CaptureError:
-            self.take_back(place)
+            self.take_back(mark)
             raise
         except Exception as error:
-            self.take_back(place)
+            self.take_back(mark)
             raise CaptureError(f"{type(error).__name__}: {error}".split("\n")[0], user_line()) from error
         return self._results(entry, entry.call.shape, given) if returns and entry.call.shape is not None else None
 
@@ -200,11 +202,22 @@ class TapeWriter(TapeRunner):
         tape.place = call
         return entry
 
-    def take_back(self, place: Any) -> None:
-        """Takes the entries behind a place of the recording off the tape."""
-        while self.tape.place is not place and self.tape.entries:
-            self.tape.entries.pop()
-            self.tape.place = self.tape.places.pop()
+    def mark(self) -> Mark:
+        """Where the tape is, to be given to `take_back`."""
+        tape = self.tape
+        return tape.place, len(tape.inputs), len(tape.read), self.new_root
+
+    def take_back(self, mark: Mark) -> None:
+        """Takes the entries behind a mark off the tape, and forgets what they were the first to meet."""
+        place, inputs, read, self.new_root = mark
+        tape = self.tape
+        while tape.place is not place and tape.entries:
+            tape.entries.pop()
+            tape.place = tape.places.pop()
+        # The key of an input that is met again says nothing of its shape.
+        while len(tape.inputs) > inputs:
+            tape.inputs.popitem()
+        del tape.read[read:]
 
     def _encode(self, leaf: Any, grad: bool) -> tuple[Any, tuple]:
         """What an entry keeps of a leaf that is neither pending nor a simple constant, and what a key has of it."""
@@ -375,9 +388,9 @@ class TapeWriter(TapeRunner):
                 for slot in (memory, *parts):
                     gain_history(slot)
 
-    def _record_write(self, function, args, kwargs, targets: list, shape: CallShape, place: Any) -> Any:
+    def _record_write(self, function, args, kwargs, targets: list, shape: CallShape, mark: Mark) -> Any:
         """A call that writes to tensors which are no state and no results of the tape: `total += loss`."""
-        self.take_back(place)
+        self.take_back(mark)
         for target in targets:
             if isinstance(target, DeferredTensor):  # of an earlier tape: an epoch's sum of losses
                 self._become_pending(target)
