@@ -63,7 +63,7 @@ class FallbackPolicy:
         self._passed[error.reason] += isinstance(error, PassingCaptureError)
         if 0 < self._passed[error.reason] <= _PASSES:
             if self._is_news(error):
-                emit(Note(text=f"a step ran eagerly at {error.where}, as others like it will: {error.reason}"))
+                emit(Note(text=f"a step ran eagerly at {error.where}: {error.reason} (others like it will, too)"))
             return
         self.say(error)
         if error.leaves:

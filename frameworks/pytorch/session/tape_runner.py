@@ -28,7 +28,15 @@ from trainingcompiler.frameworks.pytorch.session.peeks import Peeks
 from trainingcompiler.frameworks.pytorch.session.tape_in_torch import run_in_torch
 from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign, is_referred_to
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
-from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, InputKey, StateKey, constant_key, slot_key
+from trainingcompiler.frameworks.pytorch.tape.call_key import (
+    CallKey,
+    InputKey,
+    StateKey,
+    again_key,
+    constant_key,
+    is_met,
+    slot_key,
+)
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import take_contents
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, live_among, memory_of, step_ends
 from trainingcompiler.frameworks.pytorch.tape.recording import Recording, numbers_of
@@ -253,10 +261,18 @@ class TapeRunner:
         tape.blocks = {region: block for region, block in old.blocks.items() if region not in gone}
         tape.ran_again = old.ran_again
         with torch._C.DisableTorchFunction():  # our own looks at tensors that the tape writes to
+            met: dict[Input, int] = {}
             for entry in entries:
-                self._append_again(tape, entry)
+                self._append_again(tape, entry, met)
 
-    def _append_again(self, tape: Tape, entry: Entry) -> None:
+    def _append_again(self, tape: Tape, entry: Entry, met: dict[Input, int]) -> None:
+        """Writes an entry on a new tape, its results and inputs numbered anew.
+
+        Args:
+            tape: The new one.
+            entry: Of the old one.
+            met: The numbers of inputs that the new one has met.
+        """
         old = entry.call
         assert old is not None
         keys: list[tuple] = []
@@ -268,6 +284,11 @@ class TapeRunner:
                 keys.append(leaf.key)
             elif position in old.numbers and type(leaf) is float:
                 keys.append(constant_key(leaf))
+            elif type(leaf) is Input and leaf in met:
+                keys.append(again_key(met[leaf]))
+            elif type(leaf) is Input and is_met(old.key.leaves[position]):
+                met[leaf], tape.input_count = tape.input_count, tape.input_count + 1
+                keys.append(InputKey(leaf.shape, leaf.dtype, leaf.device, leaf.strides, met[leaf]))
             else:
                 known = old.key.leaves[position]
                 if isinstance(known, StateKey) and isinstance(leaf, torch.Tensor):

@@ -205,18 +205,17 @@ class TapeWriter(TapeRunner):
     def mark(self) -> Mark:
         """Where the tape is, to be given to `take_back`."""
         tape = self.tape
-        return tape.place, len(tape.inputs), len(tape.read), self.new_root
+        return tape.place, tape.input_count, len(tape.read), self.new_root
 
     def take_back(self, mark: Mark) -> None:
         """Takes the entries behind a mark off the tape, and forgets what they were the first to meet."""
-        place, inputs, read, self.new_root = mark
         tape = self.tape
+        place, tape.input_count, read, self.new_root = mark
         while tape.place is not place and tape.entries:
             tape.entries.pop()
             tape.place = tape.places.pop()
         # The key of an input that is met again says nothing of its shape.
-        while len(tape.inputs) > inputs:
-            tape.inputs.popitem()
+        tape.inputs = {key: known for key, known in tape.inputs.items() if known[3][1] < tape.input_count}
         del tape.read[read:]
 
     def _encode(self, leaf: Any, grad: bool) -> tuple[Any, tuple]:
@@ -265,7 +264,8 @@ class TapeWriter(TapeRunner):
             self.tape.read.append((owner, owner._version, encoded))
         encoded.origin = self.origins.get(key)
         if self.depth:
-            met = len(self.tape.inputs)
+            met = self.tape.input_count
+            self.tape.input_count += 1
             self.tape.inputs[key] = tensor, version_of(tensor), encoded, again_key(met)
             input_key = input_key._replace(met=met)
         return encoded, input_key

@@ -75,7 +75,7 @@ class InputKey(NamedTuple):
     Attributes:
         shape, dtype, device: Those of the tensor.
         strides: In elements, if its elements do not lie one after another.
-        met: The number of the tensor among those that this call of a module has met.
+        met: Its number among those of the tape, if it may be met again.
         tag: Tells the key from those of other leaves.
     """
 
@@ -93,8 +93,13 @@ def slot_key(number: int) -> tuple:
 
 
 def again_key(number: int) -> tuple:
-    """The key of an input that this call of a module has met before."""
+    """The key of an input that the tape has met before, by its number."""
     return ("again", number)
+
+
+def is_met(key: tuple) -> bool:
+    """Whether a key is that of an input which may be met again, or has been."""
+    return type(key) is InputKey and key.met is not None or key[0] == "again"
 
 
 def constant_key(leaf: Any) -> tuple:

@@ -25,6 +25,7 @@ class Tape:
         roots: The modules whose calls are on the tape.
         state: Tensors that entries know by identity because they write to them, by identity.
         inputs: The snapshots of tensors, by identity, with the version that each was taken of.
+        input_count: How many snapshots have been taken, which numbers them.
         read: Real tensors that calls with gradients have read, with their version then, and the snapshots.
         has_pieces: Whether the tape has Python that backward runs.
         is_in_backward: Whether that is being recorded.
@@ -60,7 +61,7 @@ class Tape:
         self.has_pieces = self.is_in_backward = False
         self.piece: Entry | None = None
         self.asked: CaptureError | None = None
-        self.slot_count = 0
+        self.slot_count = self.input_count = 0
 
     def __bool__(self) -> bool:
         return bool(self.entries)
