@@ -173,9 +173,10 @@ def test_a_sum_that_is_nothing_but_rounding_is_held_to_torchs_own(given, differs
     assert (values * 0.1 - (values * 0.1).mean()).sum().abs() > 1e-2  # it is 0
     run = Inspection(
         name="train_step", where=None, steps=True, graph=Graph([0], nodes), inputs={0: values},
-        results={4: torch.tensor(given)}, names={}, replaced={},
+        results={1: values * 0.1, 4: torch.tensor(given)}, replaced={},
+        names={1: "gradient of the weight", 4: "gradient of the bias"},
     )  # fmt: skip
-    judge = verify.Judge(run, [4])
+    judge = verify.Judge(run, [1, 4])
     judge.replay()
     assert judge.judge(run.results).differs == differs
 

@@ -24,6 +24,7 @@ OPERATOR_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16:
 STEP_FACTOR = 10.0
 TWIN_FACTOR = 3.0  # the twin is one sample of the noise; a second sample is rarely three times as large
 _NOTHING = 1e-3  # of the largest value of its kind: a result below it consists of rounding
+_MOST_ROUNDING = 0.1  # of a result's scale; an error of torch's that is larger is none of rounding: an overflow, say
 _CANCELLED = 1e-2  # of an operator's largest input, likewise
 _TURNED_OVER = 1e-2  # the share of a result, by its norm, that comparisons may change which rounding turns over
 _ROUNDING = 10.0  # units in the last place, of a twin's inputs and gradients: sums of 10^3 terms in another order
@@ -142,7 +143,7 @@ class Judge:
         if not thorough:
             off = self._without_turned_over(off, right, judged)
         off = self._without_noise(off, right, scales, self._whole_twin)
-        off = self._without_noise(off, right, scales, self._wide_twin)
+        off = self._without_noise(off, right, scales, self._wide_twin, most=_MOST_ROUNDING)
         if off or thorough:
             verdict.first = self._first_difference()
         if verdict.first is None:
@@ -161,8 +162,18 @@ class Judge:
             verdict.worst = off[number], *values, self._name(number)
         return verdict
 
-    def _without_noise(self, off: dict[int, float], right, scales, twin: Callable) -> dict[int, float]:
-        """Results that are further from torch's than a twin of its is, by the factor for one sample of noise."""
+    def _without_noise(
+        self, off: dict[int, float], right, scales, twin: Callable, most: float = float("inf")
+    ) -> dict[int, float]:
+        """Results that are further from torch's than a twin of its is, by the factor for one sample of noise.
+
+        Args:
+            off: How far each is.
+            right: torch's.
+            scales: What distances are relative to.
+            twin: Gives the twin's results.
+            most: The largest distance of a twin that counts as noise.
+        """
         if not off:
             return off
         try:
@@ -170,7 +181,7 @@ class Judge:
         except RuntimeError:  # an operator that refuses a value which rounding has put out of its range
             other = {}
         noise = {n: _relative(right[n], other.get(n, right[n]), scales[n]) for n in off}
-        return {n: relative for n, relative in off.items() if relative > TWIN_FACTOR * noise[n]}
+        return {n: relative for n, relative in off.items() if relative > TWIN_FACTOR * noise[n] or noise[n] > most}
 
     def _without_turned_over(self, off: dict[int, float], right, judged) -> dict[int, float]:
         """Results that differ by more than comparisons make them that rounding has turned over."""
