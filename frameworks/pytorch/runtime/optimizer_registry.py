@@ -58,19 +58,26 @@ class OptimizerRegistry:
 
     def register(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes an optimizer, or that its groups have changed."""
-        self._habits.setdefault(optimizer, OptimizerHabits())
+        self.habits(optimizer)
         self._changes += 1
 
     def habits(self, optimizer: torch.optim.Optimizer) -> OptimizerHabits:
         """What is known of an optimizer, or of the one that an object of a library's stands for, as Fabric's does."""
+        known = self._known(optimizer)
+        if known is None:
+            known = self._habits[optimizer] = OptimizerHabits()
+            self._changes += 1
+        return known
+
+    def _known(self, optimizer: torch.optim.Optimizer) -> OptimizerHabits | None:
         known = self._habits.get(optimizer)
         if known is not None:
             return known
+        groups = getattr(optimizer, "param_groups", None)  # an optimizer of one's own may have none
         for other, habits in self._habits.items():
-            if other.param_groups is optimizer.param_groups:
+            if groups is not None and getattr(other, "param_groups", None) is groups:
                 return habits
-        self.register(optimizer)
-        return self._habits[optimizer]
+        return None
 
     def trains(self, module: nn.Module, parameters: list[nn.Parameter]) -> bool:
         """Whether optimizers train a module's parameters, each of which can be captured.
