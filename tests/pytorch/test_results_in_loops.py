@@ -9,29 +9,12 @@ import warnings
 import pytest
 import torch
 from parity import assert_same_training
-from small import batches, made, mlp
+from small import batches, made, mlp, one_step
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 FLOAT64 = (torch.float64,)  # as in test_recording.py: a path that is mistaken for another shows in every digit
-
-
-def one_step(loss_of):
-    """A training loop whose loss is `loss_of(model, x, y, index)`."""
-
-    def loop(objects, data):
-        model, optimizer, losses = objects["model"], objects["optimizer"], []
-        torch.manual_seed(3)
-        for index, (x, y) in enumerate(data):
-            optimizer.zero_grad()
-            loss = loss_of(model, x, y, index)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    return loop
 
 
 def around_a_result(model, x, y, index):

@@ -11,7 +11,7 @@ from trainingcompiler.frameworks.pytorch.interop.gradients import BACKWARD
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.source_lines import user_line
 from trainingcompiler.frameworks.pytorch.session.backward_pieces import LeftToTorch, leaf_hooked, leaf_unhooked
-from trainingcompiler.frameworks.pytorch.session.tape_writer import version_of
+from trainingcompiler.frameworks.pytorch.session.given_tensors import version_of
 from trainingcompiler.frameworks.pytorch.tape.deferred_tensor import DeferredTensor, functional_name
 from trainingcompiler.frameworks.pytorch.tape.entries import Entry, Input, Slot, memory_of
 

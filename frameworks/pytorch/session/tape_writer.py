@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from trainingcompiler.errors import CaptureError, PassingCaptureError
 from trainingcompiler.frameworks.pytorch.capture.eval_shape import call_shape, gain_history
 from trainingcompiler.frameworks.pytorch.interop import devices
-from trainingcompiler.frameworks.pytorch.interop.arrays import numpy_view
 from trainingcompiler.frameworks.pytorch.interop.critical_section import section
 from trainingcompiler.frameworks.pytorch.interop.passthrough import passthrough
 from trainingcompiler.frameworks.pytorch.interop.pytree import flatten, flatten_call, map_leaves, unflatten
@@ -23,8 +22,14 @@ from trainingcompiler.frameworks.pytorch.session.accumulators import Accumulator
 from trainingcompiler.frameworks.pytorch.session.backward_python import BackwardPython
 from trainingcompiler.frameworks.pytorch.session.checkpoint_regions import Block, region_of
 from trainingcompiler.frameworks.pytorch.session.function_mode import Kind, kind_of
+from trainingcompiler.frameworks.pytorch.session.given_tensors import (
+    check_plain,
+    geometry,
+    is_alone,
+    still_is,
+    version_of,
+)
 from trainingcompiler.frameworks.pytorch.session.tape_runner import TapeRunner, become_real
-from trainingcompiler.frameworks.pytorch.state.ownership import is_foreign
 from trainingcompiler.frameworks.pytorch.state.shared_tensors import input_array
 from trainingcompiler.frameworks.pytorch.tape.call_key import CallKey, InputKey, again_key, constant_key
 from trainingcompiler.frameworks.pytorch.tape.call_shape import Argument, CallShape, Output
@@ -250,14 +255,14 @@ class TapeWriter(TapeRunner):
         is_state = tensor.requires_grad and tensor.grad_fn is None or isinstance(tensor, nn.Parameter)
         if is_state or key in self.tape.state or key in self.buffers:
             if key not in self.tape.grad_flags:
-                _check_plain(tensor)
+                check_plain(tensor)
                 self.tape.grad_flags[key] = tensor, tensor.requires_grad
             return tensor, self.recording.tensor_key(tensor)
         known = self.tape.inputs.get(key) if self.depth else None
-        if known is not None and known[0] is tensor and known[1] == version_of(tensor) and _still_is(tensor, known[2]):
+        if known is not None and known[0] is tensor and known[1] == version_of(tensor) and still_is(tensor, known[2]):
             return known[2], known[3]
         if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
-            _check_plain(tensor)
+            check_plain(tensor)
         encoded, input_key = self._input(tensor, tensor.device)
         if grad and not tensor.is_inference():
             owner = tensor if tensor._base is None else tensor._base  # not the view: it would keep others from a swap
@@ -280,7 +285,7 @@ class TapeWriter(TapeRunner):
         call = entry.call
         assert call is not None
         geometries = tuple(
-            _geometry(leaf) if isinstance(leaf, Slot | Input | torch.Tensor) else key
+            geometry(leaf) if isinstance(leaf, Slot | Input | torch.Tensor) else key
             for leaf, key in zip(entry.leaves, call.key.leaves, strict=True)
         )
         first: dict[int, int] = {}  # by identity: tensors compare themselves element by element
@@ -396,7 +401,7 @@ class TapeWriter(TapeRunner):
                 self._become_pending(target)
         real = [target for target in targets if not isinstance(target, DeferredTensor)]
         is_result = any(id(target) not in self.replaced for target in real)
-        if is_result and all(_is_alone(target) and not target.requires_grad for target in real):
+        if is_result and all(is_alone(target) and not target.requires_grad for target in real):
             # What has been written has a history from now on, or is another tensor at every step, as a batch is: it
             # becomes a result of the tape itself.
             for target in real:
@@ -407,7 +412,7 @@ class TapeWriter(TapeRunner):
             return function(*self.real(args), **self.real(kwargs))
         else:
             for target in real:
-                _check_plain(target)
+                check_plain(target)
                 self.tape.state[id(target)] = target
         return self.record(function, args, kwargs)
 
@@ -483,43 +488,3 @@ class TapeWriter(TapeRunner):
         if not value and type(value) in (tuple, dict):  # the arguments of most looks: `loss.item()`
             return value
         return map_leaves(lambda leaf: self.value(leaf.slot) if isinstance(leaf, DeferredTensor) else leaf, value)
-
-
-def _geometry(leaf: Any) -> tuple:
-    if type(leaf) is Slot:
-        return "tensor", tuple(leaf.meta.shape), leaf.meta.dtype, leaf.meta.stride(), leaf.requires_grad
-    if type(leaf) is Input:
-        return "input", leaf.shape, leaf.dtype, leaf.strides
-    return "state", tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.requires_grad
-
-
-def _check_plain(tensor: torch.Tensor) -> None:
-    if not devices.is_reachable(tensor.device) or tensor.layout is not torch.strided:
-        layout = "" if tensor.layout is torch.strided else f" with the layout {tensor.layout}"
-        cure = devices.cure(tensor.device)
-        reason = f"a {type(tensor).__name__} on {tensor.device}{layout} is passed to the model{cure}"
-        raise CaptureError(reason=reason, where=user_line())
-
-
-def _still_is(tensor: torch.Tensor, encoded: Input) -> bool:
-    """Whether a tensor has the values that were read of it; NumPy writes to memory without a new version."""
-    if not is_foreign(tensor):
-        return True
-    with torch._C.DisableTorchFunction():
-        now = numpy_view(tensor)
-    return now.tobytes() == np.asarray(encoded.array).tobytes()  # bytes: NaN is NaN
-
-
-def _is_alone(tensor: torch.Tensor) -> bool:
-    """Whether nobody else sees the tensor's memory."""
-    if type(tensor) is not torch.Tensor or tensor._is_view():
-        return False
-    storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) <= 2  # the tensor's own reference and `storage`'s
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor has been written to; another number once it has become a result of the tape."""
-    if type(tensor) is DeferredTensor:  # has become a result of the tape when it was written to
-        return -2
-    return -1 if tensor.is_inference() else tensor._version
